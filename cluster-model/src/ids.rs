@@ -188,7 +188,10 @@ mod tests {
 
     #[test]
     fn the_last_token_has_no_successor() {
-        assert_eq!(Token(Token::LIMIT - 2).next(), Some(Token(Token::LIMIT - 1)));
+        assert_eq!(
+            Token(Token::LIMIT - 2).next(),
+            Some(Token(Token::LIMIT - 1))
+        );
         assert_eq!(Token(Token::LIMIT - 1).next(), None);
     }
 

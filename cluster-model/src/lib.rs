@@ -1,11 +1,37 @@
 //! The pure half of Baton: what the cluster knows, and every decision it takes.
 //!
-//! Nothing here reads a clock, a socket, a file, the environment or a random number.
+//! Nothing here reads a clock, a socket, a file, the environment or a random number, starts a task or
+//! panics on input. [`ClusterState::apply`] is the only writer of the replicated state.
 
 #![forbid(unsafe_code)]
 
+mod apply;
+pub mod command;
+pub mod event;
 pub mod ids;
+pub mod placement;
+pub mod settings;
+pub mod state;
 
+pub use apply::parse_mac;
+pub use command::{Command, Envelope, Outcome, Rejection, ReleaseReason, Reply};
+pub use event::{Event, Object, Severity, Why};
 pub use ids::{
     Incarnation, LogIndex, MigrationId, Name, NameError, NodeId, RequestId, Token, VmId, VolumeId,
 };
+pub use settings::{BalanceLevel, Settings, SettingsError};
+pub use state::{
+    Boot, ClusterInfo, ClusterState, Desired, DiskSpec, Drain, Duty, FenceClass, Lease, Liveness,
+    Migration, MigrationCause, MigrationOptions, MigrationState, NicSpec, Node, NodeFacts,
+    NodeRole, OnIsolation, Ownership, OwnershipCause, Rule, Vm, VmSpec, Volume,
+};
+
+/// The node that makes the cluster; every later one is numbered by the entry that added it.
+pub const FIRST_NODE: NodeId = NodeId(1);
+/// The longest announced absence of a `clusterd`, ms: a restart or an upgrade, not a way to switch
+/// failover off.
+pub const ABSENT_MS_MAX: u32 = 60_000;
+/// The largest migration summary, bytes: the log's entries stay small.
+pub const SUMMARY_BYTES_MAX: usize = 16 * 1024;
+/// A burnt migration token is replaced this often before the migration aborts.
+pub const RENEWALS_MAX: u8 = 2;

@@ -1,0 +1,294 @@
+//! The only writer of the replicated state: one command in, one answer out.
+//!
+//! Deterministic and total: no clock, no failure, no panic. A refused command changes nothing but the
+//! memory of its answer, so a repeated request is answered as it was the first time.
+
+mod cluster;
+mod migrations;
+mod vms;
+
+pub use vms::parse_mac;
+
+use std::sync::Arc;
+
+use crate::command::{Command, Envelope, Outcome, Rejection, Reply};
+use crate::event::{Event, Object, Severity, Why};
+use crate::ids::{LogIndex, Name, NodeId, Token, VmId};
+use crate::state::{ClusterState, EVENTS_MAX, Node, REQUESTS_MAX, Vm};
+
+/// What one entry's rules know besides the state: who asks, when, at which index.
+pub(crate) struct Entry<'e> {
+    pub(crate) index: LogIndex,
+    pub(crate) actor: &'e str,
+    pub(crate) at_ms: u64,
+    sequence: u32,
+}
+
+pub(crate) type Applied = Result<Outcome, Rejection>;
+
+impl ClusterState {
+    /// Applies the entry at `index` and answers it.
+    pub fn apply(&mut self, index: LogIndex, envelope: &Envelope) -> Reply {
+        self.applied = index;
+        if let Some(answer) = self.answers.get(&envelope.request) {
+            return answer.clone();
+        }
+        let mut entry = Entry {
+            index,
+            actor: &envelope.actor,
+            at_ms: envelope.at_ms,
+            sequence: 0,
+        };
+        let reply = match self.carry_out(&mut entry, &envelope.command) {
+            Ok(outcome) => Reply::Done { index, outcome },
+            Err(rejection) => Reply::Rejected(rejection),
+        };
+        self.remember(envelope, reply.clone());
+        reply
+    }
+
+    fn remember(&mut self, envelope: &Envelope, reply: Reply) {
+        self.answers.insert(envelope.request.clone(), reply);
+        self.answer_order.push_back(envelope.request.clone());
+        while self.answer_order.len() > REQUESTS_MAX {
+            if let Some(oldest) = self.answer_order.pop_front() {
+                self.answers.remove(&oldest);
+            }
+        }
+    }
+
+    fn carry_out(&mut self, entry: &mut Entry<'_>, command: &Command) -> Applied {
+        if self.cluster.is_none() && !matches!(command, Command::InitCluster { .. }) {
+            return Err(Rejection::NotInitialised);
+        }
+        match command {
+            Command::InitCluster {
+                id,
+                name,
+                broker_uid,
+                node_name,
+                address,
+            } => self.init_cluster(entry, id, name, *broker_uid, node_name, address),
+            Command::AddNode {
+                name,
+                address,
+                role,
+            } => self.add_node(entry, name, address, *role),
+            Command::RemoveNode { node } => self.remove_node(entry, *node),
+            Command::RegisterNode {
+                node,
+                incarnation,
+                address,
+                facts,
+            } => self.register_node(entry, *node, *incarnation, address, facts),
+            Command::Absent {
+                node,
+                incarnation,
+                duration_ms,
+            } => self.absent(entry, *node, *incarnation, *duration_ms),
+            Command::NodeLost {
+                node,
+                incarnation,
+                why,
+            } => self.node_lost(entry, *node, *incarnation, why),
+            Command::StartDrain { node, reason } => self.start_drain(entry, *node, reason),
+            Command::DrainTrouble {
+                node,
+                vm,
+                reason,
+                stuck,
+            } => self.drain_trouble(entry, *node, *vm, reason, *stuck),
+            Command::EndDrain { node } => self.end_drain(entry, *node),
+            Command::Uncordon { node } => self.uncordon(entry, *node),
+            Command::AddVolume {
+                name,
+                url,
+                uuid,
+                fence,
+                settle_ms,
+                size_bytes,
+                nodes,
+            } => {
+                let volume = crate::state::Volume {
+                    id: crate::ids::VolumeId(entry.index.0),
+                    name: name.clone(),
+                    url: url.clone(),
+                    uuid: uuid.clone(),
+                    fence: *fence,
+                    settle_ms: *settle_ms,
+                    nodes: nodes.clone(),
+                    size_bytes: *size_bytes,
+                };
+                self.add_volume(entry, volume)
+            }
+            Command::RemoveVolume { volume } => self.remove_volume(entry, *volume),
+            Command::CreateVm {
+                name,
+                spec,
+                images,
+                desired,
+            } => self.create_vm(entry, name, spec, images, *desired),
+            Command::DeleteVm { vm } => self.delete_vm(entry, *vm),
+            Command::SetDesired { vm, desired } => self.set_desired(entry, *vm, *desired),
+            Command::StartVm {
+                vm,
+                node,
+                expects,
+                why,
+            } => self.start_vm(entry, *vm, *node, *expects, why),
+            Command::DisksMade { vm, token } => self.disks_made(*vm, *token),
+            Command::Activated { vm, node, token } => self.activated(entry, *vm, *node, *token),
+            Command::Release {
+                vm,
+                node,
+                expects,
+                reason,
+            } => self.release(entry, *vm, *node, *expects, reason),
+            Command::Rekey {
+                vm,
+                node,
+                expects,
+                settle,
+                reason,
+            } => self.rekey(entry, *vm, *node, *expects, *settle, reason),
+            Command::QueueMigration {
+                vm,
+                to,
+                options,
+                cause,
+                why,
+            } => self.queue_migration(entry, *vm, *to, options, cause, why),
+            Command::StartMigration {
+                migration,
+                expects,
+                ticket,
+            } => self.start_migration(entry, *migration, *expects, ticket),
+            Command::RenewMigrationToken { migration, burnt } => {
+                self.renew_migration_token(entry, *migration, *burnt)
+            }
+            Command::Cutover {
+                migration,
+                expects,
+                claimed,
+            } => self.cutover(entry, *migration, *expects, *claimed),
+            Command::AbortMigration { migration, reason } => {
+                self.abort_migration(entry, *migration, reason)
+            }
+            Command::ReportMigration { migration, summary } => {
+                self.report_migration(*migration, summary)
+            }
+            Command::SetSettings { settings } => self.set_settings(entry, settings),
+            Command::SetRule { name, rule } => self.set_rule(entry, name, rule.as_ref()),
+            Command::Note {
+                objects,
+                severity,
+                kind,
+                detail,
+                why,
+            } => {
+                self.note(
+                    entry,
+                    *severity,
+                    objects.clone(),
+                    kind,
+                    detail.clone(),
+                    Some(why.clone()),
+                );
+                Ok(Outcome::Nothing)
+            }
+        }
+    }
+
+    /// Records an event of this entry.
+    pub(crate) fn note(
+        &mut self,
+        entry: &mut Entry<'_>,
+        severity: Severity,
+        objects: Vec<Object>,
+        kind: &str,
+        detail: String,
+        why: Option<Why>,
+    ) {
+        self.events.push_back(Arc::new(Event {
+            index: entry.index,
+            sequence: entry.sequence,
+            at_ms: entry.at_ms,
+            actor: entry.actor.to_owned(),
+            severity,
+            objects,
+            kind: kind.to_owned(),
+            detail,
+            why,
+        }));
+        entry.sequence += 1;
+        while self.events.len() > EVENTS_MAX {
+            self.events.pop_front();
+        }
+    }
+
+    /// Takes the next token from the one counter.
+    pub(crate) fn take_token(&mut self) -> Result<Token, Rejection> {
+        let token = self.token_last.next().ok_or(Rejection::TokensUsedUp)?;
+        self.token_last = token;
+        Ok(token)
+    }
+
+    /// Whether `count` more tokens can be granted: asked before an entry changes anything, so that an
+    /// entry that needs several is all or nothing.
+    pub(crate) fn tokens_left(&self, count: usize) -> Result<(), Rejection> {
+        if self.token_last.0 as usize + count < Token::LIMIT as usize {
+            Ok(())
+        } else {
+            Err(Rejection::TokensUsedUp)
+        }
+    }
+
+    pub(crate) fn node(&self, node: NodeId) -> Result<&Node, Rejection> {
+        self.nodes.get(&node).ok_or_else(|| Rejection::Unknown {
+            kind: "node".into(),
+            what: node.to_string(),
+        })
+    }
+
+    pub(crate) fn node_mut(&mut self, node: NodeId) -> Result<&mut Node, Rejection> {
+        self.nodes.get_mut(&node).ok_or_else(|| Rejection::Unknown {
+            kind: "node".into(),
+            what: node.to_string(),
+        })
+    }
+
+    pub(crate) fn vm(&self, vm: VmId) -> Result<&Vm, Rejection> {
+        self.vms.get(&vm).ok_or_else(|| Rejection::Unknown {
+            kind: "vm".into(),
+            what: vm.to_string(),
+        })
+    }
+
+    pub(crate) fn vm_mut(&mut self, vm: VmId) -> Result<&mut Vm, Rejection> {
+        self.vms.get_mut(&vm).ok_or_else(|| Rejection::Unknown {
+            kind: "vm".into(),
+            what: vm.to_string(),
+        })
+    }
+
+    /// What people call a node, or its number once it is gone.
+    pub fn node_label(&self, node: NodeId) -> String {
+        self.nodes
+            .get(&node)
+            .map_or_else(|| node.to_string(), |node| node.name.to_string())
+    }
+
+    /// What people call a machine, or its number once it is gone.
+    pub fn vm_label(&self, vm: VmId) -> String {
+        self.vms
+            .get(&vm)
+            .map_or_else(|| vm.to_string(), |vm| vm.name.to_string())
+    }
+}
+
+pub(crate) fn name_taken(kind: &str, name: &Name) -> Rejection {
+    Rejection::NameTaken {
+        kind: kind.to_owned(),
+        name: name.clone(),
+    }
+}

@@ -1,0 +1,602 @@
+//! What can be asked of the replicated state, and what it answers.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+
+use crate::event::{Object, Severity, Why};
+use crate::ids::{
+    Incarnation, LogIndex, MigrationId, Name, NodeId, RequestId, Token, VmId, VolumeId,
+};
+use crate::settings::{Settings, SettingsError};
+use crate::state::{
+    Desired, FenceClass, MigrationCause, MigrationOptions, NodeFacts, NodeRole, Rule, VmSpec,
+};
+
+/// One entry of the log: a command, who asks, and the id under which it is done once.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Envelope {
+    /// Chosen by whoever asks; repeating it repeats the answer.
+    pub request: RequestId,
+    /// A person, `node/n1`, or a controller such as `controller/failover`.
+    pub actor: String,
+    /// The proposer's wall clock, ms since the Unix epoch. Shown to people; decides nothing of safety.
+    pub at_ms: u64,
+    /// What is asked.
+    pub command: Command,
+}
+
+/// Why an owner gives a machine up.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ReleaseReason {
+    /// It was stopped as asked; its disks are flushed and nothing is outstanding.
+    Stopped,
+    /// The guest shut itself down; disks flushed, nothing outstanding. It should not run any more.
+    GuestShutDown,
+    /// Its monitor ended, or failed, with writes that may be outstanding.
+    MonitorEnded(String),
+    /// It could not be started here.
+    StartFailed(String),
+}
+
+/// Every change that the log knows.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Command {
+    /// Makes the cluster, with its first node (which is [`crate::FIRST_NODE`]).
+    InitCluster {
+        /// A UUID.
+        id: String,
+        /// The cluster's name.
+        name: Name,
+        /// The uid that will own disk files.
+        broker_uid: u32,
+        /// The first node's name.
+        node_name: Name,
+        /// The first node's address.
+        address: String,
+    },
+    /// Lets a node in; its number is this entry's index.
+    AddNode {
+        /// Name.
+        name: Name,
+        /// `host:port`.
+        address: String,
+        /// Vote and duty.
+        role: NodeRole,
+    },
+    /// Takes a node out; it must own nothing.
+    RemoveNode {
+        /// Which.
+        node: NodeId,
+    },
+    /// A node's `clusterd` started and speaks for itself.
+    RegisterNode {
+        /// Which.
+        node: NodeId,
+        /// The life of its host.
+        incarnation: Incarnation,
+        /// Where it is reached.
+        address: String,
+        /// What it offers.
+        facts: NodeFacts,
+    },
+    /// A planned stop of `clusterd`: the leader waits that much longer before it counts the node as lost.
+    Absent {
+        /// Which.
+        node: NodeId,
+        /// The life that goes.
+        incarnation: Incarnation,
+        /// At most [`crate::ABSENT_MS_MAX`].
+        duration_ms: u32,
+    },
+    /// The leader saw a node's lease run out: its machines are taken from it.
+    NodeLost {
+        /// Which.
+        node: NodeId,
+        /// The life that was lost; a node that registered anew since is not.
+        incarnation: Incarnation,
+        /// What the leader saw.
+        why: Why,
+    },
+    /// Begins to empty a node.
+    StartDrain {
+        /// Which.
+        node: NodeId,
+        /// The asker's words.
+        reason: String,
+    },
+    /// A machine's move failed during a drain, or it cannot move.
+    DrainTrouble {
+        /// Which node is drained.
+        node: NodeId,
+        /// Which machine.
+        vm: VmId,
+        /// What happened.
+        reason: String,
+        /// Whether it stays for good, or is tried again.
+        stuck: bool,
+    },
+    /// The drain's work is over: empty, or only machines left that cannot move.
+    EndDrain {
+        /// Which.
+        node: NodeId,
+    },
+    /// Takes a node back into duty (and out of quarantine).
+    Uncordon {
+        /// Which.
+        node: NodeId,
+    },
+    /// Adds a volume that was probed, adopted and certified.
+    AddVolume {
+        /// Name.
+        name: Name,
+        /// `nfs://…` or `dir:/…`.
+        url: String,
+        /// From its identity file.
+        uuid: String,
+        /// As certified.
+        fence: FenceClass,
+        /// As certified, ms.
+        settle_ms: u32,
+        /// Bytes in all.
+        size_bytes: u64,
+        /// Nodes that reach it; empty: all.
+        nodes: BTreeSet<NodeId>,
+    },
+    /// Forgets a volume that no machine uses.
+    RemoveVolume {
+        /// Which.
+        volume: VolumeId,
+    },
+    /// Records a machine.
+    CreateVm {
+        /// Name.
+        name: Name,
+        /// What it is.
+        spec: VmSpec,
+        /// Images to fill its disks from, by disk number.
+        images: BTreeMap<usize, String>,
+        /// Whether it should run at once.
+        desired: Desired,
+    },
+    /// Forgets a machine that nobody owns.
+    DeleteVm {
+        /// Which.
+        vm: VmId,
+    },
+    /// Says whether a machine should run. Asking for `running` lifts a hold.
+    SetDesired {
+        /// Which.
+        vm: VmId,
+        /// What it should be.
+        desired: Desired,
+    },
+    /// Gives a machine that nobody owns to a node, to start it there.
+    StartVm {
+        /// Which.
+        vm: VmId,
+        /// Where.
+        node: NodeId,
+        /// The token it has now.
+        expects: Token,
+        /// Why there.
+        why: Why,
+    },
+    /// The owner's broker made the disk files.
+    DisksMade {
+        /// Which machine.
+        vm: VmId,
+        /// The token they were made under.
+        token: Token,
+    },
+    /// The owner's monitor runs under this token.
+    Activated {
+        /// Which machine.
+        vm: VmId,
+        /// Who says so.
+        node: NodeId,
+        /// Under which token.
+        token: Token,
+    },
+    /// The owner gives a machine up.
+    Release {
+        /// Which.
+        vm: VmId,
+        /// Who owns it.
+        node: NodeId,
+        /// Under which token.
+        expects: Token,
+        /// Why.
+        reason: ReleaseReason,
+    },
+    /// The owner takes a fresh token; a migration under way takes one too.
+    Rekey {
+        /// Which machine.
+        vm: VmId,
+        /// Who owns it.
+        node: NodeId,
+        /// Under which token.
+        expects: Token,
+        /// Whether a write of the old token may be outstanding.
+        settle: bool,
+        /// Why.
+        reason: String,
+    },
+    /// Asks for a live migration; the leader starts it when there is room.
+    QueueMigration {
+        /// Which machine.
+        vm: VmId,
+        /// Where to.
+        to: NodeId,
+        /// How.
+        options: MigrationOptions,
+        /// Why.
+        cause: MigrationCause,
+        /// Why there.
+        why: Why,
+    },
+    /// Starts a queued migration: reserves the destination's token and room.
+    StartMigration {
+        /// Which.
+        migration: MigrationId,
+        /// The source's token.
+        expects: Token,
+        /// 32 random bytes in hex, drawn by the proposer.
+        ticket: String,
+    },
+    /// The destination burnt its reserved token (a claim without a good answer).
+    RenewMigrationToken {
+        /// Which.
+        migration: MigrationId,
+        /// The burnt token.
+        burnt: Token,
+    },
+    /// Ownership and leases pass to the destination.
+    Cutover {
+        /// Which.
+        migration: MigrationId,
+        /// The source's token.
+        expects: Token,
+        /// The token under which every file acknowledged the destination's claim.
+        claimed: Token,
+    },
+    /// Ends a migration without a change of owner.
+    AbortMigration {
+        /// Which.
+        migration: MigrationId,
+        /// Why.
+        reason: String,
+    },
+    /// What both sides measured.
+    ReportMigration {
+        /// Which.
+        migration: MigrationId,
+        /// A JSON object of at most [`crate::SUMMARY_BYTES_MAX`] bytes.
+        summary: serde_json::Value,
+    },
+    /// Replaces the settings.
+    SetSettings {
+        /// All of them.
+        settings: Settings,
+    },
+    /// Adds or replaces a placement rule.
+    SetRule {
+        /// Its name.
+        name: Name,
+        /// The rule; `None` removes it.
+        rule: Option<Rule>,
+    },
+    /// Records an automatic act or refusal that changes nothing else.
+    Note {
+        /// What it is about.
+        objects: Vec<Object>,
+        /// How much it matters.
+        severity: Severity,
+        /// A stable kind, e.g. `failover.held`.
+        kind: String,
+        /// In words.
+        detail: String,
+        /// The rule and its inputs.
+        why: Why,
+    },
+}
+
+/// What a command gave.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// Done; there is nothing to name.
+    Nothing,
+    /// A node's number.
+    Node(NodeId),
+    /// A machine's number.
+    Vm(VmId),
+    /// A volume's number.
+    Volume(VolumeId),
+    /// A migration's number.
+    Migration(MigrationId),
+    /// A token granted.
+    Token(Token),
+}
+
+/// The answer to an entry.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reply {
+    /// It was done, by that entry.
+    Done {
+        /// The entry.
+        index: LogIndex,
+        /// What it gave.
+        outcome: Outcome,
+    },
+    /// It was refused and changed nothing.
+    Rejected(Rejection),
+}
+
+impl Reply {
+    /// The outcome, or why not.
+    ///
+    /// # Errors
+    /// The rejection.
+    pub fn into_result(self) -> Result<(LogIndex, Outcome), Rejection> {
+        match self {
+            Reply::Done { index, outcome } => Ok((index, outcome)),
+            Reply::Rejected(rejection) => Err(rejection),
+        }
+    }
+}
+
+/// Why a command was refused. The text says what to try.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, thiserror::Error)]
+#[serde(rename_all = "kebab-case")]
+pub enum Rejection {
+    /// There is a cluster already.
+    #[error("this node already belongs to the cluster `{0}`")]
+    AlreadyInitialised(Name),
+    /// There is none yet.
+    #[error("there is no cluster yet; try: clusterctl cluster init")]
+    NotInitialised,
+    /// Names are unique among their kind.
+    #[error("there is a {kind} named `{name}` already; choose another name")]
+    NameTaken {
+        /// node, machine, volume.
+        kind: String,
+        /// Which.
+        name: Name,
+    },
+    /// No such thing.
+    #[error("there is no {kind} {what}; try: clusterctl {kind} list")]
+    Unknown {
+        /// node, vm, volume, migration, rule.
+        kind: String,
+        /// As it was asked for.
+        what: String,
+    },
+    /// The spec cannot be.
+    #[error("{field}: {problem}")]
+    BadSpec {
+        /// Which field.
+        field: String,
+        /// What is wrong and what would be right.
+        problem: String,
+    },
+    /// A setting cannot be.
+    #[error(transparent)]
+    BadSettings(SettingsError),
+    /// The caller believes in an older owner or token.
+    #[error("{vm} is owned by {} under {token}, not as you believe ({expected}); look again: clusterctl vm show", owner.map_or("nobody".to_owned(), |node| node.to_string()))]
+    Stale {
+        /// Which machine.
+        vm: VmId,
+        /// Its owner.
+        owner: Option<NodeId>,
+        /// Its token.
+        token: Token,
+        /// What the caller believed, in words.
+        expected: String,
+    },
+    /// The machine has an owner.
+    #[error("{vm} is on {owner}; stop it first: clusterctl vm stop")]
+    Owned {
+        /// Which machine.
+        vm: VmId,
+        /// Its owner.
+        owner: NodeId,
+    },
+    /// The machine has no owner.
+    #[error("{vm} does not run; start it first: clusterctl vm start")]
+    NotRunning {
+        /// Which machine.
+        vm: VmId,
+    },
+    /// The machine should not run.
+    #[error("{vm} should be stopped; to run it: clusterctl vm start")]
+    NotDesired {
+        /// Which machine.
+        vm: VmId,
+    },
+    /// The machine is held.
+    #[error("{vm} is held: {reason}; to try again: clusterctl vm start")]
+    Held {
+        /// Which machine.
+        vm: VmId,
+        /// Why.
+        reason: String,
+    },
+    /// A node cannot take machines.
+    #[error("{node} takes no machines: {reason}")]
+    NodeUnfit {
+        /// Which node.
+        node: NodeId,
+        /// Lost, draining, witness, ….
+        reason: String,
+    },
+    /// A node has no room.
+    #[error(
+        "{node} has no room: {what} needs {needs}, {free} is free; choose another node, or make room: clusterctl node list"
+    )]
+    NoRoom {
+        /// Which node.
+        node: NodeId,
+        /// Memory or vCPUs.
+        what: String,
+        /// Asked for.
+        needs: u64,
+        /// There.
+        free: u64,
+    },
+    /// A node does not reach a volume.
+    #[error(
+        "{node} does not reach volume `{volume}`; choose a node that does: clusterctl volume list"
+    )]
+    VolumeUnreachable {
+        /// Which node.
+        node: NodeId,
+        /// Which volume.
+        volume: Name,
+    },
+    /// CPUs differ too much.
+    #[error(
+        "{to} has a CPU of {theirs}, {from} of {ours}: a running machine cannot move between makers; stop it and start it there"
+    )]
+    CpuDiffers {
+        /// Source.
+        from: NodeId,
+        /// Destination.
+        to: NodeId,
+        /// Source's vendor.
+        ours: String,
+        /// Destination's vendor.
+        theirs: String,
+    },
+    /// The destination speaks another stream version.
+    #[error(
+        "{to} runs an older Baton ({theirs}) that does not read what {from} ({ours}) sends; upgrade it first"
+    )]
+    VersionsDiffer {
+        /// Source.
+        from: NodeId,
+        /// Destination.
+        to: NodeId,
+        /// Source's.
+        ours: String,
+        /// Destination's.
+        theirs: String,
+    },
+    /// A migration to where it is.
+    #[error("{vm} is on {node} already; choose another node with --to")]
+    SameNode {
+        /// Which machine.
+        vm: VmId,
+        /// Where.
+        node: NodeId,
+    },
+    /// One migration of a machine at a time.
+    #[error(
+        "{vm} is already migrating ({migration}); wait for it, or: clusterctl migration cancel {migration}"
+    )]
+    AlreadyMigrating {
+        /// Which machine.
+        vm: VmId,
+        /// Which migration.
+        migration: MigrationId,
+    },
+    /// The simultaneous migrations of a node are used up.
+    #[error(
+        "{node} has {running} of {max} migrations {direction} under way; it waits in the queue"
+    )]
+    TooManyMigrations {
+        /// Which node.
+        node: NodeId,
+        /// in or out.
+        direction: String,
+        /// Under way.
+        running: u32,
+        /// The setting.
+        max: u32,
+    },
+    /// The migration is not in the state that the command needs.
+    #[error("{migration} is {is}, so {cannot}")]
+    MigrationState {
+        /// Which migration.
+        migration: MigrationId,
+        /// How it stands.
+        is: String,
+        /// What cannot be done.
+        cannot: String,
+    },
+    /// The destination burnt its token too often.
+    #[error(
+        "{migration}: the destination's storage did not acknowledge {tries} claims; the migration must be aborted"
+    )]
+    RenewalsUsedUp {
+        /// Which migration.
+        migration: MigrationId,
+        /// How many.
+        tries: u8,
+    },
+    /// The node lives another life than the caller believes.
+    #[error("{node} registered anew since; look again: clusterctl node show")]
+    OtherIncarnation {
+        /// Which node.
+        node: NodeId,
+    },
+    /// The node is in use.
+    #[error("{node} {reason}")]
+    NodeInUse {
+        /// Which node.
+        node: NodeId,
+        /// What is left, and what to do.
+        reason: String,
+    },
+    /// The volume is in use.
+    #[error("volume `{volume}` carries disks of {vms}; delete them first: clusterctl vm delete")]
+    VolumeInUse {
+        /// Which volume.
+        volume: Name,
+        /// Whose disks.
+        vms: String,
+    },
+    /// The drain is not as the command needs.
+    #[error("{node} is {is}; {hint}")]
+    DrainState {
+        /// Which node.
+        node: NodeId,
+        /// How it stands.
+        is: String,
+        /// What to try.
+        hint: String,
+    },
+    /// A placement rule forbids it.
+    #[error("rule `{rule}` keeps {vm} off {node}; change the rule, or choose another node")]
+    RuleForbids {
+        /// Which rule.
+        rule: Name,
+        /// Which machine.
+        vm: VmId,
+        /// Which node.
+        node: NodeId,
+    },
+    /// The storage cannot fence the lost owner.
+    #[error(
+        "{vm} lies on a volume of fence class none: its lost owner cannot be stopped from writing; make sure that it is off, then: clusterctl vm start"
+    )]
+    NoFence {
+        /// Which machine.
+        vm: VmId,
+    },
+    /// The counter's end.
+    #[error("all 2^30 fencing tokens were granted; restore into a new cluster")]
+    TokensUsedUp,
+    /// A text or list is too long, or another bound was passed.
+    #[error("{what} is over its bound of {max}")]
+    TooLarge {
+        /// What.
+        what: String,
+        /// The bound.
+        max: u64,
+    },
+}
