@@ -1,2 +1,51 @@
-//! Work in progress.
-fn main() {}
+//! Baton's own chores. `cargo xtask demo` and `cargo xtask test` are the two that everybody needs.
+
+mod bench;
+mod build;
+mod guest;
+mod layers;
+mod test;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(about = "Baton's chores", disable_help_subcommand = true)]
+struct Args {
+    #[command(subcommand)]
+    chore: Chore,
+}
+
+#[derive(Subcommand)]
+enum Chore {
+    /// Build in release mode and run the demo: three nodes, real machines, a migration, a drain, a failover.
+    Demo {
+        /// Given to `clusterctl demo`, for example `--json`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Run the tests. With --all also those that need root and packages; there a SKIPPED is a failure.
+    Test(test::TestArgs),
+    /// Build a guest image: `linux`.
+    Guest(guest::GuestArgs),
+    /// Check that the crates depend on each other only as ARCHITECTURE.md says.
+    Layers,
+    /// Measure: `migrate`, `raft`, `failover`, `network`.
+    Bench(bench::BenchArgs),
+    /// Migrate and fail over again and again, and let the guests check themselves.
+    Soak {
+        /// Given to the soak program, for example `--migrations 200 --failovers 20`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+}
+
+fn main() -> anyhow::Result<()> {
+    match Args::parse().chore {
+        Chore::Demo { args } => build::demo(&args),
+        Chore::Test(args) => test::run(&args),
+        Chore::Guest(args) => guest::run(&args),
+        Chore::Layers => layers::run(),
+        Chore::Bench(args) => bench::run(&args),
+        Chore::Soak { args } => bench::soak(&args),
+    }
+}

@@ -1,0 +1,64 @@
+//! Builds a measuring program in release mode and runs it.
+
+use std::process::Command;
+
+use clap::{Args, ValueEnum};
+
+use crate::build;
+
+/// Flags of `cargo xtask bench`.
+#[derive(Args)]
+pub struct BenchArgs {
+    /// What to measure.
+    name: Bench,
+    /// Given to the program; `--json` prints one JSON object on stdout.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    args: Vec<String>,
+}
+
+/// What can be measured.
+#[derive(Clone, Copy, ValueEnum)]
+enum Bench {
+    /// Live migration of a 1 GiB machine between two nodes: throughput and blackout.
+    Migrate,
+    /// Commit latency of three durable nodes beside one fdatasync.
+    Raft,
+    /// From the kill of a node to its machines running elsewhere.
+    Failover,
+    /// What a TCP peer of a Linux guest sees of a migration (needs root).
+    Network,
+}
+
+/// Runs one.
+pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
+    let (package, program) = match args.name {
+        Bench::Migrate => ("tests", "bench-migrate"),
+        Bench::Raft => ("clusterd", "raft-bench"),
+        Bench::Failover => ("tests", "bench-failover"),
+        Bench::Network => ("tests", "bench-network"),
+    };
+    release_program(package, program, &args.args)
+}
+
+/// Runs the soak program.
+pub fn soak(args: &[String]) -> anyhow::Result<()> {
+    release_program("tests", "soak", args)
+}
+
+fn release_program(package: &str, program: &str, args: &[String]) -> anyhow::Result<()> {
+    build::require_kvm()?;
+    let programs = build::programs(true)?;
+    build::run(build::cargo().args([
+        "build",
+        "--release",
+        "--package",
+        package,
+        "--bin",
+        program,
+    ]))?;
+    build::run(
+        Command::new(programs.join(program))
+            .args(args)
+            .env("BATON_PROGRAMS", &programs),
+    )
+}

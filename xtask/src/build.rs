@@ -1,0 +1,79 @@
+//! Building Baton's programs and running one of them.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, bail, ensure};
+
+/// The packages that make up an installed Baton.
+const PROGRAMS: [&str; 4] = ["clusterd", "vmm", "storage-broker", "cli"];
+
+/// The root of the workspace.
+pub fn root() -> &'static Path {
+    // xtask lies directly below it.
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap_or(Path::new("."))
+}
+
+/// Where cargo puts what it builds.
+pub fn target_dir() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
+}
+
+/// The cargo that runs this program.
+pub fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(root());
+    command
+}
+
+/// Runs a command to its end and fails when it fails.
+pub fn run(command: &mut Command) -> anyhow::Result<()> {
+    let status = command
+        .status()
+        .with_context(|| format!("cannot start {command:?}"))?;
+    ensure!(status.success(), "{command:?} failed: {status}");
+    Ok(())
+}
+
+/// Says what to do where machines cannot run.
+pub fn require_kvm() -> anyhow::Result<()> {
+    use std::io::ErrorKind;
+    match std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+    {
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => bail!(
+            "/dev/kvm is there but not for you: add yourself to its group (sudo usermod -aG kvm $USER, then log in again)"
+        ),
+        Err(error) => bail!(
+            "/dev/kvm cannot be opened ({error}): switch on virtualisation in the firmware and load kvm_intel or kvm_amd; \
+             in a virtual machine ask for nested virtualisation"
+        ),
+    }
+}
+
+/// Builds the programs, in release mode or not, and says where they lie.
+pub fn programs(release: bool) -> anyhow::Result<PathBuf> {
+    let mut command = cargo();
+    command
+        .arg("build")
+        .args(PROGRAMS.iter().flat_map(|program| ["--package", program]));
+    if release {
+        command.arg("--release");
+    }
+    run(&mut command)?;
+    Ok(target_dir().join(if release { "release" } else { "debug" }))
+}
+
+/// Builds in release mode, then runs `clusterctl demo` from there.
+pub fn demo(args: &[String]) -> anyhow::Result<()> {
+    require_kvm()?;
+    let programs = programs(true)?;
+    run(Command::new(programs.join("clusterctl"))
+        .arg("demo")
+        .args(args))
+}
