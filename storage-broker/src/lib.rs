@@ -1,1 +1,20 @@
-//! Work in progress.
+//! Shared storage for virtual machines: volumes, disks, and the fence that the storage server enforces.
+//!
+//! ```text
+//!  volume   what `nfs://…` and `dir:…` mean; the identity file; paths of disks
+//!  dialer   the one place where connections to storage servers are made
+//!  nfs      a pipelined NFSv3 client: record marking, calls, MOUNT
+//!  fence    claim and verify: moving files from token to token
+//!  certify  trying what a server really enforces
+//!  disk     what a monitor does I/O through: hold, drain, re-key, replay
+//!  store    the metadata work on a volume: probe, adopt, create, delete
+//!  daemon   the gRPC service that `clusterd` talks to
+//! ```
+
+#![forbid(unsafe_code)]
+
+pub mod dialer;
+pub mod disk;
+pub mod latency;
+pub mod nfs;
+pub mod volume;
