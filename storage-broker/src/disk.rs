@@ -287,3 +287,6 @@ fn check_range(offset: u64, length: u64, size_bytes: u64) -> Result<(), DiskErro
         _ => Err(DiskError::OutOfRange { offset, length, size_bytes }),
     }
 }
+
+#[cfg(test)]
+mod tests;
