@@ -1,0 +1,13 @@
+//! One noun, one file.
+
+pub mod balance;
+pub mod cluster;
+pub mod dev;
+pub mod events;
+pub mod lease;
+pub mod migration;
+pub mod node;
+pub mod rule;
+pub mod vm;
+pub mod volume;
+pub mod why;

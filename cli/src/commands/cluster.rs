@@ -1,0 +1,209 @@
+//! `clusterctl cluster`: make it, look at it, set it.
+
+use std::process::ExitCode;
+
+use clap::Subcommand;
+use proto::admin::{
+    ClusterInitRequest, ClusterStatusReply, ClusterStatusRequest, SettingsGetRequest,
+    SettingsSetRequest,
+};
+
+use crate::Context;
+use crate::client::CliError;
+use crate::output::{self, Format};
+
+/// What can be done with the cluster.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make a cluster of the node that --server names.
+    Init {
+        /// What to call it: a-z, 0-9 and '-'.
+        #[arg(default_value = "baton")]
+        name: String,
+        /// Count a node as lost after 2.8 s and not 6.5 s: for networks without stalls.
+        #[arg(long)]
+        fast: bool,
+    },
+    /// One screen: quorum, capacity, work, alerts.
+    Status,
+    /// Print the settings.
+    Settings,
+    /// Change settings: `clusterctl cluster set migrations_out_max=4 downtime_max_ms=200`.
+    Set {
+        /// `setting=value`, as many as you like.
+        #[arg(required = true)]
+        settings: Vec<String>,
+    },
+}
+
+/// Does it.
+///
+/// # Errors
+/// What the node refused.
+pub async fn run(c: &Context, command: Command) -> Result<ExitCode, CliError> {
+    match command {
+        Command::Init { name, fast } => {
+            let reply = c
+                .connect()
+                .await?
+                .api
+                .cluster_init(ClusterInitRequest {
+                    change: c.change(),
+                    name: name.clone(),
+                    fast,
+                })
+                .await?
+                .into_inner();
+            match c.output {
+                Format::Json => output::json(&reply)?,
+                Format::Table => output::text(format!(
+                    "✔ cluster {name} ({}) has its first node, {}\n  next: clusterctl node add NAME --address HOST:PORT   (twice: three nodes survive the loss of one)\n        clusterctl volume add NAME nfs://server/export",
+                    reply.cluster_id, reply.node
+                ))?,
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Status => status(c).await,
+        Command::Settings => {
+            let reply = c
+                .connect()
+                .await?
+                .api
+                .settings_get(SettingsGetRequest {})
+                .await?
+                .into_inner();
+            print_settings(c, &reply.json)
+        }
+        Command::Set { settings } => {
+            let mut patch = serde_json::Map::new();
+            for setting in settings {
+                let Some((name, value)) = setting.split_once('=') else {
+                    return Err(CliError::Local(format!(
+                        "`{setting}`: write setting=value, for example downtime_max_ms=200"
+                    )));
+                };
+                let value = serde_json::from_str(value)
+                    .unwrap_or_else(|_| serde_json::Value::String(value.to_owned()));
+                patch.insert(name.to_owned(), value);
+            }
+            let patch_json = serde_json::Value::Object(patch).to_string();
+            let reply = c
+                .connect()
+                .await?
+                .api
+                .settings_set(SettingsSetRequest {
+                    change: c.change(),
+                    patch_json,
+                })
+                .await?
+                .into_inner();
+            print_settings(c, &reply.json)
+        }
+    }
+}
+
+fn print_settings(c: &Context, json: &str) -> Result<ExitCode, CliError> {
+    let settings: serde_json::Value = serde_json::from_str(json)?;
+    match c.output {
+        Format::Json => output::json(&settings)?,
+        Format::Table => {
+            let rows = settings
+                .as_object()
+                .into_iter()
+                .flatten()
+                .map(|(name, value)| {
+                    vec![name.clone(), value.to_string().trim_matches('"').to_owned()]
+                })
+                .collect();
+            output::table(&["SETTING", "VALUE"], rows)?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `clusterctl status`.
+///
+/// # Errors
+/// What the node refused.
+pub async fn status(c: &Context) -> Result<ExitCode, CliError> {
+    let status = c
+        .connect()
+        .await?
+        .api
+        .cluster_status(ClusterStatusRequest {})
+        .await?
+        .into_inner();
+    match c.output {
+        Format::Json => output::json(&status)?,
+        Format::Table => output::text(screen(&status))?,
+    }
+    Ok(if status.quorum {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn screen(s: &ClusterStatusReply) -> String {
+    let quorum = if s.quorum {
+        format!(
+            "OK · leader {} (term {}) · voters {}",
+            s.leader,
+            s.term,
+            s.voters.join(" ")
+        )
+    } else {
+        format!(
+            "LOST · {} answers alone; nothing changes owner until a majority of {} is back",
+            s.node,
+            s.voters.join(" ")
+        )
+    };
+    let learners = if s.learners.is_empty() {
+        String::new()
+    } else {
+        format!(" · learners {}", s.learners.join(" "))
+    };
+    let tolerates = if s.tolerates_one_loss {
+        "any one node may be lost".to_owned()
+    } else {
+        format!(
+            "NOT every machine would run after the loss of one node: {}",
+            s.tolerates_why_not
+        )
+    };
+    let alerts = if s.alerts.is_empty() {
+        "none".to_owned()
+    } else {
+        s.alerts.join("\n          ")
+    };
+    format!(
+        "Cluster   {} ({}) · clusterd {} · answered by {}\n\
+         Quorum    {quorum}{learners} · log {} of {}\n\
+         Capacity  vCPUs {} on {} CPUs · memory {} of {} MiB · {tolerates}\n\
+         Nodes     {} of {} up\n\
+         VMs       {} running of {}\n\
+         Storage   {} volumes · {} leases held · last token t{}\n\
+         Work      {} migrations under way · {} queued\n\
+         Alerts    {alerts}",
+        s.name,
+        s.cluster_id,
+        s.version,
+        s.node,
+        s.applied_index,
+        s.commit_index,
+        s.vcpus_committed,
+        s.cpus,
+        s.memory_committed_mib,
+        s.memory_mib,
+        s.nodes_up,
+        s.nodes_all,
+        s.vms_running,
+        s.vms_all,
+        s.volumes,
+        s.leases_held,
+        s.token_last,
+        s.migrations_active,
+        s.migrations_queued,
+    )
+}

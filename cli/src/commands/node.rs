@@ -1,0 +1,494 @@
+//! `clusterctl node`: who is in the cluster, and emptying one of them.
+
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use clap::{Subcommand, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use proto::admin::{
+    DrainMove, DrainPlan, DrainStatus, NodeDrainRequest, NodeDrainStatusRequest, NodeJoinRequest,
+    NodeListRequest, NodeRemoveRequest, NodeUncordonRequest, NodeView,
+};
+
+use crate::Context;
+use crate::client::{CliError, Connection};
+use crate::output::{self, Format};
+
+/// How often a running drain is looked at.
+const DRAIN_LOOK: Duration = Duration::from_millis(250);
+/// Done in part: some machines could not move.
+const EXIT_INCOMPLETE: u8 = 5;
+
+/// What can be done with nodes.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Every node.
+    List,
+    /// One node, whole.
+    Show {
+        /// Its name.
+        name: String,
+    },
+    /// Let a running clusterd that is in no cluster into this one.
+    Add(AddArgs),
+    /// Take an empty node out of the cluster.
+    Remove {
+        /// Its name.
+        name: String,
+    },
+    /// Move every machine off a node, live; it takes none until it is uncordoned.
+    Drain(DrainArgs),
+    /// Let a drained or quarantined node take machines again.
+    Uncordon(UncordonArgs),
+}
+
+/// `node add`.
+#[derive(Debug, clap::Args)]
+pub struct AddArgs {
+    /// The name that its clusterd was started with.
+    name: String,
+    /// Where its clusterd listens, host:port.
+    #[arg(long)]
+    address: String,
+    /// Vote and duty.
+    #[arg(long, value_enum, default_value = "voter")]
+    role: Role,
+}
+
+/// What a node does.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Role {
+    /// May get a vote (up to five nodes have one) and runs machines.
+    Voter,
+    /// Never votes; runs machines.
+    Learner,
+    /// Votes; runs no machines.
+    Witness,
+}
+
+/// `drain`.
+#[derive(Debug, clap::Args)]
+pub struct DrainArgs {
+    /// The node to empty.
+    node: String,
+    /// Show the plan and do nothing.
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// `uncordon`.
+#[derive(Debug, clap::Args)]
+pub struct UncordonArgs {
+    /// The node.
+    node: String,
+    /// Also bring back the machines that its last drain moved away.
+    #[arg(long)]
+    failback: bool,
+}
+
+/// Does it.
+///
+/// # Errors
+/// What the node refused.
+pub async fn run(c: &Context, command: Command) -> Result<ExitCode, CliError> {
+    match command {
+        Command::List => {
+            let nodes = list(&mut c.connect().await?).await?;
+            match c.output {
+                Format::Json => output::json(&nodes)?,
+                Format::Table => output::table(
+                    &[
+                        "NAME",
+                        "STATE",
+                        "ROLE",
+                        "VMS",
+                        "VCPUS",
+                        "MEMORY",
+                        "MIGR IN/OUT",
+                        "LEASE SLACK",
+                        "VERSION",
+                        "ADDRESS",
+                    ],
+                    nodes.iter().map(row).collect(),
+                )?,
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Show { name } => show(c, &name).await,
+        Command::Add(args) => add(c, args).await,
+        Command::Remove { name } => {
+            if !output::confirm(c.yes, &format!("Take node {name} out of the cluster?"))? {
+                return Ok(ExitCode::FAILURE);
+            }
+            let done = c
+                .connect()
+                .await?
+                .api
+                .node_remove(NodeRemoveRequest {
+                    change: c.change(),
+                    node: name.clone(),
+                })
+                .await?
+                .into_inner();
+            match c.output {
+                Format::Json => output::json(&done)?,
+                Format::Table => output::text(format!("✔ {name} is out of the cluster"))?,
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Drain(args) => drain(c, args).await,
+        Command::Uncordon(args) => uncordon(c, args).await,
+    }
+}
+
+async fn list(connection: &mut Connection) -> Result<Vec<NodeView>, CliError> {
+    Ok(connection
+        .api
+        .node_list(NodeListRequest {})
+        .await?
+        .into_inner()
+        .nodes)
+}
+
+fn row(node: &NodeView) -> Vec<String> {
+    vec![
+        node.name.clone(),
+        node.state.clone(),
+        if node.leader {
+            "leader".into()
+        } else {
+            node.role.clone()
+        },
+        node.vms.to_string(),
+        format!("{}/{}", node.vcpus_committed, node.cpus),
+        format!("{}/{} MiB", node.memory_committed_mib, node.memory_mib),
+        format!("{}/{}", node.migrations_in, node.migrations_out),
+        if node.lease_slack_ms < 0 {
+            String::new()
+        } else {
+            format!("{:.1} s", node.lease_slack_ms as f64 / 1e3)
+        },
+        node.version.clone(),
+        node.address.clone(),
+    ]
+}
+
+async fn show(c: &Context, name: &str) -> Result<ExitCode, CliError> {
+    let mut connection = c.connect().await?;
+    let nodes = list(&mut connection).await?;
+    let Some(node) = nodes.iter().find(|node| node.name == name) else {
+        let known: Vec<&str> = nodes.iter().map(|node| node.name.as_str()).collect();
+        return Err(CliError::Refused {
+            code: "E-NOTFOUND".into(),
+            message: format!("there is no node {name}; there are: {}", known.join(", ")),
+        });
+    };
+    let drain = connection
+        .api
+        .node_drain_status(NodeDrainStatusRequest {
+            node: name.to_owned(),
+        })
+        .await?
+        .into_inner();
+    if c.output == Format::Json {
+        output::json(&serde_json::json!({ "node": node, "drain": drain }))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    output::text(format!(
+        "{}  {}{}\naddress      {}\nCPU          {} × {} ({}), load {:.0} %\nmemory       {} of {} MiB spoken for\nmachines     {}\nmigrations   {} in, {} out\nversion      {}\nincarnation  {:x}",
+        node.name,
+        node.state,
+        if node.leader { ", leads" } else { "" },
+        node.address,
+        node.cpus,
+        node.cpu_model,
+        node.cpu_vendor,
+        node.cpu_load * 100.0,
+        node.memory_committed_mib,
+        node.memory_mib,
+        node.vms,
+        node.migrations_in,
+        node.migrations_out,
+        node.version,
+        node.incarnation,
+    ))?;
+    if !node.note.is_empty() {
+        output::text(format!("note         {}", node.note))?;
+    }
+    if drain.state != "not-draining" {
+        output::text(drain_line(&drain))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn add(c: &Context, args: AddArgs) -> Result<ExitCode, CliError> {
+    let member = member_address(c).await?;
+    let role = match args.role {
+        Role::Voter => "voter",
+        Role::Learner => "learner",
+        Role::Witness => "witness",
+    };
+    let mut joining = Connection::open(&args.address).await?;
+    let request = NodeJoinRequest {
+        change: c.change(),
+        member,
+        role: role.into(),
+        token: String::new(),
+    };
+    let reply = joining.api.node_join(request).await?.into_inner();
+    // It is in once the cluster counts it among the living.
+    let mut connection = c.connect().await?;
+    let deadline = Instant::now() + c.timeout;
+    let node = loop {
+        let nodes = list(&mut connection).await?;
+        if let Some(node) = nodes.into_iter().find(|node| node.id == reply.node_id)
+            && (node.state != "joining" || c.no_wait)
+        {
+            break node;
+        }
+        if Instant::now() > deadline {
+            return Err(CliError::Local(format!(
+                "{} was let in but has not spoken yet; look: clusterctl node list",
+                args.name
+            )));
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    };
+    if node.name != args.name {
+        eprintln!(
+            "note: the clusterd at {} calls itself {}",
+            args.address, node.name
+        );
+    }
+    match c.output {
+        Format::Json => output::json(&node)?,
+        Format::Table => output::text(format!(
+            "✔ {} is in cluster {} as {role}",
+            node.name, reply.cluster_name
+        ))?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// An address of this cluster that another host can reach: the leader's.
+async fn member_address(c: &Context) -> Result<String, CliError> {
+    let nodes = list(&mut c.connect().await?).await?;
+    nodes
+        .iter()
+        .find(|node| node.leader)
+        .or_else(|| nodes.iter().find(|node| node.state == "up"))
+        .map(|node| node.address.clone())
+        .ok_or_else(|| {
+            CliError::Local(
+                "the cluster has no living node to join through; try: clusterctl status".into(),
+            )
+        })
+}
+
+/// `clusterctl drain`.
+///
+/// # Errors
+/// What the node refused.
+pub async fn drain(c: &Context, args: DrainArgs) -> Result<ExitCode, CliError> {
+    let mut connection = c.connect().await?;
+    let ask = |dry_run| NodeDrainRequest {
+        change: c.change(),
+        node: args.node.clone(),
+        dry_run,
+    };
+    let plan = connection.api.node_drain(ask(true)).await?.into_inner();
+    if args.dry_run {
+        match c.output {
+            Format::Json => output::json(&plan)?,
+            Format::Table => output::text(plan_text(&plan))?,
+        }
+        return Ok(if plan.cannot_move > 0 {
+            ExitCode::from(EXIT_INCOMPLETE)
+        } else {
+            ExitCode::SUCCESS
+        });
+    }
+    if c.output == Format::Table {
+        eprintln!("{}", plan_text(&plan));
+    }
+    if plan.cannot_move > 0
+        && !output::confirm(
+            c.yes,
+            &format!(
+                "{} of its machines cannot move. Drain {} all the same?",
+                plan.cannot_move, args.node
+            ),
+        )?
+    {
+        return Ok(ExitCode::FAILURE);
+    }
+    let plan = connection.api.node_drain(ask(false)).await?.into_inner();
+    if c.no_wait {
+        if c.output == Format::Json {
+            output::json(&plan)?;
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let status = watch_drain(&mut connection, &args.node, c.timeout).await?;
+    match c.output {
+        Format::Json => output::json(&status)?,
+        Format::Table => output::text(drain_line(&status))?,
+    }
+    Ok(match status.state.as_str() {
+        "drained" => ExitCode::SUCCESS,
+        "incomplete" => ExitCode::from(EXIT_INCOMPLETE),
+        _ => ExitCode::FAILURE,
+    })
+}
+
+/// Follows a drain to its end, with a bar on a terminal and a line for each machine elsewhere.
+///
+/// # Errors
+/// When the node cannot be asked any more, or the time is over (the drain goes on).
+pub async fn watch_drain(
+    connection: &mut Connection,
+    node: &str,
+    timeout: Duration,
+) -> Result<DrainStatus, CliError> {
+    let bar = if output::interactive() {
+        ProgressBar::new(1)
+    } else {
+        ProgressBar::hidden()
+    };
+    bar.set_style(
+        ProgressStyle::with_template(
+            "{prefix} draining  {bar:24}  {pos} of {len} gone  {elapsed}  {msg}",
+        )
+        .unwrap_or_else(|_| ProgressStyle::default_bar()),
+    );
+    bar.set_prefix(node.to_owned());
+    let deadline = Instant::now() + timeout;
+    loop {
+        let status = connection
+            .api
+            .node_drain_status(NodeDrainStatusRequest {
+                node: node.to_owned(),
+            })
+            .await?
+            .into_inner();
+        bar.set_length(u64::from(status.machines));
+        bar.set_position(u64::from(status.gone));
+        let moving: Vec<String> = status
+            .moving
+            .iter()
+            .map(|migration| format!("{} → {} ({})", migration.vm, migration.to, migration.stage))
+            .collect();
+        bar.set_message(moving.join(", "));
+        if status.state != "draining" {
+            bar.finish_and_clear();
+            return Ok(status);
+        }
+        if Instant::now() > deadline {
+            bar.finish_and_clear();
+            return Err(CliError::Local(format!(
+                "{node} is still being drained; watch it: clusterctl node show {node}"
+            )));
+        }
+        tokio::time::sleep(DRAIN_LOOK).await;
+    }
+}
+
+/// The plan as a table.
+pub fn plan_text(plan: &DrainPlan) -> String {
+    let moves = plan.moves.len() - plan.cannot_move as usize;
+    let mut text = format!(
+        "Plan for {}: {moves} machines leave, {} cannot · predicted {}",
+        plan.node,
+        plan.cannot_move,
+        output::millis(plan.predicted_ms)
+    );
+    if !plan.moves.is_empty() {
+        text.push('\n');
+        text.push_str(&moves_table(&plan.moves));
+    }
+    text
+}
+
+fn moves_table(moves: &[DrainMove]) -> String {
+    let rows = moves
+        .iter()
+        .map(|m| {
+            let cannot = m.how == "none";
+            vec![
+                m.vm.clone(),
+                if cannot {
+                    "cannot move".into()
+                } else {
+                    m.how.clone()
+                },
+                m.to.clone(),
+                if cannot {
+                    String::new()
+                } else {
+                    output::millis(m.predicted_ms)
+                },
+                if cannot {
+                    String::new()
+                } else {
+                    format!("≤ {} ms", m.predicted_blackout_ms)
+                },
+                m.why.clone(),
+            ]
+        })
+        .collect();
+    output::table_string(&["VM", "HOW", "TO", "PREDICTED", "BLACKOUT", "WHY"], rows)
+}
+
+fn drain_line(status: &DrainStatus) -> String {
+    let node = &status.node;
+    match status.state.as_str() {
+        "drained" => format!(
+            "✔ {node} is drained and safe to power off · {} machines left it in {} · longest blackout {}\n  to bring it back: clusterctl uncordon {node} --failback",
+            status.gone,
+            output::millis(status.elapsed_ms),
+            output::micros(status.longest_blackout_us)
+        ),
+        "incomplete" => format!(
+            "✘ {node} keeps {} machines\n{}",
+            status.stuck.len(),
+            moves_table(&status.stuck)
+        ),
+        "draining" => format!(
+            "{node} is being drained: {} of {} gone, {} moving, waiting: {}",
+            status.gone,
+            status.machines,
+            status.moving.len(),
+            status.waiting.join(", ")
+        ),
+        other => format!("{node}: {other}"),
+    }
+}
+
+/// `clusterctl uncordon`.
+///
+/// # Errors
+/// What the node refused.
+pub async fn uncordon(c: &Context, args: UncordonArgs) -> Result<ExitCode, CliError> {
+    let request = NodeUncordonRequest {
+        change: c.change(),
+        node: args.node.clone(),
+        failback: args.failback,
+    };
+    let reply = c
+        .connect()
+        .await?
+        .api
+        .node_uncordon(request)
+        .await?
+        .into_inner();
+    match c.output {
+        Format::Json => output::json(&reply)?,
+        Format::Table => {
+            output::text(format!("✔ {} takes machines again", args.node))?;
+            if !reply.failback.is_empty() {
+                output::text(moves_table(&reply.failback))?;
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
