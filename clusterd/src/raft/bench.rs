@@ -1,0 +1,302 @@
+//! Measures what a commit costs against what the disk costs: three durable nodes on one machine.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Write};
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use cluster_model::NodeId;
+use serde::{Deserialize, Serialize};
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tonic::service::Routes;
+
+use super::{Machine, Options, RaftHandle, Timing};
+use crate::net::{self, Dialer};
+
+/// What to measure.
+#[derive(Clone, Debug)]
+pub struct BenchOptions {
+    /// A directory on the disk to measure; removed again at the end.
+    pub dir: PathBuf,
+    /// Voters.
+    pub nodes: u64,
+    /// Numbers of clients that propose at the same time, one measurement each.
+    pub clients: Vec<usize>,
+    /// How long each measurement takes.
+    pub duration: Duration,
+    /// Size of a command, bytes.
+    pub command_bytes: usize,
+}
+
+impl BenchOptions {
+    /// Three voters, 1 and 16 clients, 256-byte commands, three seconds each.
+    pub fn new(dir: impl Into<PathBuf>) -> BenchOptions {
+        BenchOptions {
+            dir: dir.into(),
+            nodes: 3,
+            clients: vec![1, 16],
+            duration: Duration::from_secs(3),
+            command_bytes: 256,
+        }
+    }
+}
+
+/// What was measured, in the form that all benchmarks of this project print.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BenchReport {
+    /// `raft`.
+    pub bench: String,
+    /// The machine's kernel and processors.
+    pub machine: String,
+    /// The figures.
+    pub figures: Vec<Figure>,
+}
+
+/// One figure.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Figure {
+    /// What it is.
+    pub name: String,
+    /// Its value.
+    pub value: f64,
+    /// Its unit.
+    pub unit: String,
+    /// What it is compared with, in the same unit: one append and fdatasync on the same disk.
+    pub peer: Option<f64>,
+    /// `value / peer`.
+    pub ratio: Option<f64>,
+}
+
+/// Why nothing was measured.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// The disk or a socket refused.
+    #[error("cannot measure in {dir}")]
+    Io {
+        /// Where.
+        dir: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The cluster did not come up or stopped.
+    #[error("the cluster to measure failed: {why}")]
+    Cluster {
+        /// How.
+        why: String,
+    },
+}
+
+/// Counts: the least that a state machine can do, so that the log is measured.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Counter {
+    /// Commands applied.
+    pub applied: u64,
+    /// The last filler of each client: a state that is not quite empty.
+    pub last: BTreeMap<u64, String>,
+}
+
+/// Counts one up for a client.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Count {
+    client: u64,
+    filler: String,
+}
+
+impl Machine for Counter {
+    type Command = Count;
+    type Reply = u64;
+
+    fn apply(&mut self, _index: u64, command: &Count) -> u64 {
+        self.applied += 1;
+        self.last.insert(command.client, command.filler.clone());
+        self.applied
+    }
+}
+
+/// A node of the measured cluster; its server ends when this is dropped.
+struct BenchNode {
+    handle: RaftHandle<Counter>,
+    address: String,
+    stop: Option<oneshot::Sender<()>>,
+}
+
+/// Runs the benchmark.
+///
+/// # Errors
+/// See [`BenchError`].
+pub async fn run(options: BenchOptions) -> Result<BenchReport, BenchError> {
+    let io_failed = |source| BenchError::Io { dir: options.dir.clone(), source };
+    std::fs::create_dir_all(&options.dir).map_err(io_failed)?;
+    let (dir, bytes, duration) = (options.dir.clone(), options.command_bytes, options.duration);
+    let disk = tokio::task::spawn_blocking(move || fdatasync(&dir, bytes, duration))
+        .await
+        .map_err(|error| cluster_failed(&error))?
+        .map_err(io_failed)?;
+    let mut figures = vec![
+        figure("fdatasync p50", disk.p50, "us", None),
+        figure("fdatasync p99", disk.p99, "us", None),
+    ];
+    let nodes = start(&options).await?;
+    let measured = measure(&options, &nodes, disk, &mut figures).await;
+    for mut node in nodes {
+        if let Some(stop) = node.stop.take() {
+            // The server may have ended by itself.
+            let _ = stop.send(());
+        }
+        node.handle.shutdown().await;
+    }
+    std::fs::remove_dir_all(&options.dir).map_err(io_failed)?;
+    measured?;
+    Ok(BenchReport { bench: "raft".into(), machine: machine(), figures })
+}
+
+fn figure(name: &str, value: f64, unit: &str, peer: Option<f64>) -> Figure {
+    let ratio = peer.filter(|peer| *peer > 0.0).map(|peer| value / peer);
+    Figure { name: name.into(), value, unit: unit.into(), peer, ratio }
+}
+
+fn cluster_failed(error: &dyn std::fmt::Display) -> BenchError {
+    BenchError::Cluster { why: error.to_string() }
+}
+
+fn machine() -> String {
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let processors = std::thread::available_parallelism().map_or(0, usize::from);
+    format!("Linux {}, {processors} processors", kernel.trim())
+}
+
+#[derive(Clone, Copy)]
+struct Quantiles {
+    p50: f64,
+    p99: f64,
+}
+
+fn quantiles(mut took: Vec<Duration>) -> Quantiles {
+    took.sort_unstable();
+    let at = |percent: usize| {
+        let index = (took.len() * percent / 100).min(took.len().saturating_sub(1));
+        took.get(index).map_or(0.0, |took| took.as_secs_f64() * 1e6)
+    };
+    Quantiles { p50: at(50), p99: at(99) }
+}
+
+/// What one append of `bytes` and fdatasync takes on this disk.
+fn fdatasync(dir: &Path, bytes: usize, duration: Duration) -> io::Result<Quantiles> {
+    let mut file = File::create(dir.join("fdatasync"))?;
+    let block = vec![b'x'; bytes];
+    let mut took = Vec::new();
+    let end = Instant::now() + duration;
+    while Instant::now() < end {
+        let begun = Instant::now();
+        file.write_all(&block)?;
+        file.sync_data()?;
+        took.push(begun.elapsed());
+    }
+    Ok(quantiles(took))
+}
+
+async fn start(options: &BenchOptions) -> Result<Vec<BenchNode>, BenchError> {
+    let mut nodes = Vec::new();
+    for id in 1..=options.nodes {
+        nodes.push(start_node(options, id).await?);
+    }
+    let first = nodes[0].handle.clone();
+    first.bootstrap("n1", &nodes[0].address).await.map_err(|error| cluster_failed(&error))?;
+    let leads = tokio::time::timeout(Duration::from_secs(10), async {
+        first.leadership().wait_for(|leadership| leadership.is_me).await.is_ok()
+    });
+    if leads.await != Ok(true) {
+        return Err(cluster_failed(&"no leader within 10 s"));
+    }
+    for node in &nodes[1..] {
+        let id = node.handle.node();
+        first.add_learner(id, &format!("n{}", id.0), &node.address).await.map_err(|error| cluster_failed(&error))?;
+        first.promote(id, Duration::from_secs(10)).await.map_err(|error| cluster_failed(&error))?;
+    }
+    Ok(nodes)
+}
+
+async fn start_node(options: &BenchOptions, id: u64) -> Result<BenchNode, BenchError> {
+    let io_failed = |source| BenchError::Io { dir: options.dir.clone(), source };
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.map_err(io_failed)?;
+    let address = listener.local_addr().map_err(io_failed)?.to_string();
+    let raft = Options {
+        create: true,
+        timing: Timing::default(),
+        ..Options::new(NodeId(id), options.dir.join(format!("n{id}")))
+    };
+    let dialer = Dialer::new(IpAddr::V4(Ipv4Addr::LOCALHOST));
+    let handle = super::start::<Counter>(raft, dialer).await.map_err(|error| cluster_failed(&error))?;
+    let (stop, stopped) = oneshot::channel::<()>();
+    let routes = Routes::new(handle.service());
+    tokio::spawn(async move {
+        let stopped = async move {
+            // A dropped sender means stop as well.
+            let _ = stopped.await;
+        };
+        if let Err(error) = net::serve(listener, routes, stopped).await {
+            tracing::error!(%error, "a measured node's server failed");
+        }
+    });
+    Ok(BenchNode { handle, address, stop: Some(stop) })
+}
+
+async fn measure(
+    options: &BenchOptions,
+    nodes: &[BenchNode],
+    disk: Quantiles,
+    figures: &mut Vec<Figure>,
+) -> Result<(), BenchError> {
+    let leader = nodes
+        .iter()
+        .find(|node| node.handle.is_leader())
+        .ok_or_else(|| cluster_failed(&"nobody leads"))?;
+    for &clients in &options.clients {
+        // Connections, caches and the allocator settle first.
+        propose(&leader.handle, clients, options, options.duration / 5).await?;
+        let begun = Instant::now();
+        let took = propose(&leader.handle, clients, options, options.duration).await?;
+        let rate = took.len() as f64 / begun.elapsed().as_secs_f64();
+        let quantiles = quantiles(took);
+        let name = |what: &str| format!("commit {what}, {} nodes, {clients} clients", options.nodes);
+        figures.push(figure(&name("p50"), quantiles.p50, "us", Some(disk.p50)));
+        figures.push(figure(&name("p99"), quantiles.p99, "us", Some(disk.p99)));
+        figures.push(figure(&name("rate"), rate, "1/s", None));
+    }
+    Ok(())
+}
+
+/// Proposes from `clients` tasks, each waiting for its answer; gives how long each commit took.
+async fn propose(
+    leader: &RaftHandle<Counter>,
+    clients: usize,
+    options: &BenchOptions,
+    duration: Duration,
+) -> Result<Vec<Duration>, BenchError> {
+    let end = Instant::now() + duration;
+    let tasks: Vec<_> = (0..clients as u64)
+        .map(|client| {
+            let (leader, filler) = (leader.clone(), "x".repeat(options.command_bytes));
+            tokio::spawn(async move {
+                let command = Count { client, filler };
+                let mut took = Vec::new();
+                while Instant::now() < end {
+                    let begun = Instant::now();
+                    leader.propose(&command).await?;
+                    took.push(begun.elapsed());
+                }
+                Ok::<_, super::ProposeError>(took)
+            })
+        })
+        .collect();
+    let mut all = Vec::new();
+    for task in tasks {
+        let took = task.await.map_err(|error| cluster_failed(&error))?;
+        all.extend(took.map_err(|error| cluster_failed(&error))?);
+    }
+    Ok(all)
+}

@@ -1,0 +1,440 @@
+//! The Raft log: what openraft asks of it, answered from memory; one thread makes it durable.
+//!
+//! ```text
+//!  openraft ──append──► tail in memory ──► log thread ──► LogDisk
+//!     ▲                                     │  takes all that waits, writes it, syncs once
+//!     └────────── "it is durable" ──────────┘
+//! ```
+//! Entries can be read as soon as `append` returns, so replication runs while the leader's own disk
+//! still works. A disk that failed once is never used again: what it holds is unknown, and openraft stops
+//! the node.
+
+mod thread;
+
+use std::collections::VecDeque;
+use std::fmt::Debug;
+use std::io;
+use std::ops::{Bound, Range, RangeBounds};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cluster_model::NodeId;
+use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
+use tokio::sync::{mpsc, oneshot};
+
+use super::codec::{self, DecodeError, Reader};
+use super::disk::{Change, Contents, LogDisk, StoreError, VALUE_BYTES_MAX};
+use super::types::{Entry, LogId, TypeConfig, Vote};
+pub(super) use thread::LogThread;
+use thread::Job;
+
+/// Entries kept in memory, bytes; older durable ones are read from the disk.
+const TAIL_BYTES_MAX: usize = 32 << 20;
+/// Entries handed to replication at once, bytes: a message stays far below its limit.
+const BATCH_BYTES_MAX: usize = 1 << 20;
+/// Entries read from the disk at once on the way to replication.
+const DISK_READ_MAX: u64 = 64;
+/// Jobs that may wait for the log thread; more make openraft wait.
+const JOBS_MAX: usize = 4_096;
+
+const KEY_VOTE: &str = "vote";
+const KEY_COMMITTED: &str = "committed";
+const KEY_PURGED: &str = "purged";
+const KEY_NODE: &str = "node";
+
+/// The log as openraft and its replication tasks see it; clones share it.
+#[derive(Clone)]
+pub(super) struct LogStore {
+    memory: Arc<Mutex<Memory>>,
+    jobs: mpsc::Sender<Job>,
+}
+
+/// What is known without asking the disk.
+#[derive(Default)]
+struct Memory {
+    vote: Option<Vote>,
+    committed: Option<LogId>,
+    purged: Option<LogId>,
+    last: Option<LogId>,
+    /// The newest entries, without a gap, up to `last`.
+    tail: VecDeque<Entry>,
+    tail_bytes: usize,
+    /// Entries below this index are durable, so the tail may let go of them.
+    durable_end: u64,
+    /// Counts truncations: a read that spans disk and memory notices one in between.
+    truncations: u64,
+}
+
+impl Memory {
+    /// The indexes that the log contains.
+    fn range(&self) -> Range<u64> {
+        let start = self.purged.map_or(0, |purged| purged.index + 1);
+        start..self.last.map_or(start, |last| last.index + 1)
+    }
+
+    fn tail_start(&self) -> u64 {
+        self.tail.front().map_or_else(|| self.range().end, |entry| entry.log_id.index)
+    }
+
+    fn push(&mut self, entry: Entry) {
+        self.last = Some(entry.log_id);
+        self.tail_bytes += weight(&entry);
+        self.tail.push_back(entry);
+    }
+
+    /// Lets go of the oldest durable entries while the tail is over its bound.
+    fn trim(&mut self) {
+        while self.tail_bytes > TAIL_BYTES_MAX {
+            match self.tail.front() {
+                Some(entry) if entry.log_id.index < self.durable_end => self.drop_front(),
+                _ => break,
+            }
+        }
+    }
+
+    fn drop_front(&mut self) {
+        if let Some(entry) = self.tail.pop_front() {
+            self.tail_bytes -= weight(&entry);
+        }
+    }
+}
+
+fn weight(entry: &Entry) -> usize {
+    let payload = match &entry.payload {
+        openraft::EntryPayload::Normal(command) => command.0.len(),
+        // A membership is small; its exact size does not matter for the bound.
+        openraft::EntryPayload::Blank | openraft::EntryPayload::Membership(_) => 256,
+    };
+    payload + codec::ENTRY_OVERHEAD
+}
+
+impl LogStore {
+    /// Reads everything `disk` holds, checks it (against the newest snapshot, too), and starts the log
+    /// thread.
+    ///
+    /// # Errors
+    /// When anything read is not what a node with this number once wrote there.
+    pub(super) fn open(
+        dir: &Path,
+        node: NodeId,
+        snapshot: Option<LogId>,
+        disk: impl LogDisk,
+    ) -> Result<(LogStore, LogThread), StoreError> {
+        let mut disk = disk;
+        let contents =
+            disk.load().map_err(|source| StoreError::Open { dir: dir.to_owned(), source })?;
+        let new = contents.meta.is_empty() && contents.entries.is_empty();
+        let (memory, owner) = check(contents, snapshot)
+            .map_err(|what| StoreError::Damaged { dir: dir.to_owned(), what: what.to_string() })?;
+        match owner {
+            Some(found) if found != node => {
+                return Err(StoreError::OtherNode { dir: dir.to_owned(), found, expected: node });
+            }
+            None if !new => {
+                let what = "it does not say whose it is".to_owned();
+                return Err(StoreError::Damaged { dir: dir.to_owned(), what });
+            }
+            Some(_) => {}
+            None => {
+                let value = codec::seal(&node.0.to_le_bytes());
+                disk.write(vec![Change::Meta { key: KEY_NODE, value }])
+                    .and_then(|()| disk.sync())
+                    .map_err(|source| StoreError::Open { dir: dir.to_owned(), source })?;
+            }
+        }
+        let memory = Arc::new(Mutex::new(memory));
+        let (jobs, waiting) = mpsc::channel(JOBS_MAX);
+        let thread = LogThread::start(disk, waiting, jobs.clone(), {
+            let memory = memory.clone();
+            move |durable_end| {
+                let mut memory = lock(&memory);
+                // A truncation may have passed the write meanwhile.
+                memory.durable_end = durable_end.min(memory.range().end);
+                memory.trim();
+            }
+        })
+        .map_err(|source| StoreError::Open { dir: dir.to_owned(), source })?;
+        Ok((LogStore { memory, jobs }, thread))
+    }
+
+    /// The last entry and the last purged one, as openraft calls them: `(last, purged)`.
+    pub(super) fn bounds(&self) -> (Option<LogId>, Option<LogId>) {
+        let memory = lock(&self.memory);
+        (memory.last, memory.purged)
+    }
+
+    async fn send(&self, job: Job) -> io::Result<()> {
+        self.jobs.send(job).await.map_err(|_| thread::gone())
+    }
+
+    /// The entries of `range` that the log contains; stops early once over `bytes_max` (if given).
+    async fn entries(&self, range: Range<u64>, bytes_max: Option<usize>) -> io::Result<Vec<Entry>> {
+        loop {
+            let (from_disk, mut recent, truncations) = {
+                let memory = lock(&self.memory);
+                let present = memory.range();
+                let (start, end) = (range.start.max(present.start), range.end.min(present.end));
+                let tail_start = memory.tail_start();
+                let from_disk = start..end.min(tail_start);
+                let mut recent = Vec::new();
+                let mut bytes = 0;
+                // With a bound, what is on the disk comes alone: the caller asks again for the rest.
+                if start < end && (bytes_max.is_none() || from_disk.is_empty()) {
+                    let skip = (start.max(tail_start) - tail_start) as usize;
+                    let take = end.saturating_sub(start.max(tail_start)) as usize;
+                    for entry in memory.tail.iter().skip(skip).take(take) {
+                        bytes += weight(entry);
+                        if bytes_max.is_some_and(|max| bytes > max) && !recent.is_empty() {
+                            break;
+                        }
+                        recent.push(entry.clone());
+                    }
+                }
+                (from_disk, recent, memory.truncations)
+            };
+            if from_disk.is_empty() {
+                return Ok(recent);
+            }
+            let from_disk = match bytes_max {
+                Some(_) => from_disk.start..from_disk.end.min(from_disk.start + DISK_READ_MAX),
+                None => from_disk,
+            };
+            let mut entries = self.read_disk(from_disk).await?;
+            let memory = lock(&self.memory);
+            if memory.truncations == truncations {
+                if let Some(max) = bytes_max {
+                    let mut bytes = 0;
+                    let fits = entries.iter().take_while(|entry| {
+                        bytes += weight(entry);
+                        bytes <= max
+                    });
+                    let count = fits.count().max(1);
+                    entries.truncate(count);
+                }
+                entries.append(&mut recent);
+                return Ok(entries);
+            }
+        }
+    }
+
+    async fn read_disk(&self, range: Range<u64>) -> io::Result<Vec<Entry>> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Job::Read { range: range.clone(), reply }).await?;
+        let values = answer.await.map_err(|_| thread::gone())??;
+        if values.len() as u64 != range.end - range.start {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("{} of the entries {range:?} are on the disk", values.len()),
+            ));
+        }
+        values
+            .iter()
+            .map(|(index, value)| decode(*index, value))
+            .collect::<Result<_, _>>()
+            .map_err(invalid)
+    }
+}
+
+fn invalid(error: DecodeError) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, error)
+}
+
+fn decode(index: u64, value: &[u8]) -> Result<Entry, DecodeError> {
+    let mut reader = Reader::new("entry", value);
+    let entry = codec::take_entry(&mut reader)?;
+    reader.end()?;
+    if entry.log_id.index == index {
+        Ok(entry)
+    } else {
+        Err(DecodeError::new(
+            "entry",
+            format!("entry {} stands in the place of {index}", entry.log_id.index),
+        ))
+    }
+}
+
+/// Turns what the disk holds into what is known, or says what is wrong with it.
+fn check(contents: Contents, snapshot: Option<LogId>) -> Result<(Memory, Option<NodeId>), DecodeError> {
+    let mut memory = Memory::default();
+    let mut owner = None;
+    for (key, sealed) in &contents.meta {
+        let value = codec::unseal("small value", sealed)?;
+        let mut reader = Reader::new("small value", value);
+        match std::str::from_utf8(key) {
+            Ok(KEY_VOTE) => memory.vote = Some(codec::take_vote(&mut reader)?),
+            Ok(KEY_COMMITTED) => memory.committed = codec::take_log_id(&mut reader)?,
+            Ok(KEY_PURGED) => memory.purged = codec::take_log_id(&mut reader)?,
+            Ok(KEY_NODE) => owner = Some(NodeId(reader.u64()?)),
+            _ => return Err(DecodeError::new("small value", format!("unknown key {key:?}"))),
+        }
+        reader.end()?;
+    }
+    memory.last = memory.purged;
+    let start = memory.range().start;
+    // A crash between "purged" and the removal leaves entries that no longer count.
+    for (index, value) in contents.entries.iter().filter(|(index, _)| *index >= start) {
+        let entry = decode(*index, value)?;
+        let expected = memory.range().end;
+        if *index != expected {
+            return Err(DecodeError::new("log", format!("entry {expected} is missing before {index}")));
+        }
+        if memory.last.is_some_and(|last| last.leader_id > entry.log_id.leader_id) {
+            return Err(DecodeError::new("log", format!("entry {index} is older than its predecessor")));
+        }
+        memory.push(entry);
+    }
+    memory.durable_end = memory.range().end;
+    memory.trim();
+    // The commit point is written lazily and in order; it can only be ahead of a log cut by hand.
+    if memory.purged > snapshot {
+        return Err(DecodeError::new("log", "the snapshot that replaced its beginning is gone"));
+    }
+    if memory.committed > memory.last.max(snapshot) {
+        return Err(DecodeError::new("log", "committed entries are missing at its end"));
+    }
+    Ok((memory, owner))
+}
+
+fn lock(memory: &Mutex<Memory>) -> MutexGuard<'_, Memory> {
+    // No step that changes it can panic half way.
+    memory.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn to_range(range: &impl RangeBounds<u64>) -> Range<u64> {
+    let start = match range.start_bound() {
+        Bound::Included(start) => *start,
+        Bound::Excluded(start) => start.saturating_add(1),
+        Bound::Unbounded => 0,
+    };
+    let end = match range.end_bound() {
+        Bound::Included(end) => end.saturating_add(1),
+        Bound::Excluded(end) => *end,
+        Bound::Unbounded => u64::MAX,
+    };
+    start..end.max(start)
+}
+
+impl RaftLogReader<TypeConfig> for LogStore {
+    async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + Debug + Send>(
+        &mut self,
+        range: RB,
+    ) -> Result<Vec<Entry>, io::Error> {
+        self.entries(to_range(&range), None).await
+    }
+
+    async fn read_vote(&mut self) -> Result<Option<Vote>, io::Error> {
+        Ok(lock(&self.memory).vote)
+    }
+
+    async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> Result<Vec<Entry>, io::Error> {
+        self.entries(start..end, Some(BATCH_BYTES_MAX)).await
+    }
+}
+
+impl RaftLogStorage<TypeConfig> for LogStore {
+    type LogReader = LogStore;
+
+    async fn get_log_state(&mut self) -> Result<LogState<TypeConfig>, io::Error> {
+        let (last_log_id, last_purged_log_id) = self.bounds();
+        Ok(LogState { last_purged_log_id, last_log_id })
+    }
+
+    async fn get_log_reader(&mut self) -> LogStore {
+        self.clone()
+    }
+
+    async fn save_vote(&mut self, vote: &Vote) -> Result<(), io::Error> {
+        let mut value = Vec::new();
+        codec::put_vote(&mut value, vote);
+        let (reply, answer) = oneshot::channel();
+        let change = Change::Meta { key: KEY_VOTE, value: codec::seal(&value) };
+        self.send(Job::Durable { changes: vec![change], reply }).await?;
+        answer.await.map_err(|_| thread::gone())??;
+        lock(&self.memory).vote = Some(*vote);
+        Ok(())
+    }
+
+    async fn save_committed(&mut self, committed: Option<LogId>) -> Result<(), io::Error> {
+        lock(&self.memory).committed = committed;
+        let mut value = Vec::new();
+        codec::put_log_id(&mut value, committed.as_ref());
+        // Not waited for: an older commit point only means that more is learnt again after a restart.
+        let change = Change::Meta { key: KEY_COMMITTED, value: codec::seal(&value) };
+        self.send(Job::Lazy { changes: vec![change] }).await
+    }
+
+    async fn read_committed(&mut self) -> Result<Option<LogId>, io::Error> {
+        Ok(lock(&self.memory).committed)
+    }
+
+    async fn append<I>(&mut self, entries: I, callback: IOFlushed<TypeConfig>) -> Result<(), io::Error>
+    where
+        I: IntoIterator<Item = Entry> + Send,
+        I::IntoIter: Send,
+    {
+        let entries: Vec<Entry> = entries.into_iter().collect();
+        let mut changes = Vec::with_capacity(entries.len());
+        for entry in &entries {
+            let mut value = Vec::new();
+            codec::put_entry(&mut value, entry).map_err(invalid)?;
+            if value.len() > VALUE_BYTES_MAX {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    format!("entry {} has {} bytes, over {VALUE_BYTES_MAX}", entry.log_id.index, value.len()),
+                ));
+            }
+            changes.push(Change::Put { index: entry.log_id.index, value });
+        }
+        let end = {
+            let mut memory = lock(&self.memory);
+            for entry in entries {
+                memory.push(entry);
+            }
+            memory.range().end
+        };
+        self.send(Job::Append { changes, end, callback }).await
+    }
+
+    async fn truncate_after(&mut self, last: Option<LogId>) -> Result<(), io::Error> {
+        let from = {
+            let mut memory = lock(&self.memory);
+            let from = last.map_or(0, |last| last.index + 1).max(memory.range().start);
+            while memory.tail.back().is_some_and(|entry| entry.log_id.index >= from) {
+                if let Some(entry) = memory.tail.pop_back() {
+                    memory.tail_bytes -= weight(&entry);
+                }
+            }
+            memory.last = last.max(memory.purged);
+            memory.durable_end = memory.durable_end.min(from);
+            memory.truncations += 1;
+            from
+        };
+        // Durable together with the append that follows; entries that come back after a crash before
+        // it were never acknowledged under the new leader.
+        self.send(Job::Lazy { changes: vec![Change::RemoveFrom(from)] }).await
+    }
+
+    async fn purge(&mut self, upto: LogId) -> Result<(), io::Error> {
+        {
+            let mut memory = lock(&self.memory);
+            if memory.purged.is_some_and(|purged| purged >= upto) {
+                return Ok(());
+            }
+            memory.purged = Some(upto);
+            memory.last = memory.last.max(Some(upto));
+            while memory.tail.front().is_some_and(|entry| entry.log_id.index <= upto.index) {
+                memory.drop_front();
+            }
+        }
+        let mut value = Vec::new();
+        codec::put_log_id(&mut value, Some(&upto));
+        let changes = vec![
+            Change::Meta { key: KEY_PURGED, value: codec::seal(&value) },
+            Change::RemoveThrough(upto.index),
+        ];
+        self.send(Job::Lazy { changes }).await
+    }
+}
+
+#[cfg(test)]
+mod tests;

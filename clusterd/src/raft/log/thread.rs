@@ -1,0 +1,154 @@
+//! The one thread that writes the log: it takes all that waits, writes it, and syncs once for all.
+
+use std::io;
+use std::ops::Range;
+use std::panic::AssertUnwindSafe;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use openraft::storage::IOFlushed;
+use tokio::sync::{mpsc, oneshot};
+
+use super::super::disk::{Change, LogDisk};
+use super::super::types::TypeConfig;
+
+/// Jobs written under one sync: enough for every client that can wait, little enough to answer soon.
+const GROUP_MAX: usize = 1_024;
+
+type Entries = Vec<(u64, Vec<u8>)>;
+
+/// What the log thread is asked to do, in order.
+pub(in super::super) enum Job {
+    /// Writes entries and tells openraft when they are durable; the log then ends at `end`.
+    Append { changes: Vec<Change>, end: u64, callback: IOFlushed<TypeConfig> },
+    /// Writes and answers when it is durable.
+    Durable { changes: Vec<Change>, reply: oneshot::Sender<io::Result<()>> },
+    /// Writes; durable with whatever is synced next.
+    Lazy { changes: Vec<Change> },
+    /// Reads entries.
+    Read { range: Range<u64>, reply: oneshot::Sender<io::Result<Entries>> },
+    /// Syncs, closes the store and ends.
+    Close,
+}
+
+/// Ends the log thread; the store can be opened again afterwards.
+pub(in super::super) struct LogThread {
+    jobs: mpsc::Sender<Job>,
+    thread: Arc<Mutex<Option<JoinHandle<()>>>>,
+}
+
+/// The answer of a thread that has ended.
+pub(super) fn gone() -> io::Error {
+    io::Error::new(io::ErrorKind::BrokenPipe, "the log is closed")
+}
+
+impl LogThread {
+    pub(super) fn start(
+        disk: impl LogDisk,
+        waiting: mpsc::Receiver<Job>,
+        jobs: mpsc::Sender<Job>,
+        durable: impl Fn(u64) + Send + 'static,
+    ) -> io::Result<LogThread> {
+        let thread = std::thread::Builder::new()
+            .name("raft-log".into())
+            .spawn(move || run(disk, waiting, durable))?;
+        Ok(LogThread { jobs, thread: Arc::new(Mutex::new(Some(thread))) })
+    }
+
+    /// Closes the store: returns when its files are closed and unlocked.
+    pub(in super::super) async fn close(&self) {
+        // An error means that the thread has ended already.
+        let _ = self.jobs.send(Job::Close).await;
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread
+            && tokio::task::spawn_blocking(move || thread.join().is_err()).await.unwrap_or(true)
+        {
+            tracing::error!("the log thread panicked");
+        }
+    }
+}
+
+/// What waits for the sync of a group.
+enum Waiting {
+    Append { end: u64, callback: IOFlushed<TypeConfig> },
+    Durable { reply: oneshot::Sender<io::Result<()>> },
+}
+
+fn run(mut disk: impl LogDisk, mut jobs: mpsc::Receiver<Job>, durable: impl Fn(u64)) {
+    let mut failed: Option<String> = None;
+    let mut closing = false;
+    while !closing {
+        let Some(first) = jobs.blocking_recv() else { break };
+        let mut changes = Vec::new();
+        let mut waiting = Vec::new();
+        let mut next = Some(first);
+        let mut taken = 0;
+        while let Some(job) = next {
+            taken += 1;
+            match job {
+                Job::Append { changes: new, end, callback } => {
+                    changes.extend(new);
+                    waiting.push(Waiting::Append { end, callback });
+                }
+                Job::Durable { changes: new, reply } => {
+                    changes.extend(new);
+                    waiting.push(Waiting::Durable { reply });
+                }
+                Job::Lazy { changes: new } => changes.extend(new),
+                Job::Read { range, reply } => {
+                    // The read must see what was asked for before it.
+                    let read = guard(&mut failed, || {
+                        disk.write(std::mem::take(&mut changes))?;
+                        disk.read(range)
+                    });
+                    // The reader may have gone away.
+                    let _ = reply.send(read);
+                }
+                Job::Close => {
+                    closing = true;
+                    break;
+                }
+            }
+            next = if taken < GROUP_MAX { jobs.try_recv().ok() } else { None };
+        }
+        let must_sync = closing || !waiting.is_empty();
+        let written = guard(&mut failed, || {
+            disk.write(changes)?;
+            if must_sync { disk.sync() } else { Ok(()) }
+        });
+        answer(waiting, &written, &durable);
+    }
+}
+
+/// Runs `step` unless the disk failed before; remembers a failure (or a panic of the store) for ever.
+fn guard<T>(failed: &mut Option<String>, step: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    if let Some(why) = failed {
+        return Err(io::Error::other(format!("the log's disk failed before: {why}")));
+    }
+    let done = std::panic::catch_unwind(AssertUnwindSafe(step))
+        .unwrap_or_else(|_| Err(io::Error::other("the log store panicked")));
+    if let Err(error) = &done {
+        tracing::error!(%error, "the log's disk failed: this node stops taking part");
+        *failed = Some(error.to_string());
+    }
+    done
+}
+
+fn answer(waiting: Vec<Waiting>, written: &io::Result<()>, durable: &impl Fn(u64)) {
+    let copy = || match written {
+        Ok(()) => Ok(()),
+        Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
+    };
+    for waiting in waiting {
+        match waiting {
+            Waiting::Append { end, callback } => {
+                if written.is_ok() {
+                    durable(end);
+                }
+                callback.io_completed(copy());
+            }
+            // The caller may have gone away.
+            Waiting::Durable { reply } => drop(reply.send(copy())),
+        }
+    }
+}
