@@ -66,6 +66,8 @@ pub trait Migratable: Send + Sync {
     /// rings written, interrupts raised. Work that is available and not taken stays in the queue.
     async fn quiesce(&self) {}
     /// Works on; looks at the queues by itself, since a notification may have been lost on the way.
+    /// Called before every time the vCPUs are let go, so also on a device that was not quiesced (after a
+    /// freeze), where it changes nothing.
     fn resume(&self) {}
 }
 

@@ -6,4 +6,7 @@
 
 pub mod console;
 pub mod devices;
+pub mod kvm;
 pub mod layout;
+pub mod memory;
+pub mod state;
