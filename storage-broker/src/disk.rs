@@ -36,7 +36,7 @@ use crate::volume::{DiskPath, VolumeUrl};
 pub use dir::DirDisk;
 pub use fenced::FencedDisk;
 pub use open::OpenError;
-pub(crate) use open::open_beneath;
+pub(crate) use open::{find, open_beneath};
 
 /// How long the server may take to answer a READ, WRITE or COMMIT before the connection is given
 /// up: long enough for a disk stall of the server, since giving up costs a re-key.

@@ -13,8 +13,12 @@
 
 #![forbid(unsafe_code)]
 
+pub mod certify;
+pub mod daemon;
 pub mod dialer;
 pub mod disk;
+pub mod fence;
 pub mod latency;
 pub mod nfs;
+pub mod store;
 pub mod volume;

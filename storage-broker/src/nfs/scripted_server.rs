@@ -59,6 +59,9 @@ pub(crate) struct World {
     pub(crate) scramble: bool,
     /// Whether WRITEs are answered as stable.
     pub(crate) stable: bool,
+    /// SETATTRs executed, and whether they are answered.
+    pub(crate) setattrs: usize,
+    pub(crate) mute_setattr: bool,
     verifier: u64,
     /// What READs see, and what survives a restart.
     pub(crate) volatile: Vec<u8>,
@@ -88,6 +91,8 @@ impl ScriptedServer {
             write_bytes_max: 64 << 10,
             scramble: false,
             stable: false,
+            setattrs: 0,
+            mute_setattr: false,
             verifier: 1,
             volatile: vec![0; size_bytes],
             durable: vec![0; size_bytes],
@@ -251,7 +256,9 @@ async fn answer(
         }
         let now = *mood.borrow();
         execute(&mut world.lock().unwrap(), procedure, credential.gid, now, &mut cursor, &mut reply);
-        if data_path && now == Mood::Mute {
+        let mute_setattr =
+            procedure == NFSPROC3_SETATTR && world.lock().unwrap().mute_setattr;
+        if (data_path && now == Mood::Mute) || mute_setattr {
             return None;
         }
     }
@@ -306,6 +313,7 @@ fn execute(
         }
         NFSPROC3_SETATTR => {
             let (arguments, _) = SETATTR3args::unpack(arguments).unwrap();
+            world.setattrs += 1;
             if let Nfs3Option::Some(gid) = arguments.new_attributes.gid {
                 world.gid = gid;
             }

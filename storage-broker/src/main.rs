@@ -1,0 +1,42 @@
+//! The storage broker's command: the daemon beside `clusterd`.
+
+use clap::{Parser, Subcommand};
+use storage_broker::daemon;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Volumes, disks and the storage fence of a Baton node.
+#[derive(Debug, Parser)]
+#[command(name = "storage-broker", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve `clusterd` on this node.
+    Serve(daemon::ServeArgs),
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()),
+        )
+        .with_writer(std::io::stderr)
+        .init();
+    match Cli::parse().command {
+        Command::Serve(args) => {
+            let mut terminate = signal(SignalKind::terminate())?;
+            let mut interrupt = signal(SignalKind::interrupt())?;
+            let stop = async {
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
+            };
+            Ok(daemon::serve(args, stop).await?)
+        }
+    }
+}
