@@ -58,8 +58,8 @@ fn linux() -> anyhow::Result<PathBuf> {
     for file in [
         "linux-6.1-tiny.config",
         "linux-6.1-software-kvm.patch",
-        "init",
-        "guestd.c",
+        "build.sh",
+        "init.c",
     ] {
         let path = recipe.join(file);
         ingredients.extend(
