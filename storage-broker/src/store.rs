@@ -306,4 +306,24 @@ fn judge_existing(
 }
 
 #[cfg(test)]
-mod tests;
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_ones_own_unfinished_or_identical_disk_is_taken_for_the_one_asked_for() {
+        let wanted = NewDisk {
+            path: "d.raw".parse().unwrap(),
+            size_bytes: 100,
+            token: Token(7),
+            image: None,
+        };
+        let foreign = |existing| matches!(existing, Existing::Foreign(_));
+        let ours = Some(Token(7));
+        assert_eq!(judge_existing(true, true, 100, ours, &wanted), Existing::Done);
+        assert_eq!(judge_existing(true, false, 3, ours, &wanted), Existing::GoOn);
+        assert!(foreign(judge_existing(true, true, 99, ours, &wanted)));
+        assert!(foreign(judge_existing(true, true, 100, Some(Token(8)), &wanted)));
+        assert!(foreign(judge_existing(true, false, 100, None, &wanted)));
+        assert!(foreign(judge_existing(false, true, 100, ours, &wanted)));
+    }
+}

@@ -1,0 +1,127 @@
+//! A broker daemon in this process, on a socket of its own, and its client.
+
+use std::path::PathBuf;
+
+use proto::broker::broker_client::BrokerClient;
+use proto::broker::{self as wire};
+use storage_broker::daemon::{ServeArgs, serve};
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tonic::transport::Channel;
+
+/// The cluster that the tests play.
+pub const CLUSTER: &str = "cluster-one";
+
+/// Who owns its disks.
+pub const BROKER_UID: u32 = 50_000;
+
+/// A running daemon; stops when dropped.
+pub struct Daemon {
+    /// Speaks to it.
+    pub client: BrokerClient<Channel>,
+    _stop: DropGuard,
+    _directory: tempfile::TempDir,
+}
+
+impl Daemon {
+    /// Starts one.
+    pub async fn start() -> Daemon {
+        let directory = tempfile::tempdir().unwrap();
+        let socket: PathBuf = directory.path().join("broker.sock");
+        let stop = CancellationToken::new();
+        let args = ServeArgs {
+            socket: socket.clone(),
+            source_address: None,
+            privileged_port: false,
+            watchdog_armed: false,
+        };
+        tokio::spawn(serve(args, stop.clone().cancelled_owned()));
+        let started = async {
+            while tokio::net::UnixStream::connect(&socket).await.is_err() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(std::time::Duration::from_secs(10), started).await.unwrap();
+        Daemon {
+            client: BrokerClient::new(proto::unix::channel(socket)),
+            _stop: stop.drop_guard(),
+            _directory: directory,
+        }
+    }
+
+    /// Adopts a volume for the cluster.
+    pub async fn adopt(&mut self, url: &str) -> Result<wire::AdoptVolumeReply, tonic::Status> {
+        let request = wire::AdoptVolumeRequest {
+            volume: Some(volume(url)),
+            volume_uuid: "11111111-2222".into(),
+        };
+        self.client.adopt_volume(request).await.map(tonic::Response::into_inner)
+    }
+
+    /// Creates an empty disk.
+    pub async fn create(
+        &mut self,
+        url: &str,
+        path: &str,
+        size_bytes: u64,
+        token: u32,
+    ) -> Result<(), tonic::Status> {
+        let request = wire::CreateDiskRequest {
+            volume: Some(volume(url)),
+            path: path.into(),
+            size_bytes,
+            token,
+            image: String::new(),
+        };
+        self.client.create_disk(request).await.map(drop)
+    }
+
+    /// Claims one file.
+    pub async fn claim(&mut self, url: &str, path: &str, token: u32) -> wire::ClaimReply {
+        let request = wire::ClaimRequest { files: vec![file(url, path)], token };
+        self.client.claim(request).await.unwrap().into_inner()
+    }
+
+    /// Looks at one file.
+    pub async fn stat(&mut self, url: &str, path: &str) -> wire::DiskStat {
+        let request = wire::StatDisksRequest { files: vec![file(url, path)] };
+        self.client.stat_disks(request).await.unwrap().into_inner().stats.remove(0)
+    }
+
+    /// Verifies one file.
+    pub async fn verify(&mut self, url: &str, path: &str, token: u32) -> wire::VerifyAndCommitReply {
+        let request = wire::VerifyAndCommitRequest { files: vec![file(url, path)], token };
+        self.client.verify_and_commit(request).await.unwrap().into_inner()
+    }
+
+    /// Deletes one file.
+    pub async fn delete(&mut self, url: &str, path: &str, token: u32) -> Result<(), tonic::Status> {
+        let request =
+            wire::DeleteDiskRequest { volume: Some(volume(url)), path: path.into(), token };
+        self.client.delete_disk(request).await.map(drop)
+    }
+
+    /// Probes a volume.
+    pub async fn probe(&mut self, url: &str) -> wire::VolumeProbe {
+        let request = wire::ProbeVolumeRequest {
+            url: url.into(),
+            cluster_id: CLUSTER.into(),
+            broker_uid: BROKER_UID,
+        };
+        self.client.probe_volume(request).await.unwrap().into_inner()
+    }
+}
+
+/// A volume of the cluster.
+pub fn volume(url: &str) -> wire::Volume {
+    wire::Volume {
+        url: url.into(),
+        cluster_id: CLUSTER.into(),
+        broker_uid: BROKER_UID,
+        fence_class: String::new(),
+    }
+}
+
+/// A file on it.
+pub fn file(url: &str, path: &str) -> wire::File {
+    wire::File { volume: Some(volume(url)), path: path.into() }
+}
