@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod agent;
 mod apply;
 pub mod command;
 pub mod event;
@@ -13,6 +14,10 @@ pub mod placement;
 pub mod settings;
 pub mod state;
 
+pub use agent::{
+    Act, FlowKind, MonitorMigration, MonitorPhase, MonitorView, NodeView, PermitRefusal, Side,
+    decide, permit_allowed,
+};
 pub use apply::parse_mac;
 pub use command::{Command, Envelope, Outcome, Rejection, ReleaseReason, Reply};
 pub use event::{Event, Object, Severity, Why};

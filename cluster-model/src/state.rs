@@ -361,6 +361,9 @@ pub struct Ownership {
     pub settle: bool,
     /// Whether the owner said that the machine runs under this token.
     pub activated: bool,
+    /// The token of the start or cutover that began the present image of the guest's memory; a re-key
+    /// keeps it. A monitor that stands under an older one is void for ever.
+    pub image: Token,
 }
 
 /// A machine.
@@ -442,6 +445,8 @@ pub enum MigrationState {
         expects: Token,
         /// The token that the destination will own it under.
         reserved: Token,
+        /// The entry that reserved it.
+        reserved_at: LogIndex,
         /// How often `reserved` was replaced because the destination burnt it.
         renewals: u8,
         /// Authorises the memory channels; single use.

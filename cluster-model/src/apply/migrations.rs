@@ -164,11 +164,12 @@ impl ClusterState {
         self.migration_slot(from, true)?;
         self.migration_slot(to, false)?;
         let reserved = self.take_token()?;
-        let at_ms = entry.at_ms;
+        let (index, at_ms) = (entry.index, entry.at_ms);
         if let Some(migration) = self.migrations.get_mut(&id) {
             migration.state = MigrationState::Active {
                 expects,
                 reserved,
+                reserved_at: index,
                 renewals: 0,
                 ticket: ticket.to_owned(),
             };
@@ -258,10 +259,14 @@ impl ClusterState {
         let fresh = self.take_token()?;
         if let Some(migration) = self.migrations.get_mut(&id)
             && let MigrationState::Active {
-                reserved, renewals, ..
+                reserved,
+                reserved_at,
+                renewals,
+                ..
             } = &mut migration.state
         {
             *reserved = fresh;
+            *reserved_at = entry.index;
             *renewals += 1;
         }
         self.note(

@@ -63,6 +63,7 @@ impl ClusterState {
                     cause: OwnershipCause::Created,
                     settle: false,
                     activated: false,
+                    image: token,
                 },
                 disks_made: spec.disks.is_empty(),
                 images: images.clone(),
@@ -382,6 +383,16 @@ impl ClusterState {
     ) -> Result<(), Rejection> {
         let known = self.vm_mut(vm)?;
         debug_assert!(token > known.ownership.token, "tokens only grow");
+        // Only the same owner's re-key goes on with the same image.
+        let image = match cause {
+            OwnershipCause::Rekey => known.ownership.image,
+            OwnershipCause::Created
+            | OwnershipCause::Start
+            | OwnershipCause::Release
+            | OwnershipCause::Cutover
+            | OwnershipCause::NodeLost
+            | OwnershipCause::NodeRebooted => token,
+        };
         known.ownership = Ownership {
             owner,
             token,
@@ -389,6 +400,7 @@ impl ClusterState {
             cause,
             settle,
             activated: false,
+            image,
         };
         Ok(())
     }
@@ -566,11 +578,15 @@ impl ClusterState {
             let fresh = self.take_token()?;
             if let Some(migration) = self.migrations.get_mut(&migration)
                 && let MigrationState::Active {
-                    expects, reserved, ..
+                    expects,
+                    reserved,
+                    reserved_at,
+                    ..
                 } = &mut migration.state
             {
                 *expects = token;
                 *reserved = fresh;
+                *reserved_at = entry.index;
             }
         }
         let detail = format!(
