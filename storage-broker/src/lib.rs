@@ -8,6 +8,7 @@
 //!  certify  trying what a server really enforces
 //!  disk     what a monitor does I/O through: hold, drain, re-key, replay
 //!  store    the metadata work on a volume: probe, adopt, create, delete
+//!  nfs_server  the embedded NFS server
 //!  daemon   the gRPC service that `clusterd` talks to
 //! ```
 
@@ -20,5 +21,6 @@ pub mod disk;
 pub mod fence;
 pub mod latency;
 pub mod nfs;
+pub mod nfs_server;
 pub mod store;
 pub mod volume;

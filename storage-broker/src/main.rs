@@ -1,7 +1,7 @@
 //! The storage broker's command: the daemon beside `clusterd`.
 
 use clap::{Parser, Subcommand};
-use storage_broker::daemon;
+use storage_broker::{daemon, nfs_server};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Volumes, disks and the storage fence of a Baton node.
@@ -16,6 +16,8 @@ struct Cli {
 enum Command {
     /// Serve `clusterd` on this node.
     Serve(daemon::ServeArgs),
+    /// Serve a directory over NFSv3, for clusters without a storage server of their own.
+    ServeNfs(nfs_server::Config),
 }
 
 #[tokio::main]
@@ -38,5 +40,6 @@ async fn main() -> anyhow::Result<()> {
             };
             Ok(daemon::serve(args, stop).await?)
         }
+        Command::ServeNfs(config) => nfs_server::run(config).await,
     }
 }

@@ -13,8 +13,8 @@
 pub mod client;
 pub mod connection;
 pub mod mount;
-mod record;
-mod xdr;
+pub(crate) mod record;
+pub(crate) mod xdr;
 
 #[cfg(test)]
 pub(crate) mod scripted_server;

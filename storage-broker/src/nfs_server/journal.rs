@@ -1,0 +1,450 @@
+//! The durable record of every file's owner, group and mode: an append-only journal with one sync per batch.
+//!
+//! ```text
+//!  header (64 bytes) │ record (64 bytes) │ record │ …        one file, `<root>/.baton-nfs/attributes`
+//! ```
+//!
+//! A file is known by its inode and the time of its birth, so that a file put in its place behind
+//! the server's back is not taken for it. The last record of an inode holds. One thread writes:
+//! it takes all that is waiting, writes it at once, syncs once, and only then answers. At start,
+//! and when most of the journal is history, it is written anew (temporary file, sync, rename, sync
+//! of the directory). A crash can tear only the last batch, of which nothing was acknowledged: a bad
+//! record after which another batch begins is damage of another kind, and the server refuses to
+//! start, because a lost record might be a lost fence.
+
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
+
+use super::permission::Attributes;
+
+/// Changes waiting to be written at most: more callers than that wait for room.
+const WAITING_MAX: usize = 1024;
+
+/// Changes written under one sync at most; also how many records a crash can tear.
+const BATCH_MAX: usize = 256;
+
+/// The journal is written anew when it has this many records and four times as many as there are files.
+const REWRITE_RECORDS_MIN: usize = 1 << 16;
+
+const RECORD_BYTES: usize = 64;
+const MAGIC: &[u8; 8] = b"BATONNFS";
+const VERSION: u32 = 1;
+const FILE: &str = "attributes";
+const PUT: u32 = 1;
+const FORGET: u32 = 2;
+/// Marks the first record of a batch.
+const FIRST: u32 = 0x100;
+
+/// Which of the files that ever had this inode number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Identity {
+    pub(super) inode: u64,
+    /// When the file system under us says it was made, in nanoseconds since 1970; 0 if it cannot say.
+    pub(super) born_ns: u64,
+}
+
+/// What is kept of one file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Record {
+    pub(super) identity: Identity,
+    /// Drawn when the file is made or first seen; part of its handle.
+    pub(super) generation: u64,
+    pub(super) attributes: Attributes,
+    /// What an EXCLUSIVE create was asked with; 0 otherwise.
+    pub(super) create_verifier: u64,
+}
+
+/// Why the record of owners cannot be kept.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// The file system refused.
+    #[error("cannot keep owners and modes in {path}: {source}; is the directory writable, and is there room?")]
+    Io {
+        /// The journal.
+        path: PathBuf,
+        /// What the file system said.
+        source: io::Error,
+    },
+    /// Not ours, or of a later version.
+    #[error("{path} is not an attribute journal of version {VERSION}; serve another directory, or use the program that wrote it")]
+    Foreign {
+        /// The journal.
+        path: PathBuf,
+    },
+    /// Damage that a crash cannot explain.
+    #[error(
+        "{path} is damaged at byte {offset}: who owns the files is no longer known; restore it from a backup, or remove it and give every file its owner anew"
+    )]
+    Damaged {
+        /// The journal.
+        path: PathBuf,
+        /// Where the first bad record begins.
+        offset: usize,
+    },
+}
+
+#[derive(Debug)]
+enum Entry {
+    Put(Record),
+    Forget(Identity),
+}
+
+#[derive(Debug)]
+struct Waiting {
+    entry: Entry,
+    done: Option<SyncSender<io::Result<()>>>,
+}
+
+/// What a journal held when it was opened.
+#[derive(Debug)]
+pub(super) struct Contents {
+    /// Drawn when the journal was first made; part of every handle.
+    pub(super) export_id: u128,
+    pub(super) records: HashMap<u64, Record>,
+}
+
+/// A handle on the journal's thread. Dropping it waits for what is under way.
+#[derive(Debug)]
+pub(super) struct Journal {
+    queue: Option<SyncSender<Waiting>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Reads the journal in `directory`, or begins one.
+pub(super) fn read(directory: &Path) -> Result<Contents, JournalError> {
+    let path = directory.join(FILE);
+    let bytes = match std::fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Ok(Contents { export_id: rand::random(), records: HashMap::new() });
+        }
+        Err(source) => return Err(JournalError::Io { path, source }),
+    };
+    let Some((header, body)) = bytes.split_first_chunk::<RECORD_BYTES>() else {
+        return Err(JournalError::Foreign { path });
+    };
+    let export_id = decode_header(header).ok_or(JournalError::Foreign { path: path.clone() })?;
+    let mut records = HashMap::new();
+    let mut chunks = body.chunks_exact(RECORD_BYTES);
+    let mut good = 0;
+    for chunk in chunks.by_ref() {
+        match decode(chunk) {
+            Some(Entry::Put(record)) => {
+                records.insert(record.identity.inode, record);
+            }
+            Some(Entry::Forget(identity)) => {
+                records.remove(&identity.inode);
+            }
+            None => break,
+        }
+        good += 1;
+    }
+    let begins_batch = |chunk: &[u8]| is_sealed(chunk) && u32_at(chunk, 0) & FIRST != 0;
+    if body.len() > (good + BATCH_MAX) * RECORD_BYTES || chunks.any(begins_batch) {
+        return Err(JournalError::Damaged { path, offset: (good + 1) * RECORD_BYTES });
+    }
+    Ok(Contents { export_id, records })
+}
+
+impl Journal {
+    /// Writes `contents` as the journal of `directory` and opens it for more.
+    pub(super) fn begin(directory: &Path, contents: Contents) -> Result<Journal, JournalError> {
+        let file = rewrite(directory, &contents)
+            .map_err(|source| JournalError::Io { path: directory.join(FILE), source })?;
+        let (queue, waiting) = sync_channel(WAITING_MAX);
+        let writer =
+            Writer { directory: directory.to_owned(), written: contents.records.len(), contents, file, broken: false };
+        let thread = std::thread::Builder::new()
+            .name("nfs-attributes".into())
+            .spawn(move || writer.run(waiting))
+            .map_err(|source| JournalError::Io { path: directory.join(FILE), source })?;
+        Ok(Journal { queue: Some(queue), thread: Some(thread) })
+    }
+
+    /// Makes a record durable, and returns when it is. Blocks; not for async tasks.
+    ///
+    /// # Errors
+    /// Then it is unknown whether the record holds after a restart, and every later call fails too.
+    pub(super) fn put(&self, record: Record) -> io::Result<()> {
+        let (done, reply) = sync_channel(1);
+        self.send(Waiting { entry: Entry::Put(record), done: Some(done) })?;
+        reply.recv().map_err(|_| gone())?
+    }
+
+    /// Drops a file's record, some time: until then it is one that no file fits.
+    pub(super) fn forget(&self, identity: Identity) {
+        // Of no consequence if it fails: the next start drops records without files.
+        let _ = self.send(Waiting { entry: Entry::Forget(identity), done: None });
+    }
+
+    fn send(&self, waiting: Waiting) -> io::Result<()> {
+        let queue = self.queue.as_ref().ok_or_else(gone)?;
+        queue.send(waiting).map_err(|_| gone())
+    }
+}
+
+impl Drop for Journal {
+    fn drop(&mut self) {
+        self.queue.take();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn gone() -> io::Error {
+    io::Error::other("the attribute journal is closed")
+}
+
+struct Writer {
+    directory: PathBuf,
+    contents: Contents,
+    file: File,
+    /// Records in the file, history included.
+    written: usize,
+    /// After a failed write nobody knows what the disk holds.
+    broken: bool,
+}
+
+impl Writer {
+    fn run(mut self, queue: Receiver<Waiting>) {
+        while let Ok(first) = queue.recv() {
+            let mut batch = vec![first];
+            batch.extend(queue.try_iter().take(BATCH_MAX - 1));
+            let result = self.write(&batch);
+            if let Err(error) = &result {
+                tracing::error!(%error, "the attribute journal cannot be written; no owner, group or mode changes until the server is restarted");
+            }
+            for waiting in batch {
+                if let Some(done) = waiting.done {
+                    let own = result.as_ref().map(|_| ()).map_err(|error| io::Error::other(error.to_string()));
+                    let _ = done.send(own);
+                }
+            }
+        }
+    }
+
+    fn write(&mut self, batch: &[Waiting]) -> io::Result<()> {
+        if self.broken {
+            return Err(io::Error::other("an earlier write of the attribute journal failed"));
+        }
+        let records = batch.iter().enumerate();
+        let bytes: Vec<u8> =
+            records.flat_map(|(n, waiting)| encode(&waiting.entry, n == 0)).collect();
+        self.broken = true;
+        self.file.write_all(&bytes)?;
+        self.file.sync_data()?;
+        self.written += batch.len();
+        for waiting in batch {
+            match waiting.entry {
+                Entry::Put(record) => {
+                    self.contents.records.insert(record.identity.inode, record);
+                }
+                Entry::Forget(identity) => {
+                    let records = &mut self.contents.records;
+                    if records.get(&identity.inode).is_some_and(|r| r.identity == identity) {
+                        records.remove(&identity.inode);
+                    }
+                }
+            }
+        }
+        if self.written >= REWRITE_RECORDS_MIN.max(4 * self.contents.records.len()) {
+            self.file = rewrite(&self.directory, &self.contents)?;
+            self.written = self.contents.records.len();
+        }
+        self.broken = false;
+        Ok(())
+    }
+}
+
+/// Replaces the journal by one without history; the old one holds until the new one is durable.
+fn rewrite(directory: &Path, contents: &Contents) -> io::Result<File> {
+    let temporary = directory.join("attributes.new");
+    let mut bytes = encode_header(contents.export_id).to_vec();
+    for record in contents.records.values() {
+        bytes.extend(encode(&Entry::Put(*record), true));
+    }
+    let mut file =
+        OpenOptions::new().create(true).write(true).truncate(true).open(&temporary)?;
+    file.write_all(&bytes)?;
+    file.sync_all()?;
+    std::fs::rename(&temporary, directory.join(FILE))?;
+    File::open(directory)?.sync_all()?;
+    Ok(file)
+}
+
+fn encode_header(export_id: u128) -> [u8; RECORD_BYTES] {
+    let mut bytes = [0; RECORD_BYTES];
+    bytes[..8].copy_from_slice(MAGIC);
+    bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
+    bytes[12..28].copy_from_slice(&export_id.to_le_bytes());
+    seal(bytes)
+}
+
+fn decode_header(bytes: &[u8; RECORD_BYTES]) -> Option<u128> {
+    let ours = is_sealed(bytes) && bytes.starts_with(MAGIC) && u32_at(bytes, 8) == VERSION;
+    ours.then(|| bytes[12..28].try_into().ok().map(u128::from_le_bytes)).flatten()
+}
+
+fn encode(entry: &Entry, first_of_batch: bool) -> [u8; RECORD_BYTES] {
+    let mut bytes = [0; RECORD_BYTES];
+    let (kind, identity) = match entry {
+        Entry::Put(record) => (PUT, record.identity),
+        Entry::Forget(identity) => (FORGET, *identity),
+    };
+    let kind = if first_of_batch { kind | FIRST } else { kind };
+    bytes[..4].copy_from_slice(&kind.to_le_bytes());
+    bytes[8..16].copy_from_slice(&identity.inode.to_le_bytes());
+    bytes[16..24].copy_from_slice(&identity.born_ns.to_le_bytes());
+    if let Entry::Put(record) = entry {
+        bytes[4..8].copy_from_slice(&record.attributes.mode.to_le_bytes());
+        bytes[24..32].copy_from_slice(&record.generation.to_le_bytes());
+        bytes[32..36].copy_from_slice(&record.attributes.uid.to_le_bytes());
+        bytes[36..40].copy_from_slice(&record.attributes.gid.to_le_bytes());
+        bytes[40..48].copy_from_slice(&record.attributes.changed_ns.to_le_bytes());
+        bytes[48..56].copy_from_slice(&record.create_verifier.to_le_bytes());
+    }
+    seal(bytes)
+}
+
+fn decode(bytes: &[u8]) -> Option<Entry> {
+    if !is_sealed(bytes) {
+        return None;
+    }
+    let identity = Identity { inode: u64_at(bytes, 8), born_ns: u64_at(bytes, 16) };
+    match u32_at(bytes, 0) & !FIRST {
+        PUT => Some(Entry::Put(Record {
+            identity,
+            generation: u64_at(bytes, 24),
+            attributes: Attributes {
+                uid: u32_at(bytes, 32),
+                gid: u32_at(bytes, 36),
+                mode: u32_at(bytes, 4),
+                changed_ns: u64_at(bytes, 40),
+            },
+            create_verifier: u64_at(bytes, 48),
+        })),
+        FORGET => Some(Entry::Forget(identity)),
+        _ => None,
+    }
+}
+
+/// A field of a record; 0 beyond its end.
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    bytes.get(at..).and_then(|rest| rest.first_chunk()).map_or(0, |field| u32::from_le_bytes(*field))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    bytes.get(at..).and_then(|rest| rest.first_chunk()).map_or(0, |field| u64::from_le_bytes(*field))
+}
+
+fn seal(mut bytes: [u8; RECORD_BYTES]) -> [u8; RECORD_BYTES] {
+    let sum = checksum(&bytes[..RECORD_BYTES - 8]);
+    bytes[RECORD_BYTES - 8..].copy_from_slice(&sum.to_le_bytes());
+    bytes
+}
+
+fn is_sealed(bytes: &[u8]) -> bool {
+    match bytes.split_last_chunk::<8>() {
+        Some((content, sum)) => checksum(content) == u64::from_le_bytes(*sum),
+        None => false,
+    }
+}
+
+/// FNV-1a, 64 bits: against torn writes, not against anybody's intent.
+fn checksum(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, byte| {
+        (sum ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(inode: u64, gid: u32) -> Record {
+        Record {
+            identity: Identity { inode, born_ns: 5 },
+            generation: inode * 3,
+            attributes: Attributes { uid: 1, gid, mode: 0o060, changed_ns: 9 },
+            create_verifier: 4,
+        }
+    }
+
+    fn fresh(directory: &Path) -> Journal {
+        Journal::begin(directory, read(directory).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn the_last_record_of_a_file_survives_a_restart() {
+        let directory = tempfile::tempdir().unwrap();
+        let journal = fresh(directory.path());
+        let export_id = read(directory.path()).unwrap().export_id;
+        for gid in 0..20 {
+            journal.put(record(7, gid)).unwrap();
+        }
+        journal.put(record(8, 1)).unwrap();
+        journal.forget(record(8, 1).identity);
+        drop(journal);
+        for _ in 0..2 {
+            let contents = read(directory.path()).unwrap();
+            assert_eq!(contents.export_id, export_id);
+            assert_eq!(contents.records, HashMap::from([(7, record(7, 19))]));
+            drop(Journal::begin(directory.path(), contents).unwrap());
+        }
+    }
+
+    #[test]
+    fn a_torn_last_record_costs_only_itself() {
+        let directory = tempfile::tempdir().unwrap();
+        let journal = fresh(directory.path());
+        journal.put(record(7, 1)).unwrap();
+        journal.put(record(7, 2)).unwrap();
+        drop(journal);
+        let path = directory.path().join(FILE);
+        let whole = std::fs::read(&path).unwrap();
+        for cut in 1..RECORD_BYTES {
+            std::fs::write(&path, &whole[..whole.len() - cut]).unwrap();
+            let contents = read(directory.path()).unwrap();
+            assert_eq!(contents.records, HashMap::from([(7, record(7, 1))]));
+        }
+    }
+
+    #[test]
+    fn damage_in_the_middle_is_told_and_not_passed_over() {
+        let directory = tempfile::tempdir().unwrap();
+        let journal = fresh(directory.path());
+        for inode in 0..5 {
+            journal.put(record(inode, 1)).unwrap();
+        }
+        drop(journal);
+        let path = directory.path().join(FILE);
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[RECORD_BYTES * 3 + 9] ^= 1;
+        std::fs::write(&path, &bytes).unwrap();
+        let error = read(directory.path()).unwrap_err();
+        assert!(matches!(error, JournalError::Damaged { offset: 192, .. }), "{error}");
+        std::fs::write(&path, b"something else").unwrap();
+        assert!(matches!(read(directory.path()), Err(JournalError::Foreign { .. })));
+    }
+
+    #[test]
+    fn many_callers_share_syncs_and_all_of_their_records_hold() {
+        let directory = tempfile::tempdir().unwrap();
+        let journal = fresh(directory.path());
+        std::thread::scope(|scope| {
+            for inode in 0..16 {
+                let journal = &journal;
+                scope.spawn(move || (0..20).for_each(|gid| journal.put(record(inode, gid)).unwrap()));
+            }
+        });
+        drop(journal);
+        let contents = read(directory.path()).unwrap();
+        assert_eq!(contents.records.len(), 16);
+        assert!(contents.records.values().all(|record| record.attributes.gid == 19));
+    }
+}
