@@ -56,6 +56,8 @@ struct Memory {
     committed: Option<LogId>,
     purged: Option<LogId>,
     last: Option<LogId>,
+    /// Where the log begins, if anything is in it.
+    first: u64,
     /// The newest entries, without a gap, up to `last`.
     tail: VecDeque<Entry>,
     tail_bytes: usize,
@@ -68,8 +70,11 @@ struct Memory {
 impl Memory {
     /// The indexes that the log contains.
     fn range(&self) -> Range<u64> {
-        let start = self.purged.map_or(0, |purged| purged.index + 1);
-        start..self.last.map_or(start, |last| last.index + 1)
+        if self.last <= self.purged {
+            let start = self.purged.map_or(0, |purged| purged.index + 1);
+            return start..start;
+        }
+        self.first..self.last.map_or(self.first, |last| last.index + 1)
     }
 
     fn tail_start(&self) -> u64 {
@@ -77,6 +82,9 @@ impl Memory {
     }
 
     fn push(&mut self, entry: Entry) {
+        if self.last <= self.purged {
+            self.first = entry.log_id.index;
+        }
         self.last = Some(entry.log_id);
         self.tail_bytes += weight(&entry);
         self.tail.push_back(entry);
@@ -404,7 +412,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
                     memory.tail_bytes -= weight(&entry);
                 }
             }
-            memory.last = last.max(memory.purged);
+            memory.last = last.min(memory.last).max(memory.purged);
             memory.durable_end = memory.durable_end.min(from);
             memory.truncations += 1;
             from
@@ -422,6 +430,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             }
             memory.purged = Some(upto);
             memory.last = memory.last.max(Some(upto));
+            memory.first = upto.index + 1;
             while memory.tail.front().is_some_and(|entry| entry.log_id.index <= upto.index) {
                 memory.drop_front();
             }

@@ -10,6 +10,7 @@ use openraft::errors::{ClientWriteError, RaftError};
 
 use super::handle::{RaftHandle, leader_of};
 use super::machine::Machine;
+use super::reads::ReadError;
 use super::types::{Member, TypeConfig};
 
 /// How long a change of the membership may take to commit.
@@ -142,6 +143,12 @@ impl<M: Machine> RaftHandle<M> {
     async fn begin_change(&self) -> Result<tokio::sync::MutexGuard<'_, ()>, MembershipError> {
         let one = tokio::time::timeout(CHANGE_PATIENCE, self.inner.membership.lock()).await.map_err(|_| {
             MembershipError::Refused { why: "another change of the membership is under way".into() }
+        })?;
+        // A leader that has just been elected first commits what its predecessors left.
+        self.read_index().await.map_err(|error| match error {
+            ReadError::NotLeader { leader } => MembershipError::NotLeader { leader },
+            ReadError::Stopped => MembershipError::Stopped,
+            error => MembershipError::Refused { why: error.to_string() },
         })?;
         let wanted = {
             let metrics = self.inner.raft.metrics();

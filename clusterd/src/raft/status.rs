@@ -75,12 +75,14 @@ pub struct RaftStatus {
 /// Publishes who leads, from openraft's metrics.
 pub(super) fn watch_leadership<M: Machine>(raft: Raft<M>) -> watch::Receiver<Leadership> {
     let mut metrics = raft.metrics();
-    let seen = read(&metrics.borrow_watched(), &Leadership::default());
-    let (published, receiver) = watch::channel(seen);
+    let mut last_seen = None;
+    let first = read(&metrics.borrow_watched(), 0, &mut last_seen);
+    let (published, receiver) = watch::channel(first);
     tokio::spawn(async move {
-        // Ends with openraft. Until the log itself says so, nobody else leads: but nobody does here.
+        // Ends with openraft.
         while metrics.changed().await.is_ok() {
-            let next = read(&metrics.borrow_watched(), &published.borrow());
+            let changes = published.borrow().changes;
+            let next = read(&metrics.borrow_watched(), changes, &mut last_seen);
             published.send_if_modified(|current| {
                 let differs = *current != next;
                 *current = next;
@@ -96,20 +98,21 @@ pub(super) fn watch_leadership<M: Machine>(raft: Raft<M>) -> watch::Receiver<Lea
     receiver
 }
 
-fn read(metrics: &RaftMetrics<TypeConfig>, before: &Leadership) -> Leadership {
+/// `last_seen` is the last leader and its term: the same node in a newer term is another leader.
+fn read(metrics: &RaftMetrics<TypeConfig>, changes: u64, last_seen: &mut Option<(u64, u64)>) -> Leadership {
+    let term = metrics.current_term;
     let leader = metrics.running_state.is_ok().then_some(metrics.current_leader).flatten();
-    let is_me = leader == Some(metrics.id) && metrics.state == ServerState::Leader;
-    let changed = leader.is_some() && leader.map(NodeId) != before.leader && before.leader.is_some();
-    // A leader that was lost and came back in another term is another leader too.
-    let again = leader.is_some() && before.leader.is_none() && before.term > 0 && metrics.current_term > before.term;
+    let seen = leader.map(|leader| (term, leader));
+    let another = seen.is_some() && last_seen.is_some() && seen != *last_seen;
+    *last_seen = seen.or(*last_seen);
     Leadership {
-        term: metrics.current_term,
+        term,
         leader: leader.map(NodeId),
         address: leader
             .and_then(|leader| metrics.membership_config.membership().get_node(&leader))
             .map(|member| member.address.clone()),
-        is_me,
-        changes: before.changes + u64::from(changed || again),
+        is_me: leader == Some(metrics.id) && metrics.state == ServerState::Leader,
+        changes: changes + u64::from(another),
     }
 }
 

@@ -1,0 +1,291 @@
+//! A Raft group in one process: real sockets on loopback, real stores in a temporary directory.
+
+// Each test file uses its own part of this.
+#![allow(dead_code)]
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Duration;
+
+use cluster_model::NodeId;
+use clusterd::net::{self, Dialer};
+use clusterd::raft::{self, Machine, Options, RaftHandle, Timing};
+use proto::peer::peer_server::{Peer, PeerServer};
+use proto::peer::{
+    HeartbeatReply, HeartbeatRequest, JoinReply, JoinRequest, ObservedReply, ObservedRequest,
+    PrepareIncomingReply, PrepareIncomingRequest, ProposeReply, ProposeRequest, ReadIndexReply, ReadIndexRequest,
+};
+use serde::{Deserialize, Serialize};
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tonic::service::Routes;
+use tonic::{Request, Response, Status};
+
+/// Bound of every wait: an election takes a second at most, a loaded machine many.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A map that does each request once and remembers the order of everything.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Notes {
+    pub values: BTreeMap<String, String>,
+    pub done: BTreeMap<u64, u64>,
+    pub history: Vec<u64>,
+}
+
+/// Sets a value, once for each request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Set {
+    pub request: u64,
+    pub key: String,
+    pub value: String,
+}
+
+impl Machine for Notes {
+    type Command = Set;
+    /// The index of the entry that did it first.
+    type Reply = u64;
+
+    fn apply(&mut self, index: u64, command: &Set) -> u64 {
+        if let Some(first) = self.done.get(&command.request) {
+            return *first;
+        }
+        self.done.insert(command.request, index);
+        self.history.push(command.request);
+        self.values.insert(command.key.clone(), command.value.clone());
+        index
+    }
+}
+
+pub fn set(request: u64) -> Set {
+    Set { request, key: format!("key{}", request % 10), value: format!("value{request}") }
+}
+
+pub type Handle = RaftHandle<Notes>;
+
+/// Only what the log needs of a peer.
+struct LogPeer(Handle);
+
+#[tonic::async_trait]
+impl Peer for LogPeer {
+    async fn heartbeat(&self, _: Request<HeartbeatRequest>) -> Result<Response<HeartbeatReply>, Status> {
+        Err(Status::unimplemented("this peer has only a log"))
+    }
+    async fn propose(&self, request: Request<ProposeRequest>) -> Result<Response<ProposeReply>, Status> {
+        self.0.serve_propose(request.into_inner()).await.map(Response::new)
+    }
+    async fn read_index(&self, request: Request<ReadIndexRequest>) -> Result<Response<ReadIndexReply>, Status> {
+        self.0.serve_read_index(request.into_inner()).await.map(Response::new)
+    }
+    async fn prepare_incoming(
+        &self,
+        _: Request<PrepareIncomingRequest>,
+    ) -> Result<Response<PrepareIncomingReply>, Status> {
+        Err(Status::unimplemented("this peer has only a log"))
+    }
+    async fn join(&self, _: Request<JoinRequest>) -> Result<Response<JoinReply>, Status> {
+        Err(Status::unimplemented("this peer has only a log"))
+    }
+    async fn observed(&self, _: Request<ObservedRequest>) -> Result<Response<ObservedReply>, Status> {
+        Err(Status::unimplemented("this peer has only a log"))
+    }
+}
+
+pub struct Node {
+    pub id: NodeId,
+    pub address: SocketAddr,
+    pub dialer: Dialer,
+    dir: PathBuf,
+    running: Option<Running>,
+}
+
+struct Running {
+    handle: Handle,
+    stop: oneshot::Sender<()>,
+    server: JoinHandle<()>,
+}
+
+impl Node {
+    pub fn handle(&self) -> &Handle {
+        &self.running.as_ref().expect("the node runs").handle
+    }
+
+    pub fn dir(&self) -> &PathBuf {
+        &self.dir
+    }
+
+    pub fn runs(&self) -> bool {
+        self.running.is_some()
+    }
+}
+
+pub struct Cluster {
+    pub nodes: BTreeMap<u64, Node>,
+    pub settings: Settings,
+    dir: tempfile::TempDir,
+    net: [u8; 2],
+}
+
+/// Clusters made by this process, so that each has its own addresses.
+static CLUSTERS: AtomicU8 = AtomicU8::new(1);
+
+#[derive(Clone, Copy)]
+pub struct Settings {
+    pub snapshot_every: u64,
+    pub keep: u64,
+}
+
+impl Default for Settings {
+    fn default() -> Settings {
+        Settings { snapshot_every: 5_000, keep: 1_000 }
+    }
+}
+
+impl Cluster {
+    /// Nodes 1 to `count`, all voters, node 1 leading.
+    pub async fn start(count: u64, settings: Settings) -> Cluster {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let net = [1 + (std::process::id() % 250) as u8, CLUSTERS.fetch_add(1, Ordering::Relaxed)];
+        let mut cluster = Cluster { nodes: BTreeMap::new(), settings, dir, net };
+        for id in 1..=count {
+            cluster.add_node(id).await;
+        }
+        let first = cluster.node(1).handle().clone();
+        first.bootstrap("n1", &cluster.node(1).address.to_string()).await.expect("bootstrap");
+        first.leadership().wait_for(|now| now.is_me).await.expect("node 1 leads");
+        for id in 2..=count {
+            cluster.join(id).await;
+        }
+        cluster
+    }
+
+    /// Makes a node with an empty log, not yet a member of anything.
+    pub async fn add_node(&mut self, id: u64) {
+        // Every node has an address of its own: while it is stopped, no connection of the others takes
+        // its port as a source port.
+        let ip = Ipv4Addr::new(127, self.net[0], self.net[1], 10 + id as u8);
+        let listener = TcpListener::bind((ip, 0)).await.expect("a port");
+        let address = listener.local_addr().expect("its address");
+        let dialer = Dialer::new(IpAddr::V4(ip));
+        let dir = self.dir.path().join(format!("n{id}"));
+        self.nodes.insert(id, Node { id: NodeId(id), address, dialer, dir, running: None });
+        self.run(id, listener, true).await;
+    }
+
+    /// Lets a node in as a voter.
+    pub async fn join(&self, id: u64) {
+        let leader = self.leader().await;
+        let address = self.node(id).address.to_string();
+        leader.add_learner(NodeId(id), &format!("n{id}"), &address).await.expect("add a learner");
+        leader.promote(NodeId(id), PATIENCE).await.expect("promote it");
+    }
+
+    async fn run(&mut self, id: u64, listener: TcpListener, create: bool) {
+        let options = self.options(id, create);
+        let node = self.nodes.get_mut(&id).expect("the node");
+        let handle = raft::start::<Notes>(options, node.dialer.clone()).await.expect("the node starts");
+        let mut routes = Routes::builder();
+        routes.add_service(handle.service());
+        routes.add_service(PeerServer::new(LogPeer(handle.clone())));
+        let (stop, stopped) = oneshot::channel::<()>();
+        let server = tokio::spawn(async move {
+            let stopped = async move {
+                let _ = stopped.await;
+            };
+            net::serve(listener, routes.routes(), stopped).await.expect("serve");
+        });
+        node.running = Some(Running { handle, stop, server });
+    }
+
+    pub fn options(&self, id: u64, create: bool) -> Options {
+        Options {
+            create,
+            timing: Timing::fast(),
+            snapshot_every: self.settings.snapshot_every,
+            keep: self.settings.keep,
+            ..Options::new(NodeId(id), self.node(id).dir.clone())
+        }
+    }
+
+    pub fn node(&self, id: u64) -> &Node {
+        &self.nodes[&id]
+    }
+
+    /// Stops a node: its server, its log, its store.
+    pub async fn stop(&mut self, id: u64) {
+        let running = self.nodes.get_mut(&id).expect("the node").running.take().expect("it runs");
+        let _ = running.stop.send(());
+        running.handle.shutdown().await;
+        running.server.await.expect("its server ends");
+    }
+
+    /// Starts it again at the same address with the log it has.
+    pub async fn restart(&mut self, id: u64) {
+        let address = self.node(id).address;
+        let listener = eventually("the port is free again", || async { TcpListener::bind(address).await.ok() }).await;
+        self.run(id, listener, false).await;
+    }
+
+    pub fn running(&self) -> impl Iterator<Item = &Node> {
+        self.nodes.values().filter(|node| node.runs())
+    }
+
+    /// The leader, once a quorum confirms it.
+    pub async fn leader(&self) -> Handle {
+        eventually("somebody leads", || async {
+            for node in self.running() {
+                if node.handle().is_leader() && node.handle().confirm_leadership().await.is_ok() {
+                    return Some(node.handle().clone());
+                }
+            }
+            None
+        })
+        .await
+    }
+
+    /// Cuts a node off from all others, both ways.
+    pub fn cut_off(&self, id: u64) {
+        for other in self.nodes.values().filter(|other| other.id.0 != id) {
+            other.dialer.links().cut(self.node(id).address);
+            self.node(id).dialer.links().cut(other.address);
+        }
+    }
+
+    pub fn heal(&self, id: u64) {
+        for other in self.nodes.values().filter(|other| other.id.0 != id) {
+            other.dialer.links().heal(self.node(id).address);
+            self.node(id).dialer.links().heal(other.address);
+        }
+    }
+
+    /// Waits until every running node has applied what the leader has, and their states are the same.
+    pub async fn settle(&self) -> Notes {
+        let leader = self.leader().await;
+        let index = leader.read_index().await.expect("a read index");
+        let expected = (**leader.state().borrow()).clone();
+        for node in self.running() {
+            node.handle().wait_applied(index, PATIENCE).await.expect("it catches up");
+            let state = node.handle().state().borrow().clone();
+            assert_eq!(state.digest(), expected.digest(), "{} has another state", node.id);
+            assert_eq!(*state, expected, "{} has another state", node.id);
+        }
+        expected
+    }
+}
+
+/// Asks again and again until there is an answer.
+pub async fn eventually<T, F>(what: &str, mut ask: impl FnMut() -> F) -> T
+where
+    F: Future<Output = Option<T>>,
+{
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    loop {
+        if let Some(answer) = ask().await {
+            return answer;
+        }
+        assert!(tokio::time::Instant::now() < deadline, "never: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
