@@ -4,9 +4,20 @@
 
 #![deny(unsafe_code)]
 
+pub mod boot;
+pub mod clock;
 pub mod console;
 pub mod devices;
+pub mod failpoint;
+pub mod gate;
+pub mod guest;
+#[path = "../guest/abi.rs"]
+pub mod guest_abi;
 pub mod kvm;
 pub mod layout;
 pub mod memory;
+pub mod permit;
+pub mod phase;
+pub mod spec;
 pub mod state;
+pub mod vcpu;

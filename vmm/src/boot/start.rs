@@ -1,0 +1,193 @@
+//! The first vCPU's first registers, for each way a guest begins.
+
+use kvm_bindings::{kvm_lapic_state, kvm_regs, kvm_segment};
+use kvm_ioctls::VcpuFd;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::{BootError, GDT_ADDRESS, PAGE_TABLES_ADDRESS, PAGE_TABLES_END};
+use crate::devices::GuestMemory;
+use crate::kvm::vm::asked;
+
+/// How the guest begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// 64-bit, CPL3 with IOPL 3, paging by [`write_identity_map`] with user pages.
+    User64,
+    /// 64-bit, CPL0, paging by [`write_identity_map`]: Linux's 64-bit boot protocol.
+    Kernel64,
+    /// 32-bit protected mode, no paging: PVH.
+    Protected32,
+}
+
+/// Where the guest begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Start {
+    /// How.
+    pub mode: Mode,
+    /// The first instruction.
+    pub rip: u64,
+    /// The first argument of the self-checking guest.
+    pub rdi: u64,
+    /// Linux's `boot_params`.
+    pub rsi: u64,
+    /// PVH's `hvm_start_info`.
+    pub rbx: u64,
+}
+
+const CODE_SELECTOR: u16 = 0x08;
+const DATA_SELECTOR: u16 = 0x10;
+const TASK_SELECTOR: u16 = 0x18;
+
+/// CR0: PE, MP, ET, NE, WP, AM, PG.
+const CR0_PAGING: u64 = 0x8005_0033;
+/// CR0: PE, ET.
+const CR0_PROTECTED: u64 = 0x11;
+/// CR4: PAE, PGE, OSFXSR, OSXMMEXCPT.
+const CR4_LONG: u64 = 0x6a0;
+/// EFER: LME, LMA, NXE.
+const EFER_LONG: u64 = 0xd00;
+/// RFLAGS: its fixed bit; and with IOPL 3.
+const FLAGS: u64 = 0x2;
+const FLAGS_IOPL3: u64 = 0x3002;
+
+fn segment(selector: u16, type_: u8, dpl: u8, long: bool) -> kvm_segment {
+    kvm_segment {
+        base: 0,
+        limit: 0xffff_ffff,
+        selector: selector | u16::from(dpl),
+        type_,
+        present: 1,
+        dpl,
+        db: u8::from(!long),
+        s: 1,
+        l: u8::from(long),
+        g: 1,
+        avl: 0,
+        unusable: 0,
+        padding: 0,
+    }
+}
+
+/// The 8 bytes of a descriptor.
+fn descriptor(segment: &kvm_segment) -> u64 {
+    let limit = u64::from(if segment.g == 1 { segment.limit >> 12 } else { segment.limit });
+    let flags = u64::from(segment.type_)
+        | u64::from(segment.s) << 4
+        | u64::from(segment.dpl) << 5
+        | u64::from(segment.present) << 7
+        | u64::from(segment.l) << 13
+        | u64::from(segment.db) << 14
+        | u64::from(segment.g) << 15;
+    limit & 0xffff | (segment.base & 0xff_ffff) << 16 | flags << 40 | (limit >> 16 & 0xf) << 48
+        | (segment.base >> 24 & 0xff) << 56
+}
+
+/// Puts the vCPU at its start. `memory` gets the descriptor table.
+///
+/// # Errors
+/// When KVM refuses.
+pub fn apply(vcpu: &VcpuFd, memory: &GuestMemory, start: &Start) -> Result<(), BootError> {
+    let (dpl, long) = match start.mode {
+        Mode::User64 => (3, true),
+        Mode::Kernel64 => (0, true),
+        Mode::Protected32 => (0, false),
+    };
+    let code = segment(CODE_SELECTOR, 0xb, dpl, long);
+    let data = kvm_segment { db: 1, l: 0, ..segment(DATA_SELECTOR, 0x3, dpl, false) };
+    let task = kvm_segment { s: 0, type_: 0xb, limit: 0x67, g: 0, db: 0, dpl: 0, ..segment(TASK_SELECTOR, 0, 0, false) };
+    // Two words for the task: in 64-bit mode a system descriptor has 16 bytes.
+    let table = [0, descriptor(&code), descriptor(&data), descriptor(&task), 0];
+    for (index, entry) in table.iter().enumerate() {
+        memory.write_obj(*entry, GuestAddress(GDT_ADDRESS + index as u64 * 8))?;
+    }
+    let mut sregs = vcpu.get_sregs().map_err(asked("segment registers"))?;
+    sregs.cs = code;
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+    sregs.tr = task;
+    sregs.gdt.base = GDT_ADDRESS;
+    sregs.gdt.limit = (size_of_val(&table) - 1) as u16;
+    sregs.idt.base = 0;
+    sregs.idt.limit = 0;
+    match start.mode {
+        Mode::User64 | Mode::Kernel64 => {
+            sregs.cr0 = CR0_PAGING;
+            sregs.cr3 = PAGE_TABLES_ADDRESS;
+            sregs.cr4 = CR4_LONG;
+            sregs.efer = EFER_LONG;
+        }
+        Mode::Protected32 => {
+            sregs.cr0 = CR0_PROTECTED;
+            sregs.cr4 = 0;
+            sregs.efer = 0;
+        }
+    }
+    vcpu.set_sregs(&sregs).map_err(asked("segment registers"))?;
+    let rflags = if start.mode == Mode::User64 { FLAGS_IOPL3 } else { FLAGS };
+    let regs = kvm_regs {
+        rip: start.rip,
+        rdi: start.rdi,
+        rsi: start.rsi,
+        rbx: start.rbx,
+        rflags,
+        ..Default::default()
+    };
+    vcpu.set_regs(&regs).map_err(asked("registers"))?;
+    Ok(())
+}
+
+/// LINT0 takes the PIC's interrupts and LINT1 the NMI, as firmware leaves them.
+///
+/// # Errors
+/// When KVM refuses.
+pub fn wire_local_interrupts(vcpu: &VcpuFd) -> Result<(), BootError> {
+    const LVT_LINT0: usize = 0x350;
+    const LVT_LINT1: usize = 0x360;
+    const MODE_NMI: u32 = 4;
+    const MODE_EXTINT: u32 = 7;
+    let mut lapic = vcpu.get_lapic().map_err(asked("the LAPIC's state"))?;
+    for (register, mode) in [(LVT_LINT0, MODE_EXTINT), (LVT_LINT1, MODE_NMI)] {
+        set_delivery_mode(&mut lapic, register, mode);
+    }
+    vcpu.set_lapic(&lapic).map_err(asked("the LAPIC's state"))?;
+    Ok(())
+}
+
+fn set_delivery_mode(lapic: &mut kvm_lapic_state, register: usize, mode: u32) {
+    let mut bytes = [0; 4];
+    for (byte, value) in bytes.iter_mut().zip(&lapic.regs[register..]) {
+        *byte = *value as u8;
+    }
+    let value = u32::from_le_bytes(bytes) & !0x700 | mode << 8;
+    for (place, byte) in lapic.regs[register..].iter_mut().zip(value.to_le_bytes()) {
+        *place = byte as _;
+    }
+}
+
+/// Maps each of the first `bytes` to itself, in 2 MiB pages that the kernel, and with `user` also
+/// CPL3, may read, write and execute.
+///
+/// # Errors
+/// When the tables do not fit below [`PAGE_TABLES_END`] or not into the guest's memory.
+pub fn write_identity_map(memory: &GuestMemory, bytes: u64, user: bool) -> Result<(), BootError> {
+    const PRESENT_WRITABLE: u64 = 0x3;
+    const USER: u64 = 0x4;
+    const LARGE: u64 = 0x80;
+    let flags = PRESENT_WRITABLE | if user { USER } else { 0 };
+    let gigabytes = bytes.div_ceil(1 << 30).max(4);
+    let pdpt = PAGE_TABLES_ADDRESS + 0x1000;
+    let directories = pdpt + 0x1000;
+    if gigabytes > 512 || directories + gigabytes * 0x1000 > PAGE_TABLES_END {
+        return Err(BootError::NoRoom { what: "the table of all memory", memory_mib: bytes >> 20 });
+    }
+    memory.write_obj(pdpt | flags, GuestAddress(PAGE_TABLES_ADDRESS))?;
+    for gigabyte in 0..gigabytes {
+        let directory = directories + gigabyte * 0x1000;
+        memory.write_obj(directory | flags, GuestAddress(pdpt + gigabyte * 8))?;
+        let mut entries = Vec::with_capacity(4096);
+        for page in 0..512 {
+            entries.extend(((gigabyte << 30) + (page << 21) | flags | LARGE).to_le_bytes());
+        }
+        memory.write_slice(&entries, GuestAddress(directory))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,285 @@
+//! How a monitor stands, and what may happen to it next: a pure table.
+//!
+//! ```text
+//!            permit              lease lapsed
+//!   READY ────────────► RUNNING ─────────────► FROZEN ── permit ──► RUNNING
+//!                        │  │ │ disk refused
+//!   INCOMING             │  │ └──────────────► REFUSED ── re-key, permit ──► RUNNING
+//!     │ arrived          │  │ said quiet
+//!     ▼                  │  └────────────────► QUIET ──── re-key, permit ──► RUNNING
+//!   COMPLETE ── permit ──┘
+//!   any ── shut down ──► STOPPED      any ── failed ──► FAILED
+//! ```
+//!
+//! QUIET is a promise: a lapse, an extension or a bare permit leads nowhere from it.
+
+use proto::monitor as wire;
+
+/// How the monitor stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Phase {
+    /// Built, waiting for its first permit.
+    Ready,
+    /// The guest runs.
+    Running,
+    /// The lease ran out: vCPUs stopped, I/O held.
+    Frozen,
+    /// A disk wants a fresh token.
+    Refused {
+        /// The disks have it; a permit may follow.
+        rekeyed: bool,
+    },
+    /// Source of a migration, stopped for the cutover.
+    Quiet {
+        /// The log has said abort and the disks have a fresh token; a permit may follow.
+        rekeyed: bool,
+    },
+    /// Destination of a migration: memory is arriving.
+    Incoming,
+    /// Destination: all arrived and verified.
+    Complete,
+    /// The machine was stopped or shut itself down; disks are flushed.
+    Stopped,
+    /// The guest or the monitor failed.
+    Failed,
+}
+
+/// What can happen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Event {
+    /// A valid permit.
+    Permitted,
+    /// The deadline passed.
+    LeaseLapsed,
+    /// A disk says it needs a re-key.
+    DiskRefused,
+    /// All disks have taken up a fresh token.
+    Rekeyed,
+    /// Stopped for the cutover, drained.
+    SaidQuiet,
+    /// The memory and the devices' state are here and verified.
+    Arrived,
+    /// The guest ended, or was stopped.
+    ShutDown,
+    /// The guest or the monitor cannot go on.
+    Failed,
+}
+
+/// What is not allowed, and when.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{event} is not possible while the machine is {phase}")]
+pub struct NotNow {
+    /// How it stands.
+    pub phase: Phase,
+    /// What was tried.
+    pub event: Event,
+}
+
+impl Phase {
+    /// The phase after `event`.
+    ///
+    /// # Errors
+    /// When the event must not happen in this phase.
+    pub fn after(self, event: Event) -> Result<Phase, NotNow> {
+        use Phase::{Complete, Failed, Frozen, Incoming, Quiet, Ready, Refused, Running, Stopped};
+        let refused = Err(NotNow { phase: self, event });
+        match event {
+            Event::Permitted => match self {
+                Ready | Frozen | Complete | Running => Ok(Running),
+                Refused { rekeyed: true } | Quiet { rekeyed: true } => Ok(Running),
+                Refused { rekeyed: false } | Quiet { rekeyed: false } => refused,
+                Incoming | Stopped | Failed => refused,
+            },
+            Event::LeaseLapsed => match self {
+                Running => Ok(Frozen),
+                Ready | Frozen | Refused { .. } | Quiet { .. } | Incoming | Complete | Stopped | Failed => {
+                    Ok(self)
+                }
+            },
+            Event::DiskRefused => match self {
+                Running | Frozen | Ready | Refused { .. } => Ok(Refused { rekeyed: false }),
+                Quiet { .. } => Ok(Quiet { rekeyed: false }),
+                // A destination's disks are not its own yet: what they say counts once it runs.
+                Incoming | Complete | Stopped | Failed => Ok(self),
+            },
+            Event::Rekeyed => match self {
+                Ready | Frozen | Incoming | Complete => Ok(self),
+                Refused { .. } => Ok(Refused { rekeyed: true }),
+                Quiet { .. } => Ok(Quiet { rekeyed: true }),
+                Running | Stopped | Failed => refused,
+            },
+            Event::SaidQuiet => match self {
+                Running => Ok(Quiet { rekeyed: false }),
+                Ready | Frozen | Refused { .. } | Quiet { .. } | Incoming | Complete | Stopped | Failed => {
+                    refused
+                }
+            },
+            Event::Arrived => match self {
+                Incoming => Ok(Complete),
+                Ready | Running | Frozen | Refused { .. } | Quiet { .. } | Complete | Stopped | Failed => {
+                    refused
+                }
+            },
+            Event::ShutDown => match self {
+                Ready | Running | Frozen | Refused { .. } | Stopped => Ok(Stopped),
+                // What these hold is not theirs to flush: a source said quiet, a destination never ran.
+                Quiet { .. } | Incoming | Complete | Failed => refused,
+            },
+            Event::Failed => match self {
+                Stopped => Ok(Stopped),
+                Ready | Running | Frozen | Refused { .. } | Quiet { .. } | Incoming | Complete | Failed => {
+                    Ok(Failed)
+                }
+            },
+        }
+    }
+
+    /// Whether the guest's vCPUs are let go.
+    pub fn is_running(self) -> bool {
+        self == Phase::Running
+    }
+
+    /// The wire's form.
+    pub fn to_wire(self) -> wire::Phase {
+        match self {
+            Phase::Ready => wire::Phase::Ready,
+            Phase::Running => wire::Phase::Running,
+            Phase::Frozen => wire::Phase::Frozen,
+            Phase::Refused { .. } => wire::Phase::Refused,
+            Phase::Quiet { .. } => wire::Phase::Quiet,
+            Phase::Incoming => wire::Phase::Incoming,
+            Phase::Complete => wire::Phase::Complete,
+            Phase::Stopped => wire::Phase::Stopped,
+            Phase::Failed => wire::Phase::Failed,
+        }
+    }
+}
+
+impl std::fmt::Display for Phase {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Phase::Ready => "ready",
+            Phase::Running => "running",
+            Phase::Frozen => "frozen",
+            Phase::Refused { rekeyed: false } => "refused by its storage",
+            Phase::Refused { rekeyed: true } => "re-keyed",
+            Phase::Quiet { rekeyed: false } => "quiet",
+            Phase::Quiet { rekeyed: true } => "quiet and re-keyed",
+            Phase::Incoming => "incoming",
+            Phase::Complete => "complete",
+            Phase::Stopped => "stopped",
+            Phase::Failed => "failed",
+        })
+    }
+}
+
+impl std::fmt::Display for Event {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Event::Permitted => "to run",
+            Event::LeaseLapsed => "a lapse",
+            Event::DiskRefused => "a refusal",
+            Event::Rekeyed => "a re-key",
+            Event::SaidQuiet => "to say quiet",
+            Event::Arrived => "an arrival",
+            Event::ShutDown => "to stop",
+            Event::Failed => "a failure",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PHASES: [Phase; 11] = [
+        Phase::Ready,
+        Phase::Running,
+        Phase::Frozen,
+        Phase::Refused { rekeyed: false },
+        Phase::Refused { rekeyed: true },
+        Phase::Quiet { rekeyed: false },
+        Phase::Quiet { rekeyed: true },
+        Phase::Incoming,
+        Phase::Complete,
+        Phase::Stopped,
+        Phase::Failed,
+    ];
+
+    const EVENTS: [Event; 8] = [
+        Event::Permitted,
+        Event::LeaseLapsed,
+        Event::DiskRefused,
+        Event::Rekeyed,
+        Event::SaidQuiet,
+        Event::Arrived,
+        Event::ShutDown,
+        Event::Failed,
+    ];
+
+    #[test]
+    fn the_table_is_the_one_drawn() {
+        use Phase::{Complete, Failed, Frozen, Incoming, Quiet, Ready, Refused, Running, Stopped};
+        let table = [
+            (Ready, Event::Permitted, Running),
+            (Running, Event::LeaseLapsed, Frozen),
+            (Frozen, Event::Permitted, Running),
+            (Running, Event::DiskRefused, Refused { rekeyed: false }),
+            (Frozen, Event::DiskRefused, Refused { rekeyed: false }),
+            (Refused { rekeyed: false }, Event::Rekeyed, Refused { rekeyed: true }),
+            (Refused { rekeyed: true }, Event::DiskRefused, Refused { rekeyed: false }),
+            (Refused { rekeyed: true }, Event::Permitted, Running),
+            (Running, Event::SaidQuiet, Quiet { rekeyed: false }),
+            (Quiet { rekeyed: false }, Event::Rekeyed, Quiet { rekeyed: true }),
+            (Quiet { rekeyed: true }, Event::Permitted, Running),
+            (Incoming, Event::Arrived, Complete),
+            (Complete, Event::Permitted, Running),
+            (Frozen, Event::ShutDown, Stopped),
+            (Incoming, Event::Failed, Failed),
+        ];
+        for (phase, event, next) in table {
+            assert_eq!(phase.after(event), Ok(next), "{phase} after {event}");
+        }
+    }
+
+    #[test]
+    fn only_a_permit_leads_to_running() {
+        for phase in PHASES {
+            for event in EVENTS {
+                if phase.after(event) == Ok(Phase::Running) && phase != Phase::Running {
+                    assert_eq!(event, Event::Permitted, "{phase}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_machine_that_said_quiet_runs_only_after_a_re_key_and_then_a_permit() {
+        // Every sequence of three events from QUIET: one that runs has a re-key before its permit.
+        for first in EVENTS {
+            for second in EVENTS {
+                for third in EVENTS {
+                    let mut phase = Phase::Quiet { rekeyed: false };
+                    let mut rekeyed = false;
+                    for event in [first, second, third] {
+                        if let Ok(next) = phase.after(event) {
+                            phase = next;
+                        }
+                        rekeyed |= event == Event::Rekeyed;
+                        assert!(phase != Phase::Running || rekeyed, "{first}, {second}, {third}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_ended_never_runs_again() {
+        for phase in [Phase::Stopped, Phase::Failed] {
+            for event in EVENTS {
+                let next = phase.after(event).unwrap_or(phase);
+                assert_eq!(next, phase, "{event}");
+            }
+        }
+    }
+}

@@ -1,0 +1,397 @@
+//! The machine file: what `clusterd` tells a monitor to be, read and checked once at the door.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use cluster_model::ids::{MigrationId, NodeId, Token, VmId};
+use cluster_model::state::{Boot, OnIsolation};
+use serde::{Deserialize, Serialize};
+use storage_broker::disk::DiskSpec;
+use storage_broker::volume::{DiskPath, VolumeUrl};
+
+use crate::boot::mptable::MPTABLE_CPUS_MAX;
+use crate::layout::VIRTIO_SLOTS_MAX;
+
+/// The largest machine file that is read.
+const FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// The least memory: the loader's tables and the self-checking guest's program lie below 4 MiB.
+pub const MEMORY_MIB_MIN: u64 = 8;
+
+/// The most memory: 4 KiB pages of it are counted in 32 bits here and there.
+pub const MEMORY_MIB_MAX: u64 = 1 << 20;
+
+/// The bytes of a migration's ticket.
+pub const TICKET_BYTES: usize = 32;
+
+/// The most addresses that a memory stream is accepted on.
+const LISTEN_MAX: usize = 8;
+
+/// The file's contents.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineFile {
+    /// The machine.
+    pub vm_id: VmId,
+    /// Its name.
+    pub vm_name: String,
+    /// The node it runs on.
+    pub node_id: NodeId,
+    /// The node's uid on storage servers.
+    pub node_uid: u32,
+    /// The address that connections to storage servers come from.
+    #[serde(default)]
+    pub node_address: Option<IpAddr>,
+    /// The token it is to run under.
+    pub token: Token,
+    /// Memory, MiB.
+    pub memory_mib: u64,
+    /// Virtual processors.
+    pub vcpus: u32,
+    /// What it boots.
+    pub boot: Boot,
+    /// Its disks, in the guest's order.
+    #[serde(default)]
+    pub disks: Vec<MachineDisk>,
+    /// Its network interfaces, in the guest's order, behind the disks.
+    #[serde(default)]
+    pub nics: Vec<MachineNic>,
+    /// The file that the self-checking guest's flushed numbers are appended to.
+    #[serde(default)]
+    pub witness: Option<PathBuf>,
+    /// What follows when the lease runs out.
+    #[serde(default)]
+    pub on_isolation: OnIsolation,
+    /// Set on a migration's destination.
+    #[serde(default)]
+    pub incoming: Option<Incoming>,
+    /// What to log, as in `RUST_LOG`; the environment's variable goes first.
+    #[serde(default)]
+    pub log: Option<String>,
+}
+
+/// A disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineDisk {
+    /// The volume's address: `nfs://…` or `dir:/…`.
+    pub volume: String,
+    /// The file on the volume.
+    pub path: String,
+    /// The cluster that the volume belongs to.
+    pub cluster_id: String,
+    /// The uid that owns disk files.
+    pub broker_uid: u32,
+    /// How far the volume's server enforces tokens.
+    pub fence_class: String,
+    /// Bytes, as the log has it; the file must have as many.
+    pub size_bytes: u64,
+}
+
+/// A network interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineNic {
+    /// The tap device on this host.
+    pub tap: String,
+    /// The bridge that the tap is plugged into.
+    pub bridge: String,
+    /// `aa:bb:cc:dd:ee:ff`.
+    pub mac: String,
+}
+
+/// What a destination waits for.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Incoming {
+    /// The migration.
+    pub migration_id: MigrationId,
+    /// Its ticket: 64 hexadecimal digits.
+    pub ticket: String,
+    /// Where the memory stream is accepted; port 0 takes a free one.
+    pub listen: Vec<SocketAddr>,
+}
+
+impl std::fmt::Debug for Incoming {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Incoming")
+            .field("migration_id", &self.migration_id)
+            .field("ticket", &"(secret)")
+            .field("listen", &self.listen)
+            .finish()
+    }
+}
+
+/// Why a machine file is not one.
+#[derive(Debug, thiserror::Error)]
+pub enum SpecError {
+    /// It cannot be read.
+    #[error("cannot read the machine file {}: {source}", path.display())]
+    Read {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// It is no JSON of this kind.
+    #[error("the machine file is malformed: {0}")]
+    Malformed(#[from] serde_json::Error),
+    /// A value is out of its range.
+    #[error("the machine file's `{field}` is not usable: {problem}")]
+    Field {
+        /// Which.
+        field: String,
+        /// What is wrong, and what would be right.
+        problem: String,
+    },
+}
+
+fn field(field: impl Into<String>, problem: impl Into<String>) -> SpecError {
+    SpecError::Field { field: field.into(), problem: problem.into() }
+}
+
+/// A machine file whose every value is known to be usable.
+#[derive(Clone, Debug)]
+pub struct ValidatedSpec {
+    file: MachineFile,
+    disks: Vec<DiskSpec>,
+    macs: Vec<[u8; 6]>,
+    ticket: Option<[u8; TICKET_BYTES]>,
+}
+
+impl ValidatedSpec {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// See [`SpecError`].
+    pub fn read(path: &Path) -> Result<ValidatedSpec, SpecError> {
+        use std::io::Read;
+        let error = |source| SpecError::Read { path: path.into(), source };
+        let mut text = String::new();
+        let file = std::fs::File::open(path).map_err(error)?;
+        file.take(FILE_BYTES_MAX).read_to_string(&mut text).map_err(error)?;
+        ValidatedSpec::new(serde_json::from_str(&text)?)
+    }
+
+    /// Checks a file's contents.
+    ///
+    /// # Errors
+    /// See [`SpecError`].
+    pub fn new(file: MachineFile) -> Result<ValidatedSpec, SpecError> {
+        if file.token == Token::NONE || file.token.0 >= Token::LIMIT {
+            return Err(field("token", format!("{} was never granted", file.token)));
+        }
+        if !(MEMORY_MIB_MIN..=MEMORY_MIB_MAX).contains(&file.memory_mib) {
+            return Err(field(
+                "memory_mib",
+                format!("{} is not between {MEMORY_MIB_MIN} and {MEMORY_MIB_MAX}", file.memory_mib),
+            ));
+        }
+        if !(1..=MPTABLE_CPUS_MAX).contains(&file.vcpus) {
+            return Err(field("vcpus", format!("{} is not between 1 and {MPTABLE_CPUS_MAX}", file.vcpus)));
+        }
+        if file.disks.len() + file.nics.len() > VIRTIO_SLOTS_MAX {
+            return Err(field("disks", format!("with `nics` there may be {VIRTIO_SLOTS_MAX} at most")));
+        }
+        let disks = file
+            .disks
+            .iter()
+            .enumerate()
+            .map(|(index, disk)| check_disk(&file, index, disk))
+            .collect::<Result<_, _>>()?;
+        let macs = file
+            .nics
+            .iter()
+            .enumerate()
+            .map(|(index, nic)| {
+                check_tap(index, &nic.tap)?;
+                parse_mac(&nic.mac).ok_or_else(|| {
+                    field(format!("nics[{index}].mac"), "write six bytes as aa:bb:cc:dd:ee:ff, not a group's address")
+                })
+            })
+            .collect::<Result<_, _>>()?;
+        check_boot(&file)?;
+        let ticket = file.incoming.as_ref().map(check_incoming).transpose()?;
+        Ok(ValidatedSpec { file, disks, macs, ticket })
+    }
+
+    /// The file's contents.
+    pub fn file(&self) -> &MachineFile {
+        &self.file
+    }
+
+    /// What to open for each disk.
+    pub fn disks(&self) -> &[DiskSpec] {
+        &self.disks
+    }
+
+    /// The MAC address of each network interface.
+    pub fn macs(&self) -> &[[u8; 6]] {
+        &self.macs
+    }
+
+    /// The incoming migration and its ticket.
+    pub fn incoming(&self) -> Option<(&Incoming, [u8; TICKET_BYTES])> {
+        self.file.incoming.as_ref().zip(self.ticket)
+    }
+}
+
+fn check_disk(file: &MachineFile, index: usize, disk: &MachineDisk) -> Result<DiskSpec, SpecError> {
+    let name = |part: &str| format!("disks[{index}].{part}");
+    let volume: VolumeUrl =
+        disk.volume.parse().map_err(|error| field(name("volume"), format!("{error}")))?;
+    let path: DiskPath = disk.path.parse().map_err(|error| field(name("path"), format!("{error}")))?;
+    if disk.size_bytes == 0 || disk.size_bytes % 512 != 0 {
+        return Err(field(name("size_bytes"), format!("{} is not a multiple of 512", disk.size_bytes)));
+    }
+    let enforced = matches!(disk.fence_class.as_str(), "gid-token" | "uid-token");
+    if !enforced && !matches!(disk.fence_class.as_str(), "time" | "none") {
+        return Err(field(name("fence_class"), "use gid-token, uid-token, time or none"));
+    }
+    if file.on_isolation == OnIsolation::RunUntilFenced && !enforced {
+        return Err(field(
+            "on_isolation",
+            format!("run-until-fenced needs storage that fences; disk {index} has class {}", disk.fence_class),
+        ));
+    }
+    if file.node_uid == disk.broker_uid {
+        return Err(field(
+            "node_uid",
+            format!("{} owns the disk files: a server favours the owner over the token", file.node_uid),
+        ));
+    }
+    Ok(DiskSpec::new(volume, path, file.node_uid, file.token))
+}
+
+fn check_tap(index: usize, tap: &str) -> Result<(), SpecError> {
+    /// IFNAMSIZ with its closing zero.
+    const NAME_BYTES_MAX: usize = 15;
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
+    if tap.is_empty() || tap.len() > NAME_BYTES_MAX || !tap.bytes().all(plain) {
+        return Err(field(format!("nics[{index}].tap"), "write the name of a tap device, 15 bytes at most"));
+    }
+    Ok(())
+}
+
+fn check_boot(file: &MachineFile) -> Result<(), SpecError> {
+    match &file.boot {
+        Boot::SelfCheck { working_set_mib, .. } => {
+            let room = file.memory_mib - 4;
+            if *working_set_mib == 0 || u64::from(*working_set_mib) > room {
+                return Err(field(
+                    "boot.working_set_mib",
+                    format!("{working_set_mib} is not between 1 and {room}, the memory less 4 MiB"),
+                ));
+            }
+            if file.vcpus != 1 {
+                return Err(field("vcpus", "the self-checking guest runs on one"));
+            }
+            Ok(())
+        }
+        Boot::Linux { .. } => Ok(()),
+    }
+}
+
+fn check_incoming(incoming: &Incoming) -> Result<[u8; TICKET_BYTES], SpecError> {
+    if incoming.listen.is_empty() || incoming.listen.len() > LISTEN_MAX {
+        return Err(field("incoming.listen", format!("give 1 to {LISTEN_MAX} addresses")));
+    }
+    parse_hex(&incoming.ticket)
+        .and_then(|bytes| bytes.try_into().ok())
+        .ok_or_else(|| field("incoming.ticket", format!("write {TICKET_BYTES} bytes in hexadecimal")))
+}
+
+fn parse_hex(text: &str) -> Option<Vec<u8>> {
+    let digit = |byte: &u8| char::from(*byte).to_digit(16).map(|value| value as u8);
+    text.as_bytes()
+        .chunks(2)
+        .map(|pair| match pair {
+            [high, low] => Some(digit(high)? << 4 | digit(low)?),
+            _ => None,
+        })
+        .collect()
+}
+
+fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let parts: Vec<u8> = text
+        .split(':')
+        .map(|part| (part.len() == 2).then(|| u8::from_str_radix(part, 16).ok()).flatten())
+        .collect::<Option<_>>()?;
+    let mac: [u8; 6] = parts.try_into().ok()?;
+    (mac[0] & 1 == 0).then_some(mac)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn good() -> Value {
+        json!({
+            "vm_id": 7, "vm_name": "db-1", "node_id": 2, "node_uid": 60002, "token": 12,
+            "memory_mib": 64, "vcpus": 1,
+            "boot": {"self-check": {"working_set_mib": 16, "dirty_mib_s": 10}},
+            "disks": [{"volume": "nfs://127.0.0.1:2049/export", "path": "db-1/0.raw", "cluster_id": "c",
+                       "broker_uid": 60000, "fence_class": "gid-token", "size_bytes": 1048576}],
+            "nics": [{"tap": "tap0", "bridge": "br0", "mac": "52:54:00:12:34:56"}],
+            "incoming": {"migration_id": 9, "ticket": "ab".repeat(32), "listen": ["127.0.0.2:0"]},
+        })
+    }
+
+    fn check(value: Value) -> Result<ValidatedSpec, SpecError> {
+        ValidatedSpec::new(serde_json::from_value(value)?)
+    }
+
+    #[test]
+    fn a_good_file_is_taken_whole() {
+        let spec = check(good()).unwrap();
+        assert_eq!(spec.disks().len(), 1);
+        assert_eq!(spec.macs(), [[0x52, 0x54, 0, 0x12, 0x34, 0x56]]);
+        assert_eq!(spec.incoming().unwrap().1, [0xab; 32]);
+        assert!(!format!("{spec:?}").contains("abab"), "the ticket is a secret");
+    }
+
+    #[test]
+    fn each_unusable_value_is_named() {
+        let cases: &[(&str, Value, &str)] = &[
+            ("/token", json!(0), "token"),
+            ("/memory_mib", json!(0), "memory_mib"),
+            ("/memory_mib", json!(99_999_999), "memory_mib"),
+            ("/vcpus", json!(0), "vcpus"),
+            ("/vcpus", json!(400), "vcpus"),
+            ("/boot/self-check/working_set_mib", json!(61), "working_set_mib"),
+            ("/disks/0/volume", json!("ftp://x"), "disks[0].volume"),
+            ("/disks/0/path", json!("../x"), "disks[0].path"),
+            ("/disks/0/size_bytes", json!(513), "disks[0].size_bytes"),
+            ("/disks/0/fence_class", json!("magic"), "disks[0].fence_class"),
+            ("/disks/0/broker_uid", json!(60002), "node_uid"),
+            ("/nics/0/tap", json!("a tap with spaces"), "nics[0].tap"),
+            ("/nics/0/mac", json!("53:54:00:12:34:56"), "nics[0].mac"),
+            ("/nics/0/mac", json!("5254:00:12:34:56"), "nics[0].mac"),
+            ("/incoming/ticket", json!("abc"), "incoming.ticket"),
+            ("/incoming/listen", json!([]), "incoming.listen"),
+        ];
+        for (pointer, value, named) in cases {
+            let mut file = good();
+            *file.pointer_mut(pointer).unwrap() = value.clone();
+            let error = check(file).unwrap_err().to_string();
+            assert!(error.contains(named), "{pointer}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_field_is_refused() {
+        let mut file = good();
+        file["surprise"] = json!(1);
+        assert!(matches!(check(file), Err(SpecError::Malformed(_))));
+    }
+
+    #[test]
+    fn running_until_fenced_needs_storage_that_fences() {
+        let mut file = good();
+        file["on_isolation"] = json!("run-until-fenced");
+        assert!(check(file.clone()).is_ok());
+        file["disks"][0]["fence_class"] = json!("time");
+        assert!(check(file).unwrap_err().to_string().contains("on_isolation"));
+    }
+}
