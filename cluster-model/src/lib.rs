@@ -7,12 +7,20 @@
 
 pub mod agent;
 mod apply;
+pub mod balance;
 pub mod command;
+pub mod drain;
 pub mod event;
+pub mod failover;
+pub mod fleet;
 pub mod ids;
+pub mod lease;
+pub mod membership;
 pub mod placement;
+pub mod queue;
 pub mod settings;
 pub mod state;
+pub mod supervise;
 
 pub use agent::{
     Act, FlowKind, MonitorMigration, MonitorPhase, MonitorView, NodeView, PermitRefusal, Side,
@@ -21,9 +29,12 @@ pub use agent::{
 pub use apply::parse_mac;
 pub use command::{Command, Envelope, Outcome, Rejection, ReleaseReason, Reply};
 pub use event::{Event, Object, Severity, Why};
+pub use fleet::{Fleet, NodeLoad, Observed};
 pub use ids::{
     Incarnation, LogIndex, MigrationId, Name, NameError, NodeId, RequestId, Token, VmId, VolumeId,
 };
+pub use lease::{Grant, LeaseRefusal, LeaseTable, NodeLease};
+pub use placement::{Choice, NoPlace, Score, best_node};
 pub use settings::{BalanceLevel, Settings, SettingsError};
 pub use state::{
     Boot, ClusterInfo, ClusterState, Desired, DiskSpec, Drain, Duty, FenceClass, Lease, Liveness,

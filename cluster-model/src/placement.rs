@@ -1,8 +1,23 @@
-//! Hard constraints: whether a machine may be on a node at all.
+//! Where a machine may be (hard constraints), and where it is best (a score).
+
+use std::cmp::Ordering;
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
 
 use crate::command::Rejection;
-use crate::ids::{Name, NodeId};
-use crate::state::{ClusterState, Duty, Liveness, Node, NodeRole, Rule, Vm};
+use crate::event::Why;
+use crate::fleet::{Fleet, Observed, permille};
+use crate::ids::{Name, NodeId, VmId};
+use crate::state::{ClusterState, Duty, Liveness, Node, NodeRole, Rule, Vm, Volume};
+
+/// Nodes that a decision's [`Why`] names, best first, and as many of the refused: enough for a person,
+/// small enough for the log.
+const WHY_NODES_MAX: usize = 6;
+/// Over this fill, thousandths, a node is crowded.
+const CROWDED_PERMILLE: u16 = 800;
+/// Fills within one step of this, thousandths, are alike, so that smaller matters decide between them.
+const FILL_STEP_PERMILLE: u16 = 50;
 
 /// Whether a node takes machines at all.
 ///
@@ -28,54 +43,126 @@ pub fn takes_machines(node: &Node) -> Result<(), Rejection> {
     }
 }
 
-/// Whether `vm` may run on `node`: duty, volumes, rules and room, counting what runs there now.
-///
-/// A machine that the node owns already is not counted twice.
+/// Whether a running machine can pass from one node's hardware and software to another's.
 ///
 /// # Errors
-/// The first constraint that forbids it.
-pub fn may_run(state: &ClusterState, vm: &Vm, node: &Node) -> Result<(), Rejection> {
+/// [`Rejection::CpuDiffers`] or [`Rejection::VersionsDiffer`].
+pub fn compatible(source: &Node, destination: &Node) -> Result<(), Rejection> {
+    let (from, to) = (source.id, destination.id);
+    let (ours, theirs) = (&source.facts, &destination.facts);
+    if ours.cpu_vendor != theirs.cpu_vendor {
+        return Err(Rejection::CpuDiffers {
+            from,
+            to,
+            ours: ours.cpu_vendor.clone(),
+            theirs: theirs.cpu_vendor.clone(),
+        });
+    }
+    let (_, ours_newest) = ours.stream_versions;
+    let (theirs_oldest, theirs_newest) = theirs.stream_versions;
+    // A newer destination reads what an older source speaks; never the other way round.
+    if !(theirs_oldest..=theirs_newest).contains(&ours_newest) {
+        return Err(Rejection::VersionsDiffer {
+            from,
+            to,
+            ours: ours.version.clone(),
+            theirs: theirs.version.clone(),
+        });
+    }
+    Ok(())
+}
+
+/// What is left on a node.
+struct Room {
+    memory_mib: u64,
+    vcpus: u64,
+}
+
+/// The hard constraints; how each fact is looked up is the caller's.
+fn constraints<'s>(
+    vm: &Vm,
+    node: &Node,
+    volume_named: impl Fn(&Name) -> Option<&'s Volume>,
+    forbidding: impl FnOnce() -> Option<&'s Name>,
+    room: impl FnOnce() -> Room,
+) -> Result<(), Rejection> {
     takes_machines(node)?;
     for disk in &vm.spec.disks {
-        let reaches = state
-            .volume_named(&disk.volume)
-            .is_some_and(|volume| volume.reaches(node.id));
-        if !reaches {
+        if !volume_named(&disk.volume).is_some_and(|volume| volume.reaches(node.id)) {
             return Err(Rejection::VolumeUnreachable {
                 node: node.id,
                 volume: disk.volume.clone(),
             });
         }
     }
-    if let Some(rule) = forbidding_rule(state, vm, node.id) {
+    if let Some(rule) = forbidding() {
         return Err(Rejection::RuleForbids {
             rule: rule.clone(),
             vm: vm.id,
             node: node.id,
         });
     }
+    // What it owns already is not counted twice.
     if vm.ownership.owner == Some(node.id) {
         return Ok(());
     }
-    let free = state.memory_free_mib(node);
-    if vm.spec.memory_mib > free {
-        return Err(Rejection::NoRoom {
+    let room = room();
+    let no_room = |what: &str, needs: u64, free: u64| {
+        Err(Rejection::NoRoom {
             node: node.id,
-            what: "memory (MiB)".into(),
-            needs: vm.spec.memory_mib,
+            what: what.into(),
+            needs,
             free,
-        });
+        })
+    };
+    if vm.spec.memory_mib > room.memory_mib {
+        return no_room("memory (MiB)", vm.spec.memory_mib, room.memory_mib);
     }
-    let vcpus_free = vcpus_free(state, node);
-    if u64::from(vm.spec.vcpus) > vcpus_free {
-        return Err(Rejection::NoRoom {
-            node: node.id,
-            what: "virtual processors".into(),
-            needs: u64::from(vm.spec.vcpus),
-            free: vcpus_free,
-        });
+    if u64::from(vm.spec.vcpus) > room.vcpus {
+        return no_room("virtual processors", u64::from(vm.spec.vcpus), room.vcpus);
     }
     Ok(())
+}
+
+/// Whether `vm` may run on `node`: duty, volumes, rules and room, counting what runs there now.
+///
+/// # Errors
+/// The first constraint that forbids it.
+pub fn may_run(state: &ClusterState, vm: &Vm, node: &Node) -> Result<(), Rejection> {
+    constraints(
+        vm,
+        node,
+        |name| state.volume_named(name),
+        || forbidding_rule(state, vm, node.id),
+        || Room {
+            memory_mib: state.memory_free_mib(node),
+            vcpus: vcpus_free(state, node),
+        },
+    )
+}
+
+/// The same in a plan: counts what the plan has promised, and which volumes nodes report as unreachable.
+///
+/// # Errors
+/// The first constraint that forbids it.
+pub fn may_run_in(fleet: &Fleet<'_>, vm: &Vm, node: &Node) -> Result<(), Rejection> {
+    constraints(
+        vm,
+        node,
+        |name| {
+            fleet
+                .volume(name)
+                .filter(|_| !fleet.volume_down(node.id, name))
+        },
+        || {
+            let rules = fleet.rules_of(vm.id).iter().copied();
+            first_forbidding(rules, vm.id, node.id, |other| fleet.places(other))
+        },
+        || Room {
+            memory_mib: fleet.memory_free_mib(node),
+            vcpus: fleet.vcpus_free(node),
+        },
+    )
 }
 
 /// Virtual processors that a node may still take.
@@ -100,38 +187,256 @@ pub fn vcpus_free(state: &ClusterState, node: &Node) -> u64 {
 /// Preferred owners forbid nothing. An affinity rule forbids a node only while another machine of the
 /// rule runs elsewhere and none runs here.
 pub fn forbidding_rule<'s>(state: &'s ClusterState, vm: &Vm, node: NodeId) -> Option<&'s Name> {
-    // Where a machine is, or is on its way to.
-    let places = |other: crate::VmId| {
+    first_forbidding(state.rules.iter(), vm.id, node, |other| {
         let owner = state
             .vms
             .get(&other)
             .and_then(|other| other.ownership.owner);
         let coming = state.active_migration(other).map(|migration| migration.to);
         (owner, coming)
-    };
-    state.rules.iter().find_map(|(name, rule)| {
+    })
+}
+
+/// `places`: where a machine is, and where it is on its way to.
+fn first_forbidding<'s>(
+    mut rules: impl Iterator<Item = (&'s Name, &'s Rule)>,
+    vm: VmId,
+    node: NodeId,
+    places: impl Fn(VmId) -> (Option<NodeId>, Option<NodeId>),
+) -> Option<&'s Name> {
+    rules.find_map(|(name, rule)| {
         let forbids = match rule {
-            Rule::PossibleOwners { vm: ruled, nodes } => *ruled == vm.id && !nodes.contains(&node),
+            Rule::PossibleOwners { vm: ruled, nodes } => *ruled == vm && !nodes.contains(&node),
             Rule::PreferredOwners { .. } => false,
             Rule::AntiAffinity { vms } => {
-                vms.contains(&vm.id)
-                    && vms.iter().filter(|&&other| other != vm.id).any(|&other| {
+                vms.contains(&vm)
+                    && vms.iter().filter(|&&other| other != vm).any(|&other| {
                         let (owner, coming) = places(other);
                         owner == Some(node) || coming == Some(node)
                     })
             }
             Rule::Affinity { vms } => {
-                let others: Vec<NodeId> = vms
-                    .iter()
-                    .filter(|&&other| vms.contains(&vm.id) && other != vm.id)
-                    .filter_map(|&other| {
-                        let (owner, coming) = places(other);
-                        coming.or(owner)
-                    })
-                    .collect();
-                !others.is_empty() && !others.contains(&node)
+                let mut elsewhere = false;
+                let mut here = false;
+                for &other in vms.iter().filter(|&&other| other != vm) {
+                    let (owner, coming) = places(other);
+                    match coming.or(owner) {
+                        Some(place) if place == node => here = true,
+                        Some(_) => elsewhere = true,
+                        None => {}
+                    }
+                }
+                vms.contains(&vm) && elsewhere && !here
             }
         };
         forbids.then_some(name)
     })
+}
+
+/// How good a node is for a machine; smaller is better. The order of the fields is the policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Score {
+    /// It could not be started there since it last ran.
+    pub failed_here: bool,
+    /// A rule prefers other nodes.
+    pub not_preferred: bool,
+    /// Its memory or processors would be over 80 %.
+    pub crowded: bool,
+    /// The fuller of memory (with the machine) and processors, in steps of 5 %.
+    pub fill_steps: u16,
+    /// Migrations out of it and into it.
+    pub migrations: u32,
+    /// Memory with the machine, thousandths.
+    pub memory_permille: u16,
+    /// Machines.
+    pub machines: u32,
+    /// Two alike: the older node.
+    pub node: NodeId,
+}
+
+impl Score {
+    fn of(fleet: &Fleet<'_>, vm: &Vm, node: &Node) -> Score {
+        let used = fleet.used(node.id);
+        let own = if vm.ownership.owner == Some(node.id) {
+            0
+        } else {
+            vm.spec.memory_mib
+        };
+        let memory_permille = permille(used.memory_mib + own, fleet.memory_offered_mib(node));
+        let fill = memory_permille.max(fleet.cpu_permille(node.id));
+        let not_preferred = fleet.rules_of(vm.id).iter().any(|(_, rule)| {
+            matches!(rule, Rule::PreferredOwners { nodes, .. } if !nodes.contains(&node.id))
+        });
+        Score {
+            failed_here: vm.failed_on.contains(&node.id),
+            not_preferred,
+            crowded: fill > CROWDED_PERMILLE,
+            fill_steps: fill / FILL_STEP_PERMILLE,
+            migrations: used.moves_in + used.moves_out,
+            memory_permille,
+            machines: used.machines,
+            node: node.id,
+        }
+    }
+
+    fn words(&self) -> String {
+        let mut words = format!(
+            "memory {}.{} % with it, {} machines",
+            self.memory_permille / 10,
+            self.memory_permille % 10,
+            self.machines
+        );
+        for (is, word) in [
+            (self.failed_here, "could not start it before"),
+            (self.not_preferred, "not preferred"),
+            (self.crowded, "crowded"),
+            (self.migrations > 0, "busy migrating"),
+        ] {
+            if is {
+                words.push_str(", ");
+                words.push_str(word);
+            }
+        }
+        words
+    }
+}
+
+/// The node chosen for a machine, and every one that was looked at.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Choice {
+    /// Which.
+    pub node: NodeId,
+    /// Its score.
+    pub score: Score,
+    /// All, best first, then the refused.
+    pub considered: Vec<(NodeId, Result<Score, Rejection>)>,
+}
+
+/// No node can take a machine.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, thiserror::Error)]
+#[error("no node can take {vm}: {}", refusals(.considered))]
+pub struct NoPlace {
+    /// Which machine.
+    pub vm: VmId,
+    /// Each node's refusal.
+    pub considered: Vec<(NodeId, Rejection)>,
+}
+
+fn refusals(considered: &[(NodeId, Rejection)]) -> String {
+    if considered.is_empty() {
+        return "there is no other node; add one: clusterctl node add".into();
+    }
+    let mut texts: Vec<String> = considered
+        .iter()
+        .take(WHY_NODES_MAX)
+        .map(|(_, rejection)| rejection.to_string())
+        .collect();
+    if considered.len() > WHY_NODES_MAX {
+        texts.push(format!(
+            "and {} nodes more",
+            considered.len() - WHY_NODES_MAX
+        ));
+    }
+    texts.join("; ")
+}
+
+impl NoPlace {
+    /// Whether room alone is missing on some node: it may come back.
+    pub fn for_want_of_room(&self) -> bool {
+        self.considered
+            .iter()
+            .any(|(_, rejection)| matches!(rejection, Rejection::NoRoom { .. }))
+    }
+
+    /// As the inputs of a decision.
+    pub fn why(&self, rule: &str, fleet: &Fleet<'_>) -> Why {
+        let mut why = Why::rule(rule);
+        for (node, rejection) in self.considered.iter().take(WHY_NODES_MAX) {
+            why = why.with(&fleet.state.node_label(*node), rejection);
+        }
+        why
+    }
+}
+
+impl Choice {
+    /// As the inputs of a decision.
+    pub fn why(&self, rule: &str, fleet: &Fleet<'_>) -> Why {
+        let mut why = Why::rule(rule).with("chosen", fleet.state.node_label(self.node));
+        let (mut fit, mut unfit) = (0, 0);
+        for (node, verdict) in &self.considered {
+            let (count, words) = match verdict {
+                Ok(score) => (&mut fit, score.words()),
+                Err(rejection) => (&mut unfit, rejection.to_string()),
+            };
+            *count += 1;
+            if *count <= WHY_NODES_MAX {
+                why = why.with(&fleet.state.node_label(*node), words);
+            }
+        }
+        why
+    }
+}
+
+/// The best node for a machine, other than those of `exclude`, from scratch.
+///
+/// A machine that has an owner is to move: its owner is left out, and the destination must be able to take
+/// up its running state.
+///
+/// # Errors
+/// Every node's refusal.
+pub fn best_node(
+    state: &ClusterState,
+    vm: &Vm,
+    exclude: &BTreeSet<NodeId>,
+    observed: &Observed,
+) -> Result<Choice, NoPlace> {
+    let fleet = Fleet::new(state, observed, crate::fleet::Count::Open);
+    best_node_in(&fleet, vm, exclude)
+}
+
+/// The best node for a machine in a plan; as [`best_node`].
+///
+/// # Errors
+/// Every node's refusal.
+pub fn best_node_in(
+    fleet: &Fleet<'_>,
+    vm: &Vm,
+    exclude: &BTreeSet<NodeId>,
+) -> Result<Choice, NoPlace> {
+    let source = vm
+        .ownership
+        .owner
+        .and_then(|owner| fleet.state.nodes.get(&owner));
+    let mut considered: Vec<(NodeId, Result<Score, Rejection>)> = fleet
+        .state
+        .nodes
+        .values()
+        .filter(|node| !exclude.contains(&node.id) && vm.ownership.owner != Some(node.id))
+        .map(|node| {
+            let verdict = may_run_in(fleet, vm, node)
+                .and_then(|()| source.map_or(Ok(()), |source| compatible(source, node)))
+                .map(|()| Score::of(fleet, vm, node));
+            (node.id, verdict)
+        })
+        .collect();
+    considered.sort_by(|(_, one), (_, other)| match (one, other) {
+        (Ok(one), Ok(other)) => one.cmp(other),
+        (Ok(_), Err(_)) => Ordering::Less,
+        (Err(_), Ok(_)) => Ordering::Greater,
+        (Err(_), Err(_)) => Ordering::Equal,
+    });
+    match considered.first() {
+        Some((node, Ok(score))) => Ok(Choice {
+            node: *node,
+            score: *score,
+            considered,
+        }),
+        _ => Err(NoPlace {
+            vm: vm.id,
+            considered: considered
+                .into_iter()
+                .filter_map(|(node, verdict)| verdict.err().map(|rejection| (node, rejection)))
+                .collect(),
+        }),
+    }
 }

@@ -48,6 +48,9 @@ pub struct ClusterState {
     pub rules: BTreeMap<Name, Rule>,
     /// What can be set for the whole cluster.
     pub settings: Settings,
+    /// The longest `lost_ms` that was ever set: a new leader does not know under which setting an earlier
+    /// one granted the leases that still run, so it gives every node this long at first.
+    pub lost_ms_longest: u32,
     /// Answers by request id.
     pub answers: BTreeMap<RequestId, Reply>,
     /// Request ids in the order of their entries, for forgetting the oldest.
@@ -389,8 +392,11 @@ pub struct Vm {
     pub held: Option<String>,
     /// When it last moved (`at_ms`), for the balancer's cooldown.
     pub moved_at_ms: u64,
-    /// Its home: where a drain with fail-back brings it again.
+    /// The node that a drain took it from, until it is back there or a person moved it: for fail-back.
     pub home: Option<NodeId>,
+    /// Nodes that could not start it since it last ran, or since a person last asked for it.
+    #[serde(default)]
+    pub failed_on: BTreeSet<NodeId>,
 }
 
 /// One lease: the right to use a disk under the owner's token.
@@ -521,6 +527,8 @@ pub struct Drain {
     pub actor: String,
     /// Their words.
     pub reason: String,
+    /// The entry that began it: its migrations are younger.
+    pub since: LogIndex,
     /// When it began.
     pub started_at_ms: u64,
     /// When it ended; 0 while it runs.

@@ -1,6 +1,6 @@
 //! Rules for the cluster itself: its nodes, volumes, settings and placement rules.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Applied, Entry, name_taken};
 use crate::command::{Outcome, Rejection};
@@ -42,6 +42,7 @@ impl ClusterState {
             name: name.clone(),
             broker_uid,
         });
+        self.lost_ms_longest = self.settings.lost_ms;
         self.insert_node(FIRST_NODE, node_name, address, NodeRole::Voter);
         self.note(
             entry,
@@ -308,7 +309,35 @@ impl ClusterState {
         let owned: Vec<VmId> = self.owned_by(node).map(|vm| vm.id).collect();
         for vm in owned {
             self.change_owner(entry, vm, None, cause, true)?;
+            if cause == OwnershipCause::NodeLost {
+                self.hold_after_loss(entry, vm)?;
+            }
         }
+        Ok(())
+    }
+
+    /// Holds a machine that must not be restarted by itself after its node was lost: where the storage
+    /// cannot fence the lost owner, or where its spec says so. A person's `vm start` lifts the hold.
+    fn hold_after_loss(&mut self, entry: &mut Entry<'_>, vm: VmId) -> Result<(), Rejection> {
+        let known = self.vm(vm)?;
+        let reason = if !self.fence_allows_failover(known) {
+            Rejection::NoFence { vm }.to_string()
+        } else if !known.spec.failover {
+            "its node was lost and failover is off for it; to run it elsewhere: clusterctl vm start"
+                .to_owned()
+        } else {
+            return Ok(());
+        };
+        let name = known.name.clone();
+        self.vm_mut(vm)?.held = Some(reason.clone());
+        self.note(
+            entry,
+            Severity::Error,
+            vec![Object::Vm(vm)],
+            "vm.held",
+            format!("{name} is not restarted: {reason}"),
+            None,
+        );
         Ok(())
     }
 
@@ -340,14 +369,23 @@ impl ClusterState {
         }
         let known = self.node(node)?;
         let name = known.name.clone();
-        if known.duty == Duty::Draining {
+        let running = self
+            .drains
+            .get(&node)
+            .is_some_and(|drain| drain.ended_at_ms == 0);
+        // One that ended with machines left may be tried again.
+        if running {
             return Err(Rejection::DrainState {
                 node,
                 is: "being drained already".into(),
                 hint: "watch it: clusterctl node show".into(),
             });
         }
-        let machines = self.owned_by(node).map(|vm| vm.id).collect();
+        let machines: BTreeSet<VmId> = self.owned_by(node).map(|vm| vm.id).collect();
+        for &vm in &machines {
+            let known = self.vm_mut(vm)?;
+            known.home = known.home.or(Some(node));
+        }
         self.node_mut(node)?.duty = Duty::Draining;
         self.drains.insert(
             node,
@@ -355,6 +393,7 @@ impl ClusterState {
                 node,
                 actor: entry.actor.to_owned(),
                 reason: reason.to_owned(),
+                since: entry.index,
                 started_at_ms: entry.at_ms,
                 ended_at_ms: 0,
                 failures: BTreeMap::new(),
@@ -558,6 +597,7 @@ impl ClusterState {
     pub(super) fn set_settings(&mut self, entry: &mut Entry<'_>, settings: &Settings) -> Applied {
         settings.validate().map_err(Rejection::BadSettings)?;
         if self.settings != *settings {
+            self.lost_ms_longest = self.lost_ms_longest.max(settings.lost_ms);
             self.settings = settings.clone();
             self.note(
                 entry,

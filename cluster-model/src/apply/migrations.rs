@@ -103,25 +103,7 @@ impl ClusterState {
             return Err(Rejection::NotDesired { vm });
         }
         placement::takes_machines(destination)?;
-        let (ours, theirs) = (&source.facts, &destination.facts);
-        if ours.cpu_vendor != theirs.cpu_vendor {
-            return Err(Rejection::CpuDiffers {
-                from,
-                to,
-                ours: ours.cpu_vendor.clone(),
-                theirs: theirs.cpu_vendor.clone(),
-            });
-        }
-        let (ours_speaks, theirs_speaks) = (ours.stream_versions, theirs.stream_versions);
-        // A source may speak down to what an older destination reads, never up.
-        if ours_speaks.0 > theirs_speaks.1 || theirs_speaks.0 > ours_speaks.1 {
-            return Err(Rejection::VersionsDiffer {
-                from,
-                to,
-                ours: ours.version.clone(),
-                theirs: theirs.version.clone(),
-            });
-        }
+        placement::compatible(source, destination)?;
         placement::may_run(self, known, destination)
     }
 
@@ -325,7 +307,17 @@ impl ClusterState {
             };
             migration.ended_at_ms = at_ms;
         }
-        self.vm_mut(vm)?.moved_at_ms = at_ms;
+        // A person's move is where it belongs from now on; so is a return.
+        let home = self.vm(vm)?.home;
+        let settled = self
+            .migrations
+            .get(&id)
+            .is_some_and(|migration| migration.cause == MigrationCause::Asked || home == Some(to));
+        let known = self.vm_mut(vm)?;
+        known.moved_at_ms = at_ms;
+        if settled {
+            known.home = None;
+        }
         let detail = format!(
             "{} passed from {} ({expects}) to {} ({claimed}) with all its leases",
             self.vm_label(vm),

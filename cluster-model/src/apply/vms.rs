@@ -71,6 +71,7 @@ impl ClusterState {
                 held: None,
                 moved_at_ms: 0,
                 home: None,
+                failed_on: BTreeSet::new(),
             },
         );
         self.note(
@@ -289,6 +290,7 @@ impl ClusterState {
         if desired == Desired::Running {
             known.held = None;
             known.crashes.clear();
+            known.failed_on.clear();
         }
         if desired == Desired::Stopped
             && let Some(migration) = self.open_migration(vm).map(|migration| migration.id)
@@ -430,6 +432,7 @@ impl ClusterState {
         }
         known.ownership.activated = true;
         known.ownership.settle = false;
+        known.failed_on.clear();
         let cause = known.ownership.cause;
         let name = known.name.clone();
         self.note(
@@ -510,6 +513,7 @@ impl ClusterState {
             }
             ReleaseReason::StartFailed(how) => {
                 settle = true;
+                known.failed_on.insert(node);
                 (
                     Severity::Error,
                     "vm.start-failed",
