@@ -51,6 +51,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 mod connection;
+mod convert;
 mod export;
 mod files;
 mod journal;
@@ -92,7 +93,12 @@ pub struct Config {
 impl Config {
     /// Serves `root` as `/`, under root_squash.
     pub fn new(listen: SocketAddr, root: impl Into<PathBuf>) -> Config {
-        Config { listen, root: root.into(), export: "/".into(), no_root_squash: false }
+        Config {
+            listen,
+            root: root.into(),
+            export: "/".into(),
+            no_root_squash: false,
+        }
     }
 }
 
@@ -103,7 +109,9 @@ pub enum StartError {
     #[error(transparent)]
     Export(#[from] ExportError),
     /// The path that clients are to mount.
-    #[error("`{export}` cannot be the path of an export; it must begin with `/` and hold no `..` and no control character")]
+    #[error(
+        "`{export}` cannot be the path of an export; it must begin with `/` and hold no `..` and no control character"
+    )]
     ExportPath {
         /// As given.
         export: String,
@@ -160,26 +168,48 @@ pub async fn start(config: Config) -> Result<Server, StartError> {
 }
 
 async fn start_bounded(config: Config, connections_max: usize) -> Result<Server, StartError> {
-    let Config { listen, root, export: name, no_root_squash } = config;
+    let Config {
+        listen,
+        root,
+        export: name,
+        no_root_squash,
+    } = config;
     let bad_name = !name.starts_with('/')
         || name.chars().any(char::is_control)
         || name.split('/').any(|part| part == "..");
     if bad_name {
         return Err(StartError::ExportPath { export: name });
     }
-    let at_address = |source| StartError::Listen { address: listen, source };
+    let at_address = |source| StartError::Listen {
+        address: listen,
+        source,
+    };
     let listener = bind(listen).map_err(at_address)?;
     let addr = listener.local_addr().map_err(at_address)?;
     let opened = tokio::task::spawn_blocking(move || export::Export::open(&root)).await;
     let export = opened.map_err(|error| at_address(io::Error::other(error)))??;
     tracing::info!(%addr, root = %export.root_path().display(), export = name, "serving NFS");
-    let shared =
-        Arc::new(Shared { export: Arc::new(export), name: name.clone(), root_squash: !no_root_squash });
+    let shared = Arc::new(Shared {
+        export: Arc::new(export),
+        name: name.clone(),
+        root_squash: !no_root_squash,
+    });
     let tasks = TaskTracker::new();
     let stop = CancellationToken::new();
-    tasks.spawn(accept(listener, shared, connections_max, tasks.clone(), stop.clone()));
+    tasks.spawn(accept(
+        listener,
+        shared,
+        connections_max,
+        tasks.clone(),
+        stop.clone(),
+    ));
     tasks.close();
-    Ok(Server { addr, export: name, tasks, stop: stop.drop_guard() })
+    Ok(Server {
+        addr,
+        export: name,
+        tasks,
+        stop: stop.drop_guard(),
+    })
 }
 
 fn bind(address: SocketAddr) -> io::Result<TcpListener> {
@@ -226,8 +256,7 @@ async fn accept(
             tracing::debug!(%peer, %error, "a connection broke");
             continue;
         }
-        let serving =
-            connection::serve(stream, shared.clone(), tasks.clone(), stop.child_token());
+        let serving = connection::serve(stream, shared.clone(), tasks.clone(), stop.child_token());
         tasks.spawn(async move {
             serving.await;
             drop(place);
@@ -237,7 +266,9 @@ async fn accept(
 
 fn tune(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    let keepalive = socket2::TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE / 3);
+    let keepalive = socket2::TcpKeepalive::new()
+        .with_time(KEEPALIVE)
+        .with_interval(KEEPALIVE / 3);
     socket2::SockRef::from(stream).set_tcp_keepalive(&keepalive)
 }
 

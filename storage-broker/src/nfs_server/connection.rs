@@ -94,11 +94,15 @@ async fn read_calls(
     loop {
         while let Some(record) = records.next(&mut received).map_err(|_| End::NoRecord)? {
             // Both are closed never, so an error is no case of its own.
-            let Ok(slot) = slots.clone().acquire_owned().await else { return Ok(()) };
+            let Ok(slot) = slots.clone().acquire_owned().await else {
+                return Ok(());
+            };
             let record_bytes = record.len();
             let message = rpc::decode(record)?;
             let weight = weight(record_bytes, &message);
-            let Ok(room) = memory.clone().acquire_many_owned(weight).await else { return Ok(()) };
+            let Ok(room) = memory.clone().acquire_many_owned(weight).await else {
+                return Ok(());
+            };
             let (shared, replies) = (shared.clone(), replies.clone());
             calls.spawn(async move {
                 let reply = rpc::finish(answer(&shared, message).await);
@@ -111,7 +115,9 @@ async fn read_calls(
         let read = if received.is_empty() {
             reader.read_buf(&mut received).await
         } else {
-            timeout(STALL_TIMEOUT, reader.read_buf(&mut received)).await.map_err(|_| End::Stalled)?
+            timeout(STALL_TIMEOUT, reader.read_buf(&mut received))
+                .await
+                .map_err(|_| End::Stalled)?
         };
         if read? == 0 {
             return Ok(());
@@ -128,7 +134,8 @@ fn weight(record_bytes: usize, message: &Message) -> u32 {
         _ => 0,
     };
     let own = u32::try_from(record_bytes).unwrap_or(u32::MAX);
-    own.saturating_add(reply_bytes).clamp(1, IN_FLIGHT_BYTES_MAX)
+    own.saturating_add(reply_bytes)
+        .clamp(1, IN_FLIGHT_BYTES_MAX)
 }
 
 async fn answer(shared: &Shared, message: Message) -> Vec<u8> {
@@ -137,7 +144,9 @@ async fn answer(shared: &Shared, message: Message) -> Vec<u8> {
         Message::OtherVersion { xid } => return rpc::other_version(xid),
     };
     let xid = call.xid;
-    dispatch(shared, call).await.unwrap_or_else(|refusal| rpc::refused(xid, refusal))
+    dispatch(shared, call)
+        .await
+        .unwrap_or_else(|refusal| rpc::refused(xid, refusal))
 }
 
 async fn dispatch(shared: &Shared, call: Call) -> Result<Vec<u8>, Refusal> {
@@ -154,7 +163,13 @@ async fn dispatch(shared: &Shared, call: Call) -> Result<Vec<u8>, Refusal> {
     }
     let export = shared.export.clone();
     if !is_nfs {
-        return mount::execute(&export, &shared.name, call.xid, call.procedure, call.arguments);
+        return mount::execute(
+            &export,
+            &shared.name,
+            call.xid,
+            call.procedure,
+            call.arguments,
+        );
     }
     let caller = match call.from {
         Claim::System(caller) if shared.root_squash => caller.squash_root(),
@@ -179,7 +194,9 @@ async fn write_replies(
         gathered.extend(reply);
         rooms.push(room);
         while gathered.len() < GATHER_BYTES {
-            let Ok((reply, room)) = outgoing.try_recv() else { break };
+            let Ok((reply, room)) = outgoing.try_recv() else {
+                break;
+            };
             gathered.extend(reply);
             rooms.push(room);
         }

@@ -19,7 +19,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use nfs3_types::nfs3::{nfsstat3, nfstime3, stable_how};
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 
-use super::export::{Export, nanoseconds, now_ns, status_of, wire_time};
+use super::convert::{nanoseconds, now_ns, status_of, wire_time};
+use super::export::Export;
 use super::journal::{Identity, Record};
 use super::permission::{Attributes, Caller, Change, READ, TimeChange, WRITE, change};
 
@@ -134,7 +135,11 @@ impl Export {
         let nofollow = nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK;
         let file = self.at_path(node, |path| {
             let open = |write| {
-                OpenOptions::new().read(true).write(write).custom_flags(nofollow).open(path)
+                OpenOptions::new()
+                    .read(true)
+                    .write(write)
+                    .custom_flags(nofollow)
+                    .open(path)
             };
             // A file that came there behind our back may be only readable to us.
             open(true).or_else(|_| open(false))
@@ -169,7 +174,11 @@ impl Export {
         }
         data.truncate(filled);
         let eof = offset.saturating_add(filled as u64) >= metadata.size();
-        Ok(Piece { data, eof, metadata })
+        Ok(Piece {
+            data,
+            eof,
+            metadata,
+        })
     }
 
     /// WRITE, inside the gate; the sync, if one is asked for, comes after it.
@@ -188,7 +197,8 @@ impl Export {
             return Err(nfsstat3::NFS3ERR_FBIG);
         }
         let file = self.open_file(node)?;
-        file.write_all_at(data, offset).map_err(|error| status_of(&error))?;
+        file.write_all_at(data, offset)
+            .map_err(|error| status_of(&error))?;
         drop(gate);
         if stable != stable_how::UNSTABLE {
             self.sync(node, &file)?;
@@ -244,7 +254,10 @@ impl Export {
         self.set_times(node, wanted)?;
         // While the tree is held, so that the record of a file removed meanwhile does not come
         // after that of another one with its inode.
-        let record = Record { attributes: after, ..node.record() };
+        let record = Record {
+            attributes: after,
+            ..node.record()
+        };
         self.at_path(node, |_| self.journal.put(record))?;
         *lock(&node.attributes) = after;
         drop(gate);
@@ -301,7 +314,10 @@ impl Sync {
         // One that is under way may have begun before our data was written: the next one counts.
         let needed = state.begun + 1;
         while state.running && state.ended < needed {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
         }
         if state.ended >= needed {
             return match &state.failed {

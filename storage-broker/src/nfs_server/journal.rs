@@ -19,7 +19,12 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
-use super::permission::Attributes;
+mod record;
+
+use record::{
+    Entry, RECORD_BYTES, VERSION, begins_batch, decode, decode_header, encode, encode_header,
+};
+pub(super) use record::{Identity, Record};
 
 /// Changes waiting to be written at most: more callers than that wait for room.
 const WAITING_MAX: usize = 1024;
@@ -30,39 +35,15 @@ const BATCH_MAX: usize = 256;
 /// The journal is written anew when it has this many records and four times as many as there are files.
 const REWRITE_RECORDS_MIN: usize = 1 << 16;
 
-const RECORD_BYTES: usize = 64;
-const MAGIC: &[u8; 8] = b"BATONNFS";
-const VERSION: u32 = 1;
 const FILE: &str = "attributes";
-const PUT: u32 = 1;
-const FORGET: u32 = 2;
-/// Marks the first record of a batch.
-const FIRST: u32 = 0x100;
-
-/// Which of the files that ever had this inode number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Identity {
-    pub(super) inode: u64,
-    /// When the file system under us says it was made, in nanoseconds since 1970; 0 if it cannot say.
-    pub(super) born_ns: u64,
-}
-
-/// What is kept of one file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Record {
-    pub(super) identity: Identity,
-    /// Drawn when the file is made or first seen; part of its handle.
-    pub(super) generation: u64,
-    pub(super) attributes: Attributes,
-    /// What an EXCLUSIVE create was asked with; 0 otherwise.
-    pub(super) create_verifier: u64,
-}
 
 /// Why the record of owners cannot be kept.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
     /// The file system refused.
-    #[error("cannot keep owners and modes in {path}: {source}; is the directory writable, and is there room?")]
+    #[error(
+        "cannot keep owners and modes in {path}: {source}; is the directory writable, and is there room?"
+    )]
     Io {
         /// The journal.
         path: PathBuf,
@@ -70,7 +51,9 @@ pub enum JournalError {
         source: io::Error,
     },
     /// Not ours, or of a later version.
-    #[error("{path} is not an attribute journal of version {VERSION}; serve another directory, or use the program that wrote it")]
+    #[error(
+        "{path} is not an attribute journal of version {VERSION}; serve another directory, or use the program that wrote it"
+    )]
     Foreign {
         /// The journal.
         path: PathBuf,
@@ -85,12 +68,6 @@ pub enum JournalError {
         /// Where the first bad record begins.
         offset: usize,
     },
-}
-
-#[derive(Debug)]
-enum Entry {
-    Put(Record),
-    Forget(Identity),
 }
 
 #[derive(Debug)]
@@ -120,7 +97,10 @@ pub(super) fn read(directory: &Path) -> Result<Contents, JournalError> {
     let bytes = match std::fs::read(&path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Ok(Contents { export_id: rand::random(), records: HashMap::new() });
+            return Ok(Contents {
+                export_id: rand::random(),
+                records: HashMap::new(),
+            });
         }
         Err(source) => return Err(JournalError::Io { path, source }),
     };
@@ -143,9 +123,11 @@ pub(super) fn read(directory: &Path) -> Result<Contents, JournalError> {
         }
         good += 1;
     }
-    let begins_batch = |chunk: &[u8]| is_sealed(chunk) && u32_at(chunk, 0) & FIRST != 0;
     if body.len() > (good + BATCH_MAX) * RECORD_BYTES || chunks.any(begins_batch) {
-        return Err(JournalError::Damaged { path, offset: (good + 1) * RECORD_BYTES });
+        return Err(JournalError::Damaged {
+            path,
+            offset: (good + 1) * RECORD_BYTES,
+        });
     }
     Ok(Contents { export_id, records })
 }
@@ -153,16 +135,29 @@ pub(super) fn read(directory: &Path) -> Result<Contents, JournalError> {
 impl Journal {
     /// Writes `contents` as the journal of `directory` and opens it for more.
     pub(super) fn begin(directory: &Path, contents: Contents) -> Result<Journal, JournalError> {
-        let file = rewrite(directory, &contents)
-            .map_err(|source| JournalError::Io { path: directory.join(FILE), source })?;
+        let file = rewrite(directory, &contents).map_err(|source| JournalError::Io {
+            path: directory.join(FILE),
+            source,
+        })?;
         let (queue, waiting) = sync_channel(WAITING_MAX);
-        let writer =
-            Writer { directory: directory.to_owned(), written: contents.records.len(), contents, file, broken: false };
+        let writer = Writer {
+            directory: directory.to_owned(),
+            written: contents.records.len(),
+            contents,
+            file,
+            broken: false,
+        };
         let thread = std::thread::Builder::new()
             .name("nfs-attributes".into())
             .spawn(move || writer.run(waiting))
-            .map_err(|source| JournalError::Io { path: directory.join(FILE), source })?;
-        Ok(Journal { queue: Some(queue), thread: Some(thread) })
+            .map_err(|source| JournalError::Io {
+                path: directory.join(FILE),
+                source,
+            })?;
+        Ok(Journal {
+            queue: Some(queue),
+            thread: Some(thread),
+        })
     }
 
     /// Makes a record durable, and returns when it is. Blocks; not for async tasks.
@@ -171,14 +166,20 @@ impl Journal {
     /// Then it is unknown whether the record holds after a restart, and every later call fails too.
     pub(super) fn put(&self, record: Record) -> io::Result<()> {
         let (done, reply) = sync_channel(1);
-        self.send(Waiting { entry: Entry::Put(record), done: Some(done) })?;
+        self.send(Waiting {
+            entry: Entry::Put(record),
+            done: Some(done),
+        })?;
         reply.recv().map_err(|_| gone())?
     }
 
     /// Drops a file's record, some time: until then it is one that no file fits.
     pub(super) fn forget(&self, identity: Identity) {
         // Of no consequence if it fails: the next start drops records without files.
-        let _ = self.send(Waiting { entry: Entry::Forget(identity), done: None });
+        let _ = self.send(Waiting {
+            entry: Entry::Forget(identity),
+            done: None,
+        });
     }
 
     fn send(&self, waiting: Waiting) -> io::Result<()> {
@@ -221,7 +222,10 @@ impl Writer {
             }
             for waiting in batch {
                 if let Some(done) = waiting.done {
-                    let own = result.as_ref().map(|_| ()).map_err(|error| io::Error::other(error.to_string()));
+                    let own = result
+                        .as_ref()
+                        .map(|_| ())
+                        .map_err(|error| io::Error::other(error.to_string()));
                     let _ = done.send(own);
                 }
             }
@@ -230,11 +234,14 @@ impl Writer {
 
     fn write(&mut self, batch: &[Waiting]) -> io::Result<()> {
         if self.broken {
-            return Err(io::Error::other("an earlier write of the attribute journal failed"));
+            return Err(io::Error::other(
+                "an earlier write of the attribute journal failed",
+            ));
         }
         let records = batch.iter().enumerate();
-        let bytes: Vec<u8> =
-            records.flat_map(|(n, waiting)| encode(&waiting.entry, n == 0)).collect();
+        let bytes: Vec<u8> = records
+            .flat_map(|(n, waiting)| encode(&waiting.entry, n == 0))
+            .collect();
         self.broken = true;
         self.file.write_all(&bytes)?;
         self.file.sync_data()?;
@@ -246,7 +253,10 @@ impl Writer {
                 }
                 Entry::Forget(identity) => {
                     let records = &mut self.contents.records;
-                    if records.get(&identity.inode).is_some_and(|r| r.identity == identity) {
+                    if records
+                        .get(&identity.inode)
+                        .is_some_and(|r| r.identity == identity)
+                    {
                         records.remove(&identity.inode);
                     }
                 }
@@ -268,8 +278,11 @@ fn rewrite(directory: &Path, contents: &Contents) -> io::Result<File> {
     for record in contents.records.values() {
         bytes.extend(encode(&Entry::Put(*record), true));
     }
-    let mut file =
-        OpenOptions::new().create(true).write(true).truncate(true).open(&temporary)?;
+    let mut file = OpenOptions::new()
+        .create(true)
+        .write(true)
+        .truncate(true)
+        .open(&temporary)?;
     file.write_all(&bytes)?;
     file.sync_all()?;
     std::fs::rename(&temporary, directory.join(FILE))?;
@@ -277,100 +290,21 @@ fn rewrite(directory: &Path, contents: &Contents) -> io::Result<File> {
     Ok(file)
 }
 
-fn encode_header(export_id: u128) -> [u8; RECORD_BYTES] {
-    let mut bytes = [0; RECORD_BYTES];
-    bytes[..8].copy_from_slice(MAGIC);
-    bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
-    bytes[12..28].copy_from_slice(&export_id.to_le_bytes());
-    seal(bytes)
-}
-
-fn decode_header(bytes: &[u8; RECORD_BYTES]) -> Option<u128> {
-    let ours = is_sealed(bytes) && bytes.starts_with(MAGIC) && u32_at(bytes, 8) == VERSION;
-    ours.then(|| bytes[12..28].try_into().ok().map(u128::from_le_bytes)).flatten()
-}
-
-fn encode(entry: &Entry, first_of_batch: bool) -> [u8; RECORD_BYTES] {
-    let mut bytes = [0; RECORD_BYTES];
-    let (kind, identity) = match entry {
-        Entry::Put(record) => (PUT, record.identity),
-        Entry::Forget(identity) => (FORGET, *identity),
-    };
-    let kind = if first_of_batch { kind | FIRST } else { kind };
-    bytes[..4].copy_from_slice(&kind.to_le_bytes());
-    bytes[8..16].copy_from_slice(&identity.inode.to_le_bytes());
-    bytes[16..24].copy_from_slice(&identity.born_ns.to_le_bytes());
-    if let Entry::Put(record) = entry {
-        bytes[4..8].copy_from_slice(&record.attributes.mode.to_le_bytes());
-        bytes[24..32].copy_from_slice(&record.generation.to_le_bytes());
-        bytes[32..36].copy_from_slice(&record.attributes.uid.to_le_bytes());
-        bytes[36..40].copy_from_slice(&record.attributes.gid.to_le_bytes());
-        bytes[40..48].copy_from_slice(&record.attributes.changed_ns.to_le_bytes());
-        bytes[48..56].copy_from_slice(&record.create_verifier.to_le_bytes());
-    }
-    seal(bytes)
-}
-
-fn decode(bytes: &[u8]) -> Option<Entry> {
-    if !is_sealed(bytes) {
-        return None;
-    }
-    let identity = Identity { inode: u64_at(bytes, 8), born_ns: u64_at(bytes, 16) };
-    match u32_at(bytes, 0) & !FIRST {
-        PUT => Some(Entry::Put(Record {
-            identity,
-            generation: u64_at(bytes, 24),
-            attributes: Attributes {
-                uid: u32_at(bytes, 32),
-                gid: u32_at(bytes, 36),
-                mode: u32_at(bytes, 4),
-                changed_ns: u64_at(bytes, 40),
-            },
-            create_verifier: u64_at(bytes, 48),
-        })),
-        FORGET => Some(Entry::Forget(identity)),
-        _ => None,
-    }
-}
-
-/// A field of a record; 0 beyond its end.
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    bytes.get(at..).and_then(|rest| rest.first_chunk()).map_or(0, |field| u32::from_le_bytes(*field))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    bytes.get(at..).and_then(|rest| rest.first_chunk()).map_or(0, |field| u64::from_le_bytes(*field))
-}
-
-fn seal(mut bytes: [u8; RECORD_BYTES]) -> [u8; RECORD_BYTES] {
-    let sum = checksum(&bytes[..RECORD_BYTES - 8]);
-    bytes[RECORD_BYTES - 8..].copy_from_slice(&sum.to_le_bytes());
-    bytes
-}
-
-fn is_sealed(bytes: &[u8]) -> bool {
-    match bytes.split_last_chunk::<8>() {
-        Some((content, sum)) => checksum(content) == u64::from_le_bytes(*sum),
-        None => false,
-    }
-}
-
-/// FNV-1a, 64 bits: against torn writes, not against anybody's intent.
-fn checksum(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, byte| {
-        (sum ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    })
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::permission::Attributes;
     use super::*;
 
     fn record(inode: u64, gid: u32) -> Record {
         Record {
             identity: Identity { inode, born_ns: 5 },
             generation: inode * 3,
-            attributes: Attributes { uid: 1, gid, mode: 0o060, changed_ns: 9 },
+            attributes: Attributes {
+                uid: 1,
+                gid,
+                mode: 0o060,
+                changed_ns: 9,
+            },
             create_verifier: 4,
         }
     }
@@ -427,9 +361,15 @@ mod tests {
         bytes[RECORD_BYTES * 3 + 9] ^= 1;
         std::fs::write(&path, &bytes).unwrap();
         let error = read(directory.path()).unwrap_err();
-        assert!(matches!(error, JournalError::Damaged { offset: 192, .. }), "{error}");
+        assert!(
+            matches!(error, JournalError::Damaged { offset: 192, .. }),
+            "{error}"
+        );
         std::fs::write(&path, b"something else").unwrap();
-        assert!(matches!(read(directory.path()), Err(JournalError::Foreign { .. })));
+        assert!(matches!(
+            read(directory.path()),
+            Err(JournalError::Foreign { .. })
+        ));
     }
 
     #[test]
@@ -439,12 +379,19 @@ mod tests {
         std::thread::scope(|scope| {
             for inode in 0..16 {
                 let journal = &journal;
-                scope.spawn(move || (0..20).for_each(|gid| journal.put(record(inode, gid)).unwrap()));
+                scope.spawn(move || {
+                    (0..20).for_each(|gid| journal.put(record(inode, gid)).unwrap())
+                });
             }
         });
         drop(journal);
         let contents = read(directory.path()).unwrap();
         assert_eq!(contents.records.len(), 16);
-        assert!(contents.records.values().all(|record| record.attributes.gid == 19));
+        assert!(
+            contents
+                .records
+                .values()
+                .all(|record| record.attributes.gid == 19)
+        );
     }
 }

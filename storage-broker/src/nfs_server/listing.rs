@@ -40,7 +40,12 @@ pub(super) fn decode(arguments: &mut Decoder, plus: bool) -> Result<Request, Xdr
     if plus {
         let _names_only = arguments.u32()?;
     }
-    Ok(Request { directory, cookie, bytes_max: arguments.u32()?.min(REPLY_BYTES_MAX), plus })
+    Ok(Request {
+        directory,
+        cookie,
+        bytes_max: arguments.u32()?.min(REPLY_BYTES_MAX),
+        plus,
+    })
 }
 
 pub(super) fn execute(
@@ -55,7 +60,10 @@ pub(super) fn execute(
                 nfs3::READDIRPLUS3res::Ok(nfs3::READDIRPLUS3resok {
                     dir_attributes,
                     cookieverf: nfs3::cookieverf3::default(),
-                    reply: nfs3::dirlistplus3 { entries: entries.into_inner(), eof },
+                    reply: nfs3::dirlistplus3 {
+                        entries: entries.into_inner(),
+                        eof,
+                    },
                 })
             }
             Err(status) => {
@@ -68,7 +76,10 @@ pub(super) fn execute(
             Ok((dir_attributes, entries, eof)) => nfs3::READDIR3res::Ok(nfs3::READDIR3resok {
                 dir_attributes,
                 cookieverf: nfs3::cookieverf3::default(),
-                reply: nfs3::dirlist3 { entries: entries.into_inner(), eof },
+                reply: nfs3::dirlist3 {
+                    entries: entries.into_inner(),
+                    eof,
+                },
             }),
             Err(status) => nfs3::READDIR3res::Err((status, nfs3::READDIR3resfail::default())),
         };
@@ -77,7 +88,11 @@ pub(super) fn execute(
 }
 
 fn bare_entry(_: &Export, entry: Listed, cookie: u64) -> nfs3::entry3<'static> {
-    nfs3::entry3 { fileid: entry.node.identity.inode, name: name(entry.name), cookie }
+    nfs3::entry3 {
+        fileid: entry.node.identity.inode,
+        name: name(entry.name),
+        cookie,
+    }
 }
 
 fn plus_entry(export: &Export, entry: Listed, cookie: u64) -> nfs3::entryplus3<'static> {
@@ -86,7 +101,9 @@ fn plus_entry(export: &Export, entry: Listed, cookie: u64) -> nfs3::entryplus3<'
         fileid: entry.node.identity.inode,
         cookie,
         name_attributes: Nfs3Option::Some(export.wire(&entry.node, &entry.metadata)),
-        name_handle: Nfs3Option::Some(nfs3::nfs_fh3 { data: Opaque::owned(handle) }),
+        name_handle: Nfs3Option::Some(nfs3::nfs_fh3 {
+            data: Opaque::owned(handle),
+        }),
         name: name(entry.name),
     }
 }
@@ -108,12 +125,22 @@ fn list<T: nfs3_types::xdr_codec::Pack>(
     let parent = export.parent(&directory)?;
     let itself = |name: &str, node: &std::sync::Arc<super::files::Node>| {
         let metadata = export.metadata(node)?;
-        Ok(Listed { name: name.into(), node: node.clone(), metadata })
+        Ok(Listed {
+            name: name.into(),
+            node: node.clone(),
+            metadata,
+        })
     };
-    let dots = [(SELF_COOKIE, itself(".", &directory)?), (PARENT_COOKIE, itself("..", &parent)?)];
-    let with_cookies = entries
-        .into_iter()
-        .map(|entry| (entry.node.identity.inode.saturating_add(ENTRY_COOKIES), entry));
+    let dots = [
+        (SELF_COOKIE, itself(".", &directory)?),
+        (PARENT_COOKIE, itself("..", &parent)?),
+    ];
+    let with_cookies = entries.into_iter().map(|entry| {
+        (
+            entry.node.identity.inode.saturating_add(ENTRY_COOKIES),
+            entry,
+        )
+    });
     let mut piece = BoundedList::new(request.bytes_max.saturating_sub(REPLY_HEAD_BYTES) as usize);
     let mut first = true;
     for (cookie, entry) in dots.into_iter().chain(with_cookies) {
@@ -123,7 +150,11 @@ fn list<T: nfs3_types::xdr_codec::Pack>(
         if piece.try_push(wire(export, entry, cookie)).is_err() {
             // Not even one entry fits into what the caller takes.
             let too_small = Err(nfsstat3::NFS3ERR_TOOSMALL);
-            return if first { too_small } else { Ok((attributes(export, &directory), piece, false)) };
+            return if first {
+                too_small
+            } else {
+                Ok((attributes(export, &directory), piece, false))
+            };
         }
         first = false;
     }

@@ -29,7 +29,13 @@ pub(super) fn execute(
         MOUNT_PROGRAM::MOUNTPROC3_DUMP => reply(xid, &mount::mountlist::default()),
         MOUNT_PROGRAM::MOUNTPROC3_EXPORT => {
             let ex_dir = mount::dirpath(Opaque::borrowed(name.as_bytes()));
-            reply(xid, &List(vec![mount::export_node { ex_dir, ex_groups: List::default() }]))
+            reply(
+                xid,
+                &List(vec![mount::export_node {
+                    ex_dir,
+                    ex_groups: List::default(),
+                }]),
+            )
         }
         MOUNT_PROGRAM::MOUNTPROC3_MNT => {
             let asked = arguments
@@ -44,13 +50,22 @@ pub(super) fn execute(
             let handle = export.handle(&root);
             let fhandle = mount::fhandle3(Opaque::borrowed(&handle));
             let auth_flavors = FLAVORS.to_vec();
-            reply(xid, &mount::mountres3::Ok(mount::mountres3_ok { fhandle, auth_flavors }))
+            reply(
+                xid,
+                &mount::mountres3::Ok(mount::mountres3_ok {
+                    fhandle,
+                    auth_flavors,
+                }),
+            )
         }
     }
 }
 
 /// A path without the slashes at its end.
 fn normal(path: &[u8]) -> &[u8] {
-    let end = path.iter().rposition(|byte| *byte != b'/').map_or(0, |last| last + 1);
+    let end = path
+        .iter()
+        .rposition(|byte| *byte != b'/')
+        .map_or(0, |last| last + 1);
     &path[..end]
 }

@@ -34,7 +34,11 @@ pub(super) struct Caller {
 impl Caller {
     /// The caller that nothing is known about.
     pub(super) fn nobody() -> Caller {
-        Caller { uid: NOBODY, gid: NOBODY, further_groups: Vec::new() }
+        Caller {
+            uid: NOBODY,
+            gid: NOBODY,
+            further_groups: Vec::new(),
+        }
     }
 
     /// Takes root's rights from a caller, as the export option `root_squash` does on Linux: user 0
@@ -94,14 +98,22 @@ impl Attributes {
 
     /// [`Self::allows`], as the answer of an NFS procedure.
     pub(super) fn demand(&self, caller: &Caller, wanted: u32) -> Result<(), nfsstat3> {
-        if self.allows(caller, wanted) { Ok(()) } else { Err(nfsstat3::NFS3ERR_ACCES) }
+        if self.allows(caller, wanted) {
+            Ok(())
+        } else {
+            Err(nfsstat3::NFS3ERR_ACCES)
+        }
     }
 
     /// Whether the caller may take an entry owned by `entry_uid` out of this directory.
     pub(super) fn demand_removal(&self, caller: &Caller, entry_uid: u32) -> Result<(), nfsstat3> {
         self.demand(caller, WRITE | SEARCH)?;
         let owner = caller.uid == entry_uid || caller.uid == self.uid || caller.is_root();
-        if self.mode & STICKY != 0 && !owner { Err(nfsstat3::NFS3ERR_PERM) } else { Ok(()) }
+        if self.mode & STICKY != 0 && !owner {
+            Err(nfsstat3::NFS3ERR_PERM)
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -185,9 +197,17 @@ pub(super) fn initial(
     const SETGID: u32 = 0o2000;
     let inherited = directory.mode & SETGID != 0;
     let gid = if inherited { directory.gid } else { caller.gid };
-    let bare = Attributes { uid: caller.uid, gid, mode: default_mode, changed_ns: now_ns };
+    let bare = Attributes {
+        uid: caller.uid,
+        gid,
+        mode: default_mode,
+        changed_ns: now_ns,
+    };
     // The size of a file that is being made is its maker's to choose, whatever its mode will be.
-    let wanted = Change { size: None, ..*wanted };
+    let wanted = Change {
+        size: None,
+        ..*wanted
+    };
     change(&bare, caller, &wanted, now_ns)
 }
 
@@ -203,40 +223,76 @@ mod tests {
     const NEW: u32 = 0x4000_0002;
 
     fn caller(uid: u32, gid: u32) -> Caller {
-        Caller { uid, gid, further_groups: Vec::new() }
+        Caller {
+            uid,
+            gid,
+            further_groups: Vec::new(),
+        }
     }
 
     fn disk() -> Attributes {
-        Attributes { uid: BROKER, gid: OLD, mode: 0o060, changed_ns: 10 }
+        Attributes {
+            uid: BROKER,
+            gid: OLD,
+            mode: 0o060,
+            changed_ns: 10,
+        }
     }
 
     fn to_group(gid: u32) -> Change {
-        Change { gid: Some(gid), ..Change::default() }
+        Change {
+            gid: Some(gid),
+            ..Change::default()
+        }
     }
 
     #[test]
     fn a_disk_is_written_under_its_token_and_under_no_other() {
         assert_eq!(disk().demand(&caller(NODE, OLD), READ | WRITE), Ok(()));
         assert_eq!(disk().demand(&caller(NODE, NEW), WRITE), Err(NFS3ERR_ACCES));
-        let in_further_groups =
-            Caller { further_groups: vec![7, OLD], ..caller(NODE, NEW) };
+        let in_further_groups = Caller {
+            further_groups: vec![7, OLD],
+            ..caller(NODE, NEW)
+        };
         assert_eq!(disk().demand(&in_further_groups, WRITE), Ok(()));
     }
 
     #[test]
     fn the_owner_of_a_disk_has_no_right_to_its_data() {
-        assert_eq!(disk().demand(&caller(BROKER, OLD), READ), Err(NFS3ERR_ACCES));
-        assert_eq!(disk().demand(&caller(BROKER, OLD), WRITE), Err(NFS3ERR_ACCES));
-        let size = Change { size: Some(0), ..Change::default() };
-        assert_eq!(change(&disk(), &caller(BROKER, OLD), &size, 20), Err(NFS3ERR_ACCES));
+        assert_eq!(
+            disk().demand(&caller(BROKER, OLD), READ),
+            Err(NFS3ERR_ACCES)
+        );
+        assert_eq!(
+            disk().demand(&caller(BROKER, OLD), WRITE),
+            Err(NFS3ERR_ACCES)
+        );
+        let size = Change {
+            size: Some(0),
+            ..Change::default()
+        };
+        assert_eq!(
+            change(&disk(), &caller(BROKER, OLD), &size, 20),
+            Err(NFS3ERR_ACCES)
+        );
     }
 
     #[test]
     fn only_the_broker_moves_a_disk_and_only_to_a_token_that_it_asserts() {
         let moved = change(&disk(), &caller(BROKER, NEW), &to_group(NEW), 20).unwrap();
-        assert_eq!(moved, Attributes { gid: NEW, changed_ns: 20, ..disk() });
+        assert_eq!(
+            moved,
+            Attributes {
+                gid: NEW,
+                changed_ns: 20,
+                ..disk()
+            }
+        );
         for refused in [caller(BROKER, OLD), caller(NODE, NEW), caller(NODE, OLD)] {
-            assert_eq!(change(&disk(), &refused, &to_group(NEW), 20), Err(NFS3ERR_PERM));
+            assert_eq!(
+                change(&disk(), &refused, &to_group(NEW), 20),
+                Err(NFS3ERR_PERM)
+            );
         }
     }
 
@@ -244,21 +300,46 @@ mod tests {
     fn a_holder_can_change_neither_mode_nor_owner_nor_times_of_its_choice() {
         let holder = caller(NODE, OLD);
         for wanted in [
-            Change { mode: Some(0o666), ..Change::default() },
-            Change { uid: Some(NODE), ..Change::default() },
-            Change { modified: TimeChange::To(0), ..Change::default() },
+            Change {
+                mode: Some(0o666),
+                ..Change::default()
+            },
+            Change {
+                uid: Some(NODE),
+                ..Change::default()
+            },
+            Change {
+                modified: TimeChange::To(0),
+                ..Change::default()
+            },
         ] {
-            assert_eq!(change(&disk(), &holder, &wanted, 20), Err(NFS3ERR_PERM), "{wanted:?}");
+            assert_eq!(
+                change(&disk(), &holder, &wanted, 20),
+                Err(NFS3ERR_PERM),
+                "{wanted:?}"
+            );
         }
-        let now = Change { modified: TimeChange::Now, ..Change::default() };
+        let now = Change {
+            modified: TimeChange::Now,
+            ..Change::default()
+        };
         assert!(change(&disk(), &holder, &now, 20).is_ok());
     }
 
     #[test]
     fn nobody_but_root_gives_a_file_away() {
-        let given = Change { uid: Some(NODE), ..Change::default() };
-        assert_eq!(change(&disk(), &caller(BROKER, OLD), &given, 20), Err(NFS3ERR_PERM));
-        assert_eq!(change(&disk(), &caller(0, 0), &given, 20).unwrap().uid, NODE);
+        let given = Change {
+            uid: Some(NODE),
+            ..Change::default()
+        };
+        assert_eq!(
+            change(&disk(), &caller(BROKER, OLD), &given, 20),
+            Err(NFS3ERR_PERM)
+        );
+        assert_eq!(
+            change(&disk(), &caller(0, 0), &given, 20).unwrap().uid,
+            NODE
+        );
     }
 
     #[test]
@@ -266,14 +347,31 @@ mod tests {
         let squashed = caller(0, OLD).squash_root();
         assert_eq!(squashed, Caller::nobody());
         assert_eq!(disk().demand(&squashed, WRITE), Err(NFS3ERR_ACCES));
-        let group = Caller { further_groups: vec![0, 5], ..caller(NODE, 0) }.squash_root();
-        assert_eq!(group, Caller { further_groups: vec![NOBODY, 5], ..caller(NODE, NOBODY) });
+        let group = Caller {
+            further_groups: vec![0, 5],
+            ..caller(NODE, 0)
+        }
+        .squash_root();
+        assert_eq!(
+            group,
+            Caller {
+                further_groups: vec![NOBODY, 5],
+                ..caller(NODE, NOBODY)
+            }
+        );
     }
 
     #[test]
     fn a_refused_part_refuses_the_whole_change() {
-        let both = Change { mode: Some(0), gid: Some(NEW), ..Change::default() };
-        assert_eq!(change(&disk(), &caller(BROKER, OLD), &both, 20), Err(NFS3ERR_PERM));
+        let both = Change {
+            mode: Some(0),
+            gid: Some(NEW),
+            ..Change::default()
+        };
+        assert_eq!(
+            change(&disk(), &caller(BROKER, OLD), &both, 20),
+            Err(NFS3ERR_PERM)
+        );
     }
 
     #[test]
@@ -284,8 +382,17 @@ mod tests {
 
     #[test]
     fn a_new_file_is_its_makers_and_only_of_the_makers_groups() {
-        let directory = Attributes { uid: 1, gid: 1, mode: 0o1777, changed_ns: 0 };
-        let wanted = Change { mode: Some(0o060), size: Some(9), ..Change::default() };
+        let directory = Attributes {
+            uid: 1,
+            gid: 1,
+            mode: 0o1777,
+            changed_ns: 0,
+        };
+        let wanted = Change {
+            mode: Some(0o060),
+            size: Some(9),
+            ..Change::default()
+        };
         let made = initial(&directory, &caller(BROKER, OLD), &wanted, 0o600, 5).unwrap();
         assert_eq!((made.uid, made.gid, made.mode), (BROKER, OLD, 0o060));
         let foreign = initial(&directory, &caller(BROKER, OLD), &to_group(NEW), 0o600, 5);
@@ -294,8 +401,16 @@ mod tests {
 
     #[test]
     fn in_a_sticky_directory_only_the_owner_removes_an_entry() {
-        let directory = Attributes { uid: 1, gid: 1, mode: 0o1777, changed_ns: 0 };
+        let directory = Attributes {
+            uid: 1,
+            gid: 1,
+            mode: 0o1777,
+            changed_ns: 0,
+        };
         assert_eq!(directory.demand_removal(&caller(BROKER, 5), BROKER), Ok(()));
-        assert_eq!(directory.demand_removal(&caller(NODE, 5), BROKER), Err(NFS3ERR_PERM));
+        assert_eq!(
+            directory.demand_removal(&caller(NODE, 5), BROKER),
+            Err(NFS3ERR_PERM)
+        );
     }
 }

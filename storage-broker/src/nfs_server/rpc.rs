@@ -79,7 +79,14 @@ pub(super) fn decode(record: Bytes) -> Result<Message, XdrError> {
         AUTH_SYS => system_caller(credential).map_or(Claim::Malformed, Claim::System),
         _ => Claim::Other,
     };
-    Ok(Message::Call(Call { xid, program, version, procedure, from, arguments: decoder }))
+    Ok(Message::Call(Call {
+        xid,
+        program,
+        version,
+        procedure,
+        from,
+        arguments: decoder,
+    }))
 }
 
 /// `authsys_parms` of RFC 5531, appendix A.
@@ -89,11 +96,20 @@ fn system_caller(credential: Bytes) -> Result<Caller, XdrError> {
     decoder.opaque(MACHINE_BYTES_MAX)?;
     let (uid, gid, groups) = (decoder.u32()?, decoder.u32()?, decoder.u32()?);
     if groups as usize > FURTHER_GROUPS_MAX {
-        return Err(XdrError::TooLong { length: groups, bound: FURTHER_GROUPS_MAX as u32 });
+        return Err(XdrError::TooLong {
+            length: groups,
+            bound: FURTHER_GROUPS_MAX as u32,
+        });
     }
-    let further_groups = (0..groups).map(|_| decoder.u32()).collect::<Result<_, _>>()?;
+    let further_groups = (0..groups)
+        .map(|_| decoder.u32())
+        .collect::<Result<_, _>>()?;
     decoder.end()?;
-    Ok(Caller { uid, gid, further_groups })
+    Ok(Caller {
+        uid,
+        gid,
+        further_groups,
+    })
 }
 
 /// Why a call that was understood is not executed.
@@ -150,7 +166,18 @@ pub(super) fn refused(xid: u32, refusal: Refusal) -> Vec<u8> {
 pub(super) fn other_version(xid: u32) -> Vec<u8> {
     const RPC_MISMATCH: u32 = 0;
     let mut reply = Vec::with_capacity(REPLY_HEAD_BYTES);
-    push(&mut reply, &[0, xid, REPLY, DENIED, RPC_MISMATCH, RPC_VERSION, RPC_VERSION]);
+    push(
+        &mut reply,
+        &[
+            0,
+            xid,
+            REPLY,
+            DENIED,
+            RPC_MISMATCH,
+            RPC_VERSION,
+            RPC_VERSION,
+        ],
+    );
     reply
 }
 
@@ -170,7 +197,11 @@ mod tests {
     use super::*;
 
     fn words(words: &[u32]) -> Bytes {
-        words.iter().flat_map(|word| word.to_be_bytes()).collect::<Vec<u8>>().into()
+        words
+            .iter()
+            .flat_map(|word| word.to_be_bytes())
+            .collect::<Vec<u8>>()
+            .into()
     }
 
     #[test]
@@ -179,26 +210,56 @@ mod tests {
         let mut call = vec![1, CALL, 2, 100_003, 3, 1, AUTH_SYS, system.len() as u32 * 4];
         call.extend(system);
         call.extend([0, 0, 42]);
-        let Message::Call(mut call) = decode(words(&call)).unwrap() else { panic!("a call") };
-        let caller = Caller { uid: 50_000, gid: 0x4000_0001, further_groups: vec![8, 9] };
-        assert_eq!((call.xid, call.program, call.from), (1, 100_003, Claim::System(caller)));
+        let Message::Call(mut call) = decode(words(&call)).unwrap() else {
+            panic!("a call")
+        };
+        let caller = Caller {
+            uid: 50_000,
+            gid: 0x4000_0001,
+            further_groups: vec![8, 9],
+        };
+        assert_eq!(
+            (call.xid, call.program, call.from),
+            (1, 100_003, Claim::System(caller))
+        );
         assert_eq!(call.arguments.u32(), Ok(42));
     }
 
     #[test]
     fn a_credential_with_too_many_groups_or_too_few_bytes_is_malformed() {
-        for credential in [vec![7, 0, 1, 1, 17], vec![7, 0, 1, 1, 2, 8], vec![7, 0, 1], vec![]] {
-            let mut call = vec![1, CALL, 2, 100_003, 3, 1, AUTH_SYS, credential.len() as u32 * 4];
+        for credential in [
+            vec![7, 0, 1, 1, 17],
+            vec![7, 0, 1, 1, 2, 8],
+            vec![7, 0, 1],
+            vec![],
+        ] {
+            let mut call = vec![
+                1,
+                CALL,
+                2,
+                100_003,
+                3,
+                1,
+                AUTH_SYS,
+                credential.len() as u32 * 4,
+            ];
             call.extend(credential);
             call.extend([0, 0]);
-            let Message::Call(call) = decode(words(&call)).unwrap() else { panic!("a call") };
+            let Message::Call(call) = decode(words(&call)).unwrap() else {
+                panic!("a call")
+            };
             assert_eq!(call.from, Claim::Malformed);
         }
     }
 
     #[test]
     fn what_is_not_a_call_is_an_error() {
-        for record in [vec![], vec![1], vec![1, REPLY, 0, 0, 0, 0], vec![1, CALL, 2, 3]] {
+        for record in [
+            vec![],
+            vec![1],
+            vec![1, REPLY, 0, 0, 0, 0],
+            vec![1, CALL, 2, 3],
+        ] {
             assert!(decode(words(&record)).is_err(), "{record:?}");
         }
         assert!(matches!(

@@ -17,7 +17,9 @@ fn record(content: &[u8]) -> Vec<u8> {
 
 /// The head of a call with the credential of user 7.
 fn head(xid: u32, program: u32, version: u32, procedure: u32) -> Vec<u8> {
-    words(&[xid, 0, 2, program, version, procedure, 1, 20, 0, 0, 7, 7, 0, 0, 0])
+    words(&[
+        xid, 0, 2, program, version, procedure, 1, 20, 0, 0, 7, 7, 0, 0, 0,
+    ])
 }
 
 async fn send(server: &Server, bytes: &[u8]) -> TcpStream {
@@ -33,9 +35,17 @@ async fn reply(stream: &mut TcpStream) -> Vec<u32> {
         let mark = stream.read_u32().await.ok()?;
         let mut content = vec![0; (mark & !(1 << 31)) as usize];
         stream.read_exact(&mut content).await.ok()?;
-        Some(content.chunks(4).map(|c| u32::from_be_bytes(c.try_into().unwrap())).collect())
+        Some(
+            content
+                .chunks(4)
+                .map(|c| u32::from_be_bytes(c.try_into().unwrap()))
+                .collect(),
+        )
     };
-    timeout(CALL_TIMEOUT, read).await.expect("an answer or an end").unwrap_or_default()
+    timeout(CALL_TIMEOUT, read)
+        .await
+        .expect("an answer or an end")
+        .unwrap_or_default()
 }
 
 #[tokio::test]
@@ -52,7 +62,12 @@ async fn garbage_closes_its_connection_and_no_other() {
         [0; 4].repeat(1000),
     ] {
         let mut stream = send(&server, &garbage).await;
-        assert_eq!(reply(&mut stream).await, [0; 0], "{:?}", &garbage[..8.min(garbage.len())]);
+        assert_eq!(
+            reply(&mut stream).await,
+            [0; 0],
+            "{:?}",
+            &garbage[..8.min(garbage.len())]
+        );
     }
     client.null().await.unwrap();
 }
@@ -77,7 +92,11 @@ async fn a_call_that_is_not_served_is_answered_with_the_reason() {
         (head(9, 100_003, 3, 0), &accepted, vec![0]),
     ] {
         let mut stream = send(&server, &record(&call)).await;
-        assert_eq!(reply(&mut stream).await, [head.clone(), tail].concat(), "{call:?}");
+        assert_eq!(
+            reply(&mut stream).await,
+            [head.clone(), tail].concat(),
+            "{call:?}"
+        );
     }
 }
 
@@ -93,15 +112,36 @@ async fn links_and_devices_are_not_supported_and_say_so() {
             symlink_data: b"/etc/passwd"[..].into(),
         },
     };
-    let status = call(&client, user(7, 7), NFS_PROGRAM::NFSPROC3_SYMLINK, &arguments).await.0;
+    let status = call(
+        &client,
+        user(7, 7),
+        NFS_PROGRAM::NFSPROC3_SYMLINK,
+        &arguments,
+    )
+    .await
+    .0;
     assert_eq!(status, Status::NFS3ERR_NOTSUPP);
-    let file = client.create(user(7, 7), client.root(), "a", mode(0o600)).await.unwrap();
-    let arguments =
-        nfs3::LINK3args { file: wire_handle(&file), link: entry(client.root(), "b") };
+    let file = client
+        .create(user(7, 7), client.root(), "a", mode(0o600))
+        .await
+        .unwrap();
+    let arguments = nfs3::LINK3args {
+        file: wire_handle(&file),
+        link: entry(client.root(), "b"),
+    };
     let (status, rest) = call(&client, user(7, 7), NFS_PROGRAM::NFSPROC3_LINK, &arguments).await;
     assert_eq!((status, rest.0.len()), (Status::NFS3ERR_NOTSUPP, 12));
-    let arguments = nfs3::READLINK3args { symlink: wire_handle(&file) };
-    let status = call(&client, user(7, 7), NFS_PROGRAM::NFSPROC3_READLINK, &arguments).await.0;
+    let arguments = nfs3::READLINK3args {
+        symlink: wire_handle(&file),
+    };
+    let status = call(
+        &client,
+        user(7, 7),
+        NFS_PROGRAM::NFSPROC3_READLINK,
+        &arguments,
+    )
+    .await
+    .0;
     assert_eq!(status, Status::NFS3ERR_INVAL);
 }
 
@@ -140,7 +180,9 @@ async fn connections_beyond_the_bound_are_closed_and_places_come_free() {
             tokio::task::yield_now().await;
         }
     };
-    timeout(CALL_TIMEOUT, freed).await.expect("a place comes free");
+    timeout(CALL_TIMEOUT, freed)
+        .await
+        .expect("a place comes free");
 }
 
 proptest! {
@@ -174,7 +216,8 @@ proptest! {
 
 /// A server for all cases of a property, and the handle of its root.
 fn shared_server() -> &'static (std::net::SocketAddr, Vec<u8>) {
-    static SERVER: std::sync::OnceLock<(std::net::SocketAddr, Vec<u8>)> = std::sync::OnceLock::new();
+    static SERVER: std::sync::OnceLock<(std::net::SocketAddr, Vec<u8>)> =
+        std::sync::OnceLock::new();
     SERVER.get_or_init(|| {
         let (ready, started) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
