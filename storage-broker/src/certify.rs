@@ -64,7 +64,10 @@ const LAG_FACTOR: u32 = 10;
 pub fn certify_directory(watchdog_armed: bool) -> Certificate {
     let device = std::path::Path::new("/dev/watchdog").exists();
     let (class, report) = match (device, watchdog_armed) {
-        (true, true) => (FenceClass::Time, "a watchdog resets this host when its lease is lost"),
+        (true, true) => (
+            FenceClass::Time,
+            "a watchdog resets this host when its lease is lost",
+        ),
         (true, false) => (
             FenceClass::None,
             "/dev/watchdog exists but is not armed: start the broker with --watchdog-armed once it is",
@@ -74,7 +77,11 @@ pub fn certify_directory(watchdog_armed: bool) -> Certificate {
             "no storage server checks tokens in a directory, and this host has no /dev/watchdog: failover only by hand",
         ),
     };
-    Certificate { class, settle: settle_time(Duration::ZERO, Duration::ZERO), report: report.into() }
+    Certificate {
+        class,
+        settle: settle_time(Duration::ZERO, Duration::ZERO),
+        report: report.into(),
+    }
 }
 
 /// Tries the fence. `owner_side` and `holder_side` are connections to the same export.
@@ -88,12 +95,22 @@ pub async fn certify(
 ) -> Result<Certificate, NfsError> {
     let name = format!(".baton-certify-{:016x}", rand::random::<u64>());
     let directory = owner_side.root();
-    let attributes =
-        SetAttributes { mode: Some(DISK_MODE), gid: Some(OLD.gid()), size_bytes: None };
-    let file =
-        owner_side.create(claimant(broker_uid, OLD), directory, &name, attributes).await?;
-    let mut trial =
-        Trial { owner_side, holder_side, broker_uid, file, ok: true, report: String::new() };
+    let attributes = SetAttributes {
+        mode: Some(DISK_MODE),
+        gid: Some(OLD.gid()),
+        size_bytes: None,
+    };
+    let file = owner_side
+        .create(claimant(broker_uid, OLD), directory, &name, attributes)
+        .await?;
+    let mut trial = Trial {
+        owner_side,
+        holder_side,
+        broker_uid,
+        file,
+        ok: true,
+        report: String::new(),
+    };
     let settle = match trial.run().await {
         Ok(lag) => settle_time(Duration::ZERO, lag * LAG_FACTOR),
         Err(error) => {
@@ -101,12 +118,23 @@ pub async fn certify(
             settle_time(Duration::ZERO, Duration::ZERO)
         }
     };
-    let broker = Credential { uid: broker_uid, gid: broker_uid };
+    let broker = Credential {
+        uid: broker_uid,
+        gid: broker_uid,
+    };
     if let Err(error) = owner_side.remove(broker, directory, &name).await {
         trial.note(true, &format!("the file `{name}` stays behind: {error}"));
     }
-    let class = if trial.ok { FenceClass::GidToken } else { FenceClass::None };
-    Ok(Certificate { class, settle, report: trial.report })
+    let class = if trial.ok {
+        FenceClass::GidToken
+    } else {
+        FenceClass::None
+    };
+    Ok(Certificate {
+        class,
+        settle,
+        report: trial.report,
+    })
 }
 
 struct Trial<'a> {
@@ -137,16 +165,17 @@ impl Trial<'_> {
             .map(|_| ())
     }
 
-    async fn set(
-        &self,
-        credential: Credential,
-        attributes: SetAttributes,
-    ) -> Result<(), NfsError> {
-        self.owner_side.setattr(credential, &self.file, attributes).await
+    async fn set(&self, credential: Credential, attributes: SetAttributes) -> Result<(), NfsError> {
+        self.owner_side
+            .setattr(credential, &self.file, attributes)
+            .await
     }
 
     async fn swap(&self, token: Token) -> Result<(), NfsError> {
-        let group = SetAttributes { gid: Some(token.gid()), ..SetAttributes::default() };
+        let group = SetAttributes {
+            gid: Some(token.gid()),
+            ..SetAttributes::default()
+        };
         self.set(claimant(self.broker_uid, token), group).await
     }
 
@@ -163,9 +192,11 @@ impl Trial<'_> {
             Err(NfsError::Status { status, .. }) => status.to_string(),
             Err(_) => return result,
         };
-        let refused = result.as_ref().err().and_then(NfsError::status).is_some_and(|status| {
-            matches!(status, Status::NFS3ERR_ACCES | Status::NFS3ERR_PERM)
-        });
+        let refused = result
+            .as_ref()
+            .err()
+            .and_then(NfsError::status)
+            .is_some_and(|status| matches!(status, Status::NFS3ERR_ACCES | Status::NFS3ERR_PERM));
         let good = if done { result.is_ok() } else { refused };
         self.note(good, &format!("{what}: {answer}"));
         Ok(())
@@ -173,10 +204,19 @@ impl Trial<'_> {
 
     /// The grant/deny matrix, then the flood. Gives the latest landing seen.
     async fn run(&mut self) -> Result<Duration, NfsError> {
-        let found = self.owner_side.getattr(claimant(self.broker_uid, OLD), &self.file).await?;
+        let found = self
+            .owner_side
+            .getattr(claimant(self.broker_uid, OLD), &self.file)
+            .await?;
         let kept = (found.uid, found.gid, found.mode) == (self.broker_uid, OLD.gid(), DISK_MODE);
-        let facts = format!("owner {}, group {:#x}, mode {:o}", found.uid, found.gid, found.mode);
-        self.note(kept, &format!("the server keeps owner, group and mode as given: {facts}"));
+        let facts = format!(
+            "owner {}, group {:#x}, mode {:o}",
+            found.uid, found.gid, found.mode
+        );
+        self.note(
+            kept,
+            &format!("the server keeps owner, group and mode as given: {facts}"),
+        );
 
         let result = self.write(OLD).await;
         self.expect(true, "the token's holder writes", result)?;
@@ -189,12 +229,21 @@ impl Trial<'_> {
         let result = self.write(NEW).await;
         self.expect(true, "the new token's holder writes", result)?;
 
-        let group = SetAttributes { gid: Some(OLD.gid()), ..SetAttributes::default() };
-        let mode = SetAttributes { mode: Some(0o666), ..SetAttributes::default() };
+        let group = SetAttributes {
+            gid: Some(OLD.gid()),
+            ..SetAttributes::default()
+        };
+        let mode = SetAttributes {
+            mode: Some(0o666),
+            ..SetAttributes::default()
+        };
         for (who, credential) in [
             ("a holder", self.holder(NEW)),
             ("an old holder", self.holder(OLD)),
-            ("root (export with root_squash)", Credential { uid: 0, gid: 0 }),
+            (
+                "root (export with root_squash)",
+                Credential { uid: 0, gid: 0 },
+            ),
         ] {
             let result = self.set(credential, group).await;
             self.expect(false, &format!("{who} cannot change the group"), result)?;
@@ -205,7 +254,10 @@ impl Trial<'_> {
         let data = Bytes::from_static(&[0x5a; 512]);
         let holder = self.holder(NEW);
         let stable = Stable::UNSTABLE;
-        let wrote = self.holder_side.write(holder, &self.file, 0, &data, stable).await?;
+        let wrote = self
+            .holder_side
+            .write(holder, &self.file, 0, &data, stable)
+            .await?;
         let committed = self.holder_side.commit(holder, &self.file).await?;
         let same = wrote.verifier == committed.verifier;
         self.note(same, "WRITE and COMMIT carry the same verifier");
@@ -215,7 +267,9 @@ impl Trial<'_> {
         let lag = self.flood().await?;
         self.note(
             true,
-            &format!("{FLOOD_ROUNDS} swaps under load: the last old WRITE was answered {lag:?} after"),
+            &format!(
+                "{FLOOD_ROUNDS} swaps under load: the last old WRITE was answered {lag:?} after"
+            ),
         );
         Ok(lag)
     }
@@ -232,7 +286,8 @@ impl Trial<'_> {
             let mut offset = 0;
             let mut next = || {
                 offset = (offset + data.len() as u64) % (4 << 20);
-                self.holder_side.write(credential, &self.file, offset, &data, Stable::UNSTABLE)
+                self.holder_side
+                    .write(credential, &self.file, offset, &data, Stable::UNSTABLE)
             };
             let mut flood = FuturesUnordered::new();
             (0..FLOOD_IN_FLIGHT).for_each(|_| flood.push(next()));

@@ -45,14 +45,19 @@ pub struct ServeArgs {
 /// # Errors
 /// When the socket cannot be taken: another daemon serves it, or the file system refuses.
 pub async fn serve(args: ServeArgs, stop: impl Future<Output = ()>) -> Result<(), ServeError> {
-    let listen = |source| ServeError::Listen { socket: args.socket.clone(), source };
+    let listen = |source| ServeError::Listen {
+        socket: args.socket.clone(),
+        source,
+    };
     let incoming = proto::unix::listen(&args.socket).await.map_err(listen)?;
     let dialer = Dialer {
         source: args.source_address,
         privileged_port: args.privileged_port,
         ..Dialer::default()
     };
-    let service = BrokerService { store: Store::new(dialer, args.watchdog_armed) };
+    let service = BrokerService {
+        store: Store::new(dialer, args.watchdog_armed),
+    };
     tracing::info!(socket = %args.socket.display(), "the storage broker serves");
     let stopping = tokio_util::sync::CancellationToken::new();
     let server = tonic::transport::Server::builder()
@@ -96,7 +101,8 @@ fn volume(wire: Option<wire::Volume>) -> Result<VolumeRef, Status> {
 }
 
 fn path(text: &str) -> Result<DiskPath, Status> {
-    text.parse().map_err(|error| to_status(VolumeError::Path(error)))
+    text.parse()
+        .map_err(|error| to_status(VolumeError::Path(error)))
 }
 
 fn token(value: u32) -> Result<Token, Status> {
@@ -108,9 +114,13 @@ fn token(value: u32) -> Result<Token, Status> {
 
 fn files(wire: Vec<wire::File>) -> Result<Vec<(VolumeRef, DiskPath)>, Status> {
     if wire.len() > FILES_MAX {
-        return Err(Status::invalid_argument(format!("more than {FILES_MAX} files")));
+        return Err(Status::invalid_argument(format!(
+            "more than {FILES_MAX} files"
+        )));
     }
-    wire.into_iter().map(|file| Ok((volume(file.volume)?, path(&file.path)?))).collect()
+    wire.into_iter()
+        .map(|file| Ok((volume(file.volume)?, path(&file.path)?)))
+        .collect()
 }
 
 fn to_status(error: VolumeError) -> Status {
@@ -197,13 +207,24 @@ impl Broker for BrokerService {
         let request = request.into_inner();
         let volume = volume(request.volume)?;
         if request.volume_uuid.is_empty() || request.volume_uuid.len() > 100 {
-            return Err(Status::invalid_argument("the request gives the volume no id of its own"));
+            return Err(Status::invalid_argument(
+                "the request gives the volume no id of its own",
+            ));
         }
-        if !request.volume_uuid.chars().all(|c| c.is_ascii_alphanumeric() || c == '-') {
-            return Err(Status::invalid_argument("the volume's id may have letters, digits and `-`"));
+        if !request
+            .volume_uuid
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || c == '-')
+        {
+            return Err(Status::invalid_argument(
+                "the volume's id may have letters, digits and `-`",
+            ));
         }
-        let (certificate, volume_uuid) =
-            self.store.adopt(&volume, &request.volume_uuid).await.map_err(to_status)?;
+        let (certificate, volume_uuid) = self
+            .store
+            .adopt(&volume, &request.volume_uuid)
+            .await
+            .map_err(to_status)?;
         tracing::info!(
             volume = %volume.url,
             class = certificate.class.as_str(),
@@ -230,7 +251,10 @@ impl Broker for BrokerService {
             token: token(request.token)?,
             image: (!request.image.is_empty()).then(|| request.image.into()),
         };
-        self.store.create_disk(&volume, &disk).await.map_err(to_status)?;
+        self.store
+            .create_disk(&volume, &disk)
+            .await
+            .map_err(to_status)?;
         tracing::info!(volume = %volume.url, path = %disk.path, token = %disk.token, "created");
         Ok(Response::new(wire::CreateDiskReply {}))
     }
@@ -242,7 +266,10 @@ impl Broker for BrokerService {
         let request = request.into_inner();
         let (volume, path) = (volume(request.volume)?, path(&request.path)?);
         let token = token(request.token)?;
-        self.store.delete_disk(&volume, &path, token).await.map_err(to_status)?;
+        self.store
+            .delete_disk(&volume, &path, token)
+            .await
+            .map_err(to_status)?;
         tracing::info!(volume = %volume.url, %path, %token, "deleted");
         Ok(Response::new(wire::DeleteDiskReply {}))
     }
@@ -263,7 +290,10 @@ impl Broker for BrokerService {
                     mode: stat.mode,
                 },
                 Ok(None) => wire::DiskStat::default(),
-                Err(error) => wire::DiskStat { error: error.to_string(), ..Default::default() },
+                Err(error) => wire::DiskStat {
+                    error: error.to_string(),
+                    ..Default::default()
+                },
             }
         });
         let stats = futures::future::join_all(stats).await;
@@ -284,7 +314,10 @@ impl Broker for BrokerService {
         }
         Ok(Response::new(wire::ClaimReply {
             acknowledged: result.is_ok(),
-            error: result.err().map(|error| error.to_string()).unwrap_or_default(),
+            error: result
+                .err()
+                .map(|error| error.to_string())
+                .unwrap_or_default(),
             duration_us,
         }))
     }
@@ -301,7 +334,10 @@ impl Broker for BrokerService {
         }
         Ok(Response::new(wire::VerifyAndCommitReply {
             ok: result.is_ok(),
-            error: result.err().map(|error| error.to_string()).unwrap_or_default(),
+            error: result
+                .err()
+                .map(|error| error.to_string())
+                .unwrap_or_default(),
         }))
     }
 }

@@ -31,7 +31,11 @@ pub struct Dialer {
 
 impl Default for Dialer {
     fn default() -> Self {
-        Dialer { source: None, privileged_port: false, connect_timeout: CONNECT_TIMEOUT }
+        Dialer {
+            source: None,
+            privileged_port: false,
+            connect_timeout: CONNECT_TIMEOUT,
+        }
     }
 }
 
@@ -52,7 +56,10 @@ pub struct DialError {
 impl Dialer {
     /// A dialer that binds every connection to `source`.
     pub fn from_source(source: IpAddr) -> Dialer {
-        Dialer { source: Some(source), ..Dialer::default() }
+        Dialer {
+            source: Some(source),
+            ..Dialer::default()
+        }
     }
 
     /// Connects to `host`, with TCP_NODELAY set.
@@ -100,7 +107,9 @@ impl Dialer {
             ));
         }
         if !self.privileged_port {
-            return socket(address, SocketAddr::new(source, 0))?.connect(address).await;
+            return socket(address, SocketAddr::new(source, 0))?
+                .connect(address)
+                .await;
         }
         let first = rand::random_range(PRIVILEGED_PORTS);
         let ports = (first..PRIVILEGED_PORTS.end).chain(PRIVILEGED_PORTS.start..first);
@@ -118,12 +127,19 @@ impl Dialer {
                 other => return other,
             }
         }
-        Err(io::Error::new(io::ErrorKind::AddrInUse, "no free port below 1024 was found"))
+        Err(io::Error::new(
+            io::ErrorKind::AddrInUse,
+            "no free port below 1024 was found",
+        ))
     }
 }
 
 fn socket(to: SocketAddr, from: SocketAddr) -> io::Result<TcpSocket> {
-    let socket = if to.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    let socket = if to.is_ipv4() {
+        TcpSocket::new_v4()?
+    } else {
+        TcpSocket::new_v6()?
+    };
     if from.port() != 0 || !from.ip().is_unspecified() {
         socket.bind(from)?;
     }
@@ -159,7 +175,10 @@ mod tests {
         let dialer = Dialer::from_source("127.0.0.9".parse().unwrap());
         let (stream, accepted) = tokio::join!(dialer.connect("127.0.0.1", port), listener.accept());
         assert!(stream.unwrap().nodelay().unwrap());
-        assert_eq!(accepted.unwrap().1.ip(), "127.0.0.9".parse::<IpAddr>().unwrap());
+        assert_eq!(
+            accepted.unwrap().1.ip(),
+            "127.0.0.9".parse::<IpAddr>().unwrap()
+        );
     }
 
     #[tokio::test]
@@ -168,7 +187,11 @@ mod tests {
             let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
             listener.local_addr().unwrap().port()
         };
-        let error = Dialer::default().connect("127.0.0.1", port).await.unwrap_err().to_string();
+        let error = Dialer::default()
+            .connect("127.0.0.1", port)
+            .await
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("is the server running"), "{error}");
     }
 }

@@ -63,7 +63,13 @@ pub struct DiskSpec {
 impl DiskSpec {
     /// A specification with the usual bound on calls.
     pub fn new(volume: VolumeUrl, path: DiskPath, uid: u32, token: Token) -> DiskSpec {
-        DiskSpec { volume, path, uid, token, call_timeout: CALL_TIMEOUT }
+        DiskSpec {
+            volume,
+            path,
+            uid,
+            token,
+            call_timeout: CALL_TIMEOUT,
+        }
     }
 }
 
@@ -140,7 +146,9 @@ pub struct DiskStatistics {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DiskError {
     /// The guest asked for bytes that the disk does not have.
-    #[error("the request for {length} bytes at {offset} reaches beyond the disk's end ({size_bytes})")]
+    #[error(
+        "the request for {length} bytes at {offset} reaches beyond the disk's end ({size_bytes})"
+    )]
     OutOfRange {
         /// First byte.
         offset: u64,
@@ -284,7 +292,11 @@ pub async fn open_disk(spec: &DiskSpec, dialer: &Dialer) -> Result<Arc<dyn Disk>
 fn check_range(offset: u64, length: u64, size_bytes: u64) -> Result<(), DiskError> {
     match offset.checked_add(length) {
         Some(end) if end <= size_bytes => Ok(()),
-        _ => Err(DiskError::OutOfRange { offset, length, size_bytes }),
+        _ => Err(DiskError::OutOfRange {
+            offset,
+            length,
+            size_bytes,
+        }),
     }
 }
 

@@ -35,7 +35,9 @@ const SETTLE_FACTOR: u32 = 10;
 /// owner that had passed the server's check have landed: the largest of [`SETTLE_MIN`], ten times
 /// the slowest of a thousand WRITEs, and what certification measured.
 pub fn settle_time(write_latency_p999: Duration, certified: Duration) -> Duration {
-    SETTLE_MIN.max(write_latency_p999 * SETTLE_FACTOR).max(certified)
+    SETTLE_MIN
+        .max(write_latency_p999 * SETTLE_FACTOR)
+        .max(certified)
 }
 
 /// The uid under which the broker itself does data I/O: any but its own, which the server's
@@ -46,12 +48,18 @@ pub const fn data_uid(broker_uid: u32) -> u32 {
 
 /// The identity that claims: the owner, asserting the group that it grants.
 pub const fn claimant(broker_uid: u32, token: Token) -> Credential {
-    Credential { uid: broker_uid, gid: token.gid() }
+    Credential {
+        uid: broker_uid,
+        gid: token.gid(),
+    }
 }
 
 /// The identity that does data I/O on the broker's behalf.
 pub const fn data_credential(broker_uid: u32, token: Token) -> Credential {
-    Credential { uid: data_uid(broker_uid), gid: token.gid() }
+    Credential {
+        uid: data_uid(broker_uid),
+        gid: token.gid(),
+    }
 }
 
 /// Why a claim is not acknowledged. Whatever the reason, the token is burnt: ask the log for the next.
@@ -103,8 +111,14 @@ pub async fn claim(files: &[Claimed], token: Token) -> Result<(), ClaimError> {
 }
 
 async fn claim_one(file: &Claimed, token: Token) -> Result<(), ClaimError> {
-    let grant = SetAttributes { gid: Some(token.gid()), ..SetAttributes::default() };
-    let answer = file.client.setattr(claimant(file.broker_uid, token), &file.file, grant).await;
+    let grant = SetAttributes {
+        gid: Some(token.gid()),
+        ..SetAttributes::default()
+    };
+    let answer = file
+        .client
+        .setattr(claimant(file.broker_uid, token), &file.file, grant)
+        .await;
     let path = file.path.clone();
     match answer {
         Ok(()) => Ok(()),
@@ -113,10 +127,16 @@ async fn claim_one(file: &Claimed, token: Token) -> Result<(), ClaimError> {
             path,
             why: format!("{error}; {}", claim_advice(status)),
         }),
-        Err(error) if error.is_unknown() => {
-            Err(ClaimError::Unknown { token, path, why: error.to_string() })
-        }
-        Err(error) => Err(ClaimError::Refused { token, path, why: error.to_string() }),
+        Err(error) if error.is_unknown() => Err(ClaimError::Unknown {
+            token,
+            path,
+            why: error.to_string(),
+        }),
+        Err(error) => Err(ClaimError::Refused {
+            token,
+            path,
+            why: error.to_string(),
+        }),
     }
 }
 
@@ -170,7 +190,10 @@ pub async fn verify_group(files: &[Claimed], token: Token) -> Result<(), VerifyE
             .client
             .getattr(claimant(file.broker_uid, token), &file.file)
             .await
-            .map_err(|source| VerifyError::Nfs { path: file.path.clone(), source })?;
+            .map_err(|source| VerifyError::Nfs {
+                path: file.path.clone(),
+                source,
+            })?;
         if (attributes.uid, attributes.gid, attributes.mode)
             == (file.broker_uid, token.gid(), DISK_MODE)
         {
@@ -197,7 +220,10 @@ pub async fn commit_whole(files: &[Claimed], token: Token) -> Result<(), VerifyE
         let credential = data_credential(file.broker_uid, token);
         match file.client.commit(credential, &file.file).await {
             Ok(_) => Ok(()),
-            Err(source) => Err(VerifyError::Nfs { path: file.path.clone(), source }),
+            Err(source) => Err(VerifyError::Nfs {
+                path: file.path.clone(),
+                source,
+            }),
         }
     })
     .await
@@ -223,7 +249,9 @@ pub(crate) async fn write_all(
     stable: Stable,
 ) -> Result<(), NfsError> {
     while !data.is_empty() {
-        let reply = client.write(credential, file, offset, &data, stable).await?;
+        let reply = client
+            .write(credential, file, offset, &data, stable)
+            .await?;
         let count = (reply.count as usize).min(data.len());
         offset += count as u64;
         data = data.slice(count..);
@@ -247,7 +275,11 @@ mod tests {
             (ms(250), zero, ms(2500)),
             (ms(250), ms(4000), ms(4000)),
         ] {
-            assert_eq!(settle_time(p999, certified), settle, "{p999:?} {certified:?}");
+            assert_eq!(
+                settle_time(p999, certified),
+                settle,
+                "{p999:?} {certified:?}"
+            );
         }
     }
 
@@ -262,21 +294,44 @@ mod tests {
     async fn a_claim_that_is_not_answered_is_unknown_and_is_not_sent_again() {
         let server = ScriptedServer::start(4096, Token(1).gid()).await;
         let timeout = Duration::from_millis(200);
-        let client = mount(&server.url(), &Dialer::default(), timeout).await.unwrap();
+        let client = mount(&server.url(), &Dialer::default(), timeout)
+            .await
+            .unwrap();
         let anybody = Credential { uid: 1, gid: 1 };
         let file = client.lookup(anybody, client.root(), DISK).await.unwrap();
-        let claimed =
-            Claimed { path: DISK.into(), client: client.clone(), file, broker_uid: 50_000 };
-        claim(std::slice::from_ref(&claimed), Token(2)).await.unwrap();
-        verify_group(std::slice::from_ref(&claimed), Token(2)).await.unwrap();
+        let claimed = Claimed {
+            path: DISK.into(),
+            client: client.clone(),
+            file,
+            broker_uid: 50_000,
+        };
+        claim(std::slice::from_ref(&claimed), Token(2))
+            .await
+            .unwrap();
+        verify_group(std::slice::from_ref(&claimed), Token(2))
+            .await
+            .unwrap();
         let other = verify_group(std::slice::from_ref(&claimed), Token(1)).await;
-        assert!(matches!(other, Err(VerifyError::NotOurs { .. })), "{other:?}");
+        assert!(
+            matches!(other, Err(VerifyError::NotOurs { .. })),
+            "{other:?}"
+        );
         server.world().mute_setattr = true;
         let unknown = claim(std::slice::from_ref(&claimed), Token(3)).await;
-        assert!(matches!(unknown, Err(ClaimError::Unknown { .. })), "{unknown:?}");
+        assert!(
+            matches!(unknown, Err(ClaimError::Unknown { .. })),
+            "{unknown:?}"
+        );
         assert_eq!(server.world().setattrs, 2);
         let refused = claim(&[claimed], Token(4)).await;
-        assert!(matches!(refused, Err(ClaimError::Refused { .. })), "{refused:?}");
-        assert_eq!(server.world().setattrs, 2, "nothing is sent on a dead connection");
+        assert!(
+            matches!(refused, Err(ClaimError::Refused { .. })),
+            "{refused:?}"
+        );
+        assert_eq!(
+            server.world().setattrs,
+            2,
+            "nothing is sent on a dead connection"
+        );
     }
 }

@@ -30,13 +30,20 @@ impl LatencyHistogram {
     pub fn new(now: Instant) -> Self {
         let empty = || Box::new([0; BUCKETS]);
         LatencyHistogram {
-            windows: Mutex::new(Windows { began: now, present: empty(), last: empty() }),
+            windows: Mutex::new(Windows {
+                began: now,
+                present: empty(),
+                last: empty(),
+            }),
         }
     }
 
     /// Counts one latency.
     pub fn record(&self, now: Instant, latency: Duration) {
-        let mut windows = self.windows.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut windows = self
+            .windows
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
         windows.turn(now);
         let count = &mut windows.present[bucket(latency)];
         *count = count.saturating_add(1);
@@ -45,7 +52,10 @@ impl LatencyHistogram {
     /// The latency that 99.9 % of the counted ones do not exceed (rounded up to its bucket's
     /// end); zero when none was counted.
     pub fn p999(&self, now: Instant) -> Duration {
-        let mut windows = self.windows.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut windows = self
+            .windows
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
         windows.turn(now);
         let counts: Vec<u64> = windows
             .present
@@ -82,9 +92,15 @@ impl Windows {
 }
 
 fn bucket(latency: Duration) -> usize {
-    let us = u64::try_from(latency.as_micros()).unwrap_or(u64::MAX).max(1);
+    let us = u64::try_from(latency.as_micros())
+        .unwrap_or(u64::MAX)
+        .max(1);
     let power = us.ilog2();
-    let step = if power >= 3 { (us >> (power - 3)) & 7 } else { (us << (3 - power)) & 7 };
+    let step = if power >= 3 {
+        (us >> (power - 3)) & 7
+    } else {
+        (us << (3 - power)) & 7
+    };
     (power as usize * STEPS as usize + step as usize).min(BUCKETS - 1)
 }
 

@@ -52,7 +52,11 @@ impl VolumeRef {
         if matches!(url, VolumeUrl::Nfs(_)) && matches!(broker_uid, 0 | 65534 | u32::MAX) {
             return Err(VolumeError::BrokerUid { uid: broker_uid });
         }
-        Ok(VolumeRef { url, cluster_id: cluster_id.to_owned(), broker_uid })
+        Ok(VolumeRef {
+            url,
+            cluster_id: cluster_id.to_owned(),
+            broker_uid,
+        })
     }
 }
 
@@ -119,7 +123,11 @@ pub struct Store {
 impl Store {
     /// A store that connects through `dialer`.
     pub fn new(dialer: Dialer, watchdog_armed: bool) -> Store {
-        Store { dialer, watchdog_armed, volumes: Mutex::new(HashMap::new()) }
+        Store {
+            dialer,
+            watchdog_armed,
+            volumes: Mutex::new(HashMap::new()),
+        }
     }
 
     fn open(&self, volume: &VolumeRef) -> Open {
@@ -128,14 +136,20 @@ impl Store {
                 Open::Dir(dir::DirVolume::new(directory.clone(), volume.clone()))
             }
             VolumeUrl::Nfs(url) => {
-                let mut volumes =
-                    self.volumes.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+                let mut volumes = self
+                    .volumes
+                    .lock()
+                    .unwrap_or_else(|poisoned| poisoned.into_inner());
                 if volumes.len() >= VOLUMES_MAX && !volumes.contains_key(volume) {
                     // They only save time; the next use makes the connection anew.
                     volumes.clear();
                 }
                 let open = volumes.entry(volume.clone()).or_insert_with(|| {
-                    Arc::new(nfs::NfsVolume::new(url.clone(), volume.clone(), self.dialer.clone()))
+                    Arc::new(nfs::NfsVolume::new(
+                        url.clone(),
+                        volume.clone(),
+                        self.dialer.clone(),
+                    ))
                 });
                 Open::Nfs(open.clone())
             }
@@ -176,7 +190,10 @@ impl Store {
     /// where it was; it never touches a disk that is another's.
     pub async fn create_disk(&self, volume: &VolumeRef, disk: &NewDisk) -> Result<(), VolumeError> {
         if disk.size_bytes == 0 || disk.size_bytes > DISK_BYTES_MAX {
-            return Err(VolumeError::Size { path: disk.path.clone(), size_bytes: disk.size_bytes });
+            return Err(VolumeError::Size {
+                path: disk.path.clone(),
+                size_bytes: disk.size_bytes,
+            });
         }
         match self.open(volume) {
             Open::Nfs(open) => open.create_disk(disk).await,
@@ -319,10 +336,22 @@ mod tests {
         };
         let foreign = |existing| matches!(existing, Existing::Foreign(_));
         let ours = Some(Token(7));
-        assert_eq!(judge_existing(true, true, 100, ours, &wanted), Existing::Done);
-        assert_eq!(judge_existing(true, false, 3, ours, &wanted), Existing::GoOn);
+        assert_eq!(
+            judge_existing(true, true, 100, ours, &wanted),
+            Existing::Done
+        );
+        assert_eq!(
+            judge_existing(true, false, 3, ours, &wanted),
+            Existing::GoOn
+        );
         assert!(foreign(judge_existing(true, true, 99, ours, &wanted)));
-        assert!(foreign(judge_existing(true, true, 100, Some(Token(8)), &wanted)));
+        assert!(foreign(judge_existing(
+            true,
+            true,
+            100,
+            Some(Token(8)),
+            &wanted
+        )));
         assert!(foreign(judge_existing(true, false, 100, None, &wanted)));
         assert!(foreign(judge_existing(false, true, 100, ours, &wanted)));
     }

@@ -71,7 +71,7 @@ impl FromStr for VolumeUrl {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         parse(text).map_err(|problem| VolumeUrlError {
             text: text.chars().take(100).collect(),
-            problem: problem.into(),
+            problem,
         })
     }
 }
@@ -88,7 +88,10 @@ fn parse(text: &str) -> Result<VolumeUrl, String> {
         if !path.is_absolute() {
             return Err("the directory's path must begin with `/`".into());
         }
-        if path.components().any(|part| part == std::path::Component::ParentDir) {
+        if path
+            .components()
+            .any(|part| part == std::path::Component::ParentDir)
+        {
             return Err("the directory's path must not contain `..`".into());
         }
         return Ok(VolumeUrl::Dir(path));
@@ -115,17 +118,30 @@ fn parse(text: &str) -> Result<VolumeUrl, String> {
             _ => return Err(format!("`{pair}` is not an option of an NFS volume")),
         }
     }
-    Ok(VolumeUrl::Nfs(NfsUrl { host, port, mount_port, export: export.to_owned() }))
+    Ok(VolumeUrl::Nfs(NfsUrl {
+        host,
+        port,
+        mount_port,
+        export: export.to_owned(),
+    }))
 }
 
 fn parse_authority(authority: &str) -> Result<(String, Option<u16>), String> {
     let (host, port) = if let Some(rest) = authority.strip_prefix('[') {
-        let (host, tail) =
-            rest.split_once(']').ok_or("the bracket of the IPv6 address is not closed")?;
-        host.parse::<std::net::Ipv6Addr>().map_err(|_| "it is no IPv6 address in the brackets")?;
+        let (host, tail) = rest
+            .split_once(']')
+            .ok_or("the bracket of the IPv6 address is not closed")?;
+        host.parse::<std::net::Ipv6Addr>()
+            .map_err(|_| "it is no IPv6 address in the brackets")?;
         match tail {
             "" => (host, None),
-            tail => (host, Some(tail.strip_prefix(':').ok_or("`:` expected after the bracket")?)),
+            tail => (
+                host,
+                Some(
+                    tail.strip_prefix(':')
+                        .ok_or("`:` expected after the bracket")?,
+                ),
+            ),
         }
     } else {
         match authority.split_once(':') {
@@ -136,7 +152,10 @@ fn parse_authority(authority: &str) -> Result<(String, Option<u16>), String> {
     if host.is_empty() {
         return Err("it names no host".into());
     }
-    if !host.chars().all(|c| c.is_ascii_alphanumeric() || "-._:".contains(c)) {
+    if !host
+        .chars()
+        .all(|c| c.is_ascii_alphanumeric() || "-._:".contains(c))
+    {
         return Err(format!("`{host}` is not a host name"));
     }
     Ok((host.to_owned(), port.map(parse_port).transpose()?))
@@ -188,7 +207,9 @@ pub const DISK_PATH_PARTS_MAX: usize = 8;
 
 /// Why a text does not name a disk.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{text}` cannot be the path of a disk: {problem}; use a relative path such as vms/web1.raw")]
+#[error(
+    "`{text}` cannot be the path of a disk: {problem}; use a relative path such as vms/web1.raw"
+)]
 pub struct DiskPathError {
     /// The text as given, cut to a printable length.
     pub text: String,
@@ -216,12 +237,18 @@ impl FromStr for DiskPath {
             "one part is longer than 200 bytes"
         } else if text.split('/').count() > DISK_PATH_PARTS_MAX {
             "it lies too many directories deep"
-        } else if text.split('/').any(|part| part.starts_with(RESERVED_PREFIX)) {
+        } else if text
+            .split('/')
+            .any(|part| part.starts_with(RESERVED_PREFIX))
+        {
             "names that begin with `.baton-` are reserved"
         } else {
             return Ok(DiskPath(text.to_owned()));
         };
-        Err(DiskPathError { text: text.chars().take(100).collect(), problem })
+        Err(DiskPathError {
+            text: text.chars().take(100).collect(),
+            problem,
+        })
     }
 }
 
@@ -351,8 +378,14 @@ mod tests {
 
     #[test]
     fn an_identity_survives_its_file_and_an_empty_file_is_told_apart() {
-        let identity = Identity { cluster_id: "c1".into(), volume_uuid: "u1".into() };
-        assert_eq!(Identity::from_json(&identity.to_json()).unwrap(), Some(identity));
+        let identity = Identity {
+            cluster_id: "c1".into(),
+            volume_uuid: "u1".into(),
+        };
+        assert_eq!(
+            Identity::from_json(&identity.to_json()).unwrap(),
+            Some(identity)
+        );
         assert_eq!(Identity::from_json(b"").unwrap(), None);
         assert!(Identity::from_json(b"{\"x\":").is_err());
     }

@@ -19,8 +19,8 @@ use nix::sys::stat::Mode;
 use tokio::sync::{Semaphore, watch};
 
 use super::{
-    Disk, DiskError, DiskSpec, DiskState, DiskStatistics, DiskStatus, DrainError, Drained, OpenError,
-    RekeyError, check_range, open_beneath,
+    Disk, DiskError, DiskSpec, DiskState, DiskStatistics, DiskStatus, DrainError, Drained,
+    OpenError, RekeyError, check_range, open_beneath,
 };
 use crate::latency::LatencyHistogram;
 use crate::nfs::IN_FLIGHT_MAX;
@@ -60,13 +60,18 @@ impl Counted {
     fn new(counters: &Arc<Counters>, is_write: bool) -> Arc<Self> {
         counters.open.send_modify(|count| *count += 1);
         counters.writes.fetch_add(is_write.into(), Ordering::SeqCst);
-        Arc::new(Counted { counters: counters.clone(), is_write })
+        Arc::new(Counted {
+            counters: counters.clone(),
+            is_write,
+        })
     }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.counters.writes.fetch_sub(self.is_write.into(), Ordering::SeqCst);
+        self.counters
+            .writes
+            .fetch_sub(self.is_write.into(), Ordering::SeqCst);
         self.counters.open.send_modify(|count| *count -= 1);
     }
 }
@@ -89,7 +94,11 @@ impl DirDisk {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
                     Err(OpenError::NotFound { volume, path })
                 }
-                Err(source) => Err(OpenError::Io { directory, path, source }),
+                Err(source) => Err(OpenError::Io {
+                    directory,
+                    path,
+                    source,
+                }),
             }
         })
         .await;
@@ -104,7 +113,10 @@ impl DirDisk {
             file: Arc::new(file),
             size_bytes,
             held: watch::Sender::new(false),
-            status: watch::Sender::new(DiskStatus { state: DiskState::Ready, token: spec.token }),
+            status: watch::Sender::new(DiskStatus {
+                state: DiskState::Ready,
+                token: spec.token,
+            }),
             threads: Semaphore::new(IN_FLIGHT_MAX),
             counters: Arc::default(),
             read_bytes: AtomicU64::new(0),
@@ -158,7 +170,11 @@ impl DirDisk {
         counted: Arc<Counted>,
         operation: impl FnOnce(&File) -> io::Result<T> + Send + 'static,
     ) -> Result<io::Result<T>, DiskError> {
-        let _thread = self.threads.acquire().await.map_err(|_| DiskError::Closed)?;
+        let _thread = self
+            .threads
+            .acquire()
+            .await
+            .map_err(|_| DiskError::Closed)?;
         let file = self.file.clone();
         tokio::task::spawn_blocking(move || {
             let _counted = counted;
@@ -170,7 +186,9 @@ impl DirDisk {
 
     async fn sync(&self, counted: Arc<Counted>) -> Result<(), DiskError> {
         if let DiskState::Failed { reason } = &self.status.borrow().state {
-            return Err(DiskError::Failed { reason: reason.clone() });
+            return Err(DiskError::Failed {
+                reason: reason.clone(),
+            });
         }
         match self.once(counted, File::sync_data).await? {
             Ok(()) => Ok(()),
@@ -178,7 +196,9 @@ impl DirDisk {
             // that all is well.
             Err(error) => {
                 let reason = format!("fdatasync: {error}");
-                self.set_state(DiskState::Failed { reason: reason.clone() });
+                self.set_state(DiskState::Failed {
+                    reason: reason.clone(),
+                });
                 Err(DiskError::Failed { reason })
             }
         }
@@ -209,7 +229,8 @@ impl Disk for DirDisk {
         check_range(offset, length, self.size_bytes)?;
         let counted = Counted::new(&self.counters, true);
         let began = Instant::now();
-        self.run(counted, move |file: &File| file.write_all_at(&data, offset)).await?;
+        self.run(counted, move |file: &File| file.write_all_at(&data, offset))
+            .await?;
         self.latency.record(Instant::now(), began.elapsed());
         self.written_bytes.fetch_add(length, Ordering::Relaxed);
         Ok(())
@@ -245,7 +266,10 @@ impl Disk for DirDisk {
         let mut result = Ok(());
         self.status.send_if_modified(|status| {
             if token < status.token {
-                result = Err(RekeyError::NotFresh { present: status.token, offered: token });
+                result = Err(RekeyError::NotFresh {
+                    present: status.token,
+                    offered: token,
+                });
                 return false;
             }
             status.token = token;
@@ -259,7 +283,12 @@ impl Disk for DirDisk {
             return Err(DrainError::Held);
         }
         let quiet = async {
-            let _ = self.counters.open.subscribe().wait_for(|count| *count == 0).await;
+            let _ = self
+                .counters
+                .open
+                .subscribe()
+                .wait_for(|count| *count == 0)
+                .await;
             self.sync(Counted::new(&self.counters, false)).await
         };
         match tokio::time::timeout(timeout, quiet).await {

@@ -42,8 +42,7 @@ const COMMIT_FROM_BYTES: usize = UNCOMMITTED_BYTES_MAX / 2;
 const READS_MAX: usize = 1024;
 
 /// Pauses between attempts to connect: from, to (doubling).
-const RECONNECT_PAUSE: (Duration, Duration) =
-    (Duration::from_millis(50), Duration::from_secs(2));
+const RECONNECT_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
 /// A server that is full or has an I/O error is asked again so often.
 const STALL_PAUSE: Duration = Duration::from_secs(1);
@@ -54,10 +53,22 @@ const LATER_PAUSE: Duration = Duration::from_millis(100);
 /// What the guest asks.
 #[derive(Debug)]
 pub(crate) enum Request {
-    Read { offset: u64, length: u32, reply: oneshot::Sender<Bytes> },
-    Write { offset: u64, data: Bytes, reply: oneshot::Sender<()> },
-    Flush { reply: oneshot::Sender<()> },
-    Drain { reply: oneshot::Sender<Result<Drained, DrainError>> },
+    Read {
+        offset: u64,
+        length: u32,
+        reply: oneshot::Sender<Bytes>,
+    },
+    Write {
+        offset: u64,
+        data: Bytes,
+        reply: oneshot::Sender<()>,
+    },
+    Flush {
+        reply: oneshot::Sender<()>,
+    },
+    Drain {
+        reply: oneshot::Sender<Result<Drained, DrainError>>,
+    },
 }
 
 /// A fresh token, claimed and confirmed.
@@ -83,9 +94,14 @@ struct Flush {
 
 /// The path to the server.
 enum Link {
-    Up { client: NfsClient },
+    Up {
+        client: NfsClient,
+    },
     Dialing(BoxFuture<'static, Result<Opened, OpenError>>),
-    Pausing { until: Instant, error: String },
+    Pausing {
+        until: Instant,
+        error: String,
+    },
     /// Given up until a re-key.
     Down,
 }
@@ -115,9 +131,19 @@ struct Replay {
 
 /// A call that has ended.
 enum Done {
-    Read { piece: Piece, result: Result<ReadReply, NfsError> },
-    Write { sequence: Sequence, sent: Instant, result: Result<WriteReply, NfsError> },
-    Commit { stamp: u64, result: Result<CommitReply, NfsError> },
+    Read {
+        piece: Piece,
+        result: Result<ReadReply, NfsError>,
+    },
+    Write {
+        sequence: Sequence,
+        sent: Instant,
+        result: Result<WriteReply, NfsError>,
+    },
+    Commit {
+        stamp: u64,
+        result: Result<CommitReply, NfsError>,
+    },
 }
 
 pub(crate) struct Engine {
@@ -147,6 +173,8 @@ pub(crate) struct Engine {
     verify: bool,
     rekey_wanted: Option<RekeyReason>,
     stall: Option<Stall>,
+    /// The last pump sent nothing because of the stall: its end is waited for.
+    waits_for_stall: bool,
     replay: Option<Replay>,
 }
 
@@ -166,7 +194,9 @@ impl Engine {
             dialer,
             status,
             shared,
-            link: Link::Up { client: opened.client },
+            link: Link::Up {
+                client: opened.client,
+            },
             pause: RECONNECT_PAUSE.0,
             file: opened.file,
             limits: opened.limits,
@@ -181,6 +211,7 @@ impl Engine {
             verify: false,
             rekey_wanted: None,
             stall: None,
+            waits_for_stall: false,
             replay: None,
         }
     }
@@ -194,8 +225,8 @@ impl Engine {
         loop {
             self.pump();
             self.publish();
-            let room = self.writes.bytes() < UNCOMMITTED_BYTES_MAX
-                && self.reads.waiting() < READS_MAX;
+            let room =
+                self.writes.bytes() < UNCOMMITTED_BYTES_MAX && self.reads.waiting() < READS_MAX;
             let alarm = self.alarm();
             tokio::select! {
                 Some(rekey) = rekeys.recv() => self.rekey(rekey),
@@ -216,28 +247,47 @@ impl Engine {
     }
 
     fn credential(&self) -> Credential {
-        Credential { uid: self.spec.uid, gid: self.token.gid() }
+        Credential {
+            uid: self.spec.uid,
+            gid: self.token.gid(),
+        }
     }
 
     /// Cuts a request into pieces that the server takes.
     fn admit(&mut self, request: Request) {
         match request {
-            Request::Read { offset, length, reply } => {
-                self.reads.push(offset, length, self.limits.read_bytes_max, reply);
+            Request::Read {
+                offset,
+                length,
+                reply,
+            } => {
+                self.reads
+                    .push(offset, length, self.limits.read_bytes_max, reply);
             }
-            Request::Write { offset, data, reply } => {
+            Request::Write {
+                offset,
+                data,
+                reply,
+            } => {
                 let piece = self.limits.write_bytes_max as usize;
                 let pieces_left = data.len().div_ceil(piece);
-                let shared =
-                    Arc::new(std::sync::Mutex::new(Some(WriteRequest { pieces_left, reply })));
+                let shared = Arc::new(std::sync::Mutex::new(Some(WriteRequest {
+                    pieces_left,
+                    reply,
+                })));
                 for start in (0..data.len()).step_by(piece) {
                     let end = data.len().min(start + piece);
-                    let sequence = self.writes.push(offset + start as u64, data.slice(start..end));
+                    let sequence = self
+                        .writes
+                        .push(offset + start as u64, data.slice(start..end));
                     self.write_requests.insert(sequence, shared.clone());
                 }
             }
             Request::Flush { reply } => {
-                self.flushes.push_back(Flush { end: self.writes.end(), reply });
+                self.flushes.push_back(Flush {
+                    end: self.writes.end(),
+                    reply,
+                });
             }
             Request::Drain { reply } => self.drains.push(reply),
         }
@@ -256,7 +306,10 @@ impl Engine {
             return;
         }
         if token <= self.token {
-            let _ = reply.send(Err(RekeyError::NotFresh { present: self.token, offered: token }));
+            let _ = reply.send(Err(RekeyError::NotFresh {
+                present: self.token,
+                offered: token,
+            }));
             return;
         }
         tracing::info!(disk = %self.spec.path, from = %self.token, to = %token, "re-key");
@@ -272,15 +325,26 @@ impl Engine {
         self.stall = None;
         self.writes.replay();
         self.reads.resend();
-        let mut replies = self.replay.take().map(|replay| replay.replies).unwrap_or_default();
+        let mut replies = self
+            .replay
+            .take()
+            .map(|replay| replay.replies)
+            .unwrap_or_default();
         replies.push(reply);
-        self.replay = Some(Replay { end: self.writes.end(), replies });
+        self.replay = Some(Replay {
+            end: self.writes.end(),
+            replies,
+        });
         self.pause = RECONNECT_PAUSE.0;
         self.dial();
     }
 
     fn dial(&mut self) {
-        let (url, path, dialer) = (self.url.clone(), self.spec.path.clone(), self.dialer.clone());
+        let (url, path, dialer) = (
+            self.url.clone(),
+            self.spec.path.clone(),
+            self.dialer.clone(),
+        );
         let (credential, timeout) = (self.credential(), self.spec.call_timeout);
         self.link = Link::Dialing(Box::pin(async move {
             open_file(&url, &path, credential, &dialer, timeout).await
@@ -293,11 +357,16 @@ impl Engine {
         if self.rekey_wanted.is_some() {
             self.link = Link::Down;
         } else if self.in_doubt {
-            self.want_rekey(RekeyReason::ConnectionLost { why: why.to_owned() });
+            self.want_rekey(RekeyReason::ConnectionLost {
+                why: why.to_owned(),
+            });
             self.link = Link::Down;
         } else {
             self.verify = self.writes.unstable_bytes() > 0;
-            self.link = Link::Pausing { until: Instant::now(), error: why.to_owned() };
+            self.link = Link::Pausing {
+                until: Instant::now(),
+                error: why.to_owned(),
+            };
         }
     }
 
@@ -307,12 +376,17 @@ impl Engine {
                 self.pause = RECONNECT_PAUSE.0;
                 self.file = opened.file;
                 self.limits = opened.limits;
-                self.link = Link::Up { client: opened.client };
+                self.link = Link::Up {
+                    client: opened.client,
+                };
             }
             Err(error) => {
                 let until = Instant::now() + self.pause;
                 self.pause = (self.pause * 2).min(RECONNECT_PAUSE.1);
-                self.link = Link::Pausing { until, error: error.to_string() };
+                self.link = Link::Pausing {
+                    until,
+                    error: error.to_string(),
+                };
             }
         }
     }
@@ -323,7 +397,11 @@ impl Engine {
             Link::Pausing { until, .. } => Some(*until),
             _ => None,
         };
-        let stall = self.stall.as_ref().map(|stall| stall.until).filter(|t| *t > Instant::now());
+        let stall = self
+            .stall
+            .as_ref()
+            .filter(|_| self.waits_for_stall)
+            .map(|stall| stall.until);
         link.into_iter().chain(stall).min()
     }
 
@@ -340,7 +418,10 @@ impl Engine {
         tracing::warn!(disk = %self.spec.path, token = %self.token, %reason, "needs a re-key");
         if let Some(replay) = self.replay.take() {
             for reply in replay.replies {
-                let error = RekeyError::Again { token: self.token, reason: reason.clone() };
+                let error = RekeyError::Again {
+                    token: self.token,
+                    reason: reason.clone(),
+                };
                 let _ = reply.send(Err(error));
             }
         }
@@ -352,25 +433,40 @@ impl Engine {
 
     fn publish(&self) {
         let writes_unanswered = self.in_doubt || self.writes.any_sent();
-        self.shared.writes_unanswered.store(writes_unanswered, Ordering::SeqCst);
+        self.shared
+            .writes_unanswered
+            .store(writes_unanswered, Ordering::SeqCst);
         let state = match (&self.rekey_wanted, &self.link, &self.stall) {
-            (Some(reason), _, _) => {
-                DiskState::NeedsRekey { reason: reason.clone(), writes_unanswered }
-            }
-            (None, Link::Pausing { error, .. }, _) => {
-                DiskState::Reconnecting { error: error.clone() }
-            }
+            (Some(reason), _, _) => DiskState::NeedsRekey {
+                reason: reason.clone(),
+                writes_unanswered,
+            },
+            (None, Link::Pausing { error, .. }, _) => DiskState::Reconnecting {
+                error: error.clone(),
+            },
             // While dialling what was said before still holds.
             (None, Link::Dialing(_), _) => match &self.status.borrow().state {
                 state @ DiskState::Reconnecting { .. } => state.clone(),
-                _ => DiskState::Reconnecting { error: "connecting".into() },
+                _ => DiskState::Reconnecting {
+                    error: "connecting".into(),
+                },
             },
-            (None, _, Some(Stall { reason: Some(reason), .. })) => {
-                DiskState::Stalled { reason: reason.clone() }
-            }
+            (
+                None,
+                _,
+                Some(Stall {
+                    reason: Some(reason),
+                    ..
+                }),
+            ) => DiskState::Stalled {
+                reason: reason.clone(),
+            },
             (None, _, _) => DiskState::Ready,
         };
-        let now = DiskStatus { state, token: self.token };
+        let now = DiskStatus {
+            state,
+            token: self.token,
+        };
         self.status.send_if_modified(|status| {
             let changed = *status != now;
             *status = now;

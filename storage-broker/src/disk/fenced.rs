@@ -13,8 +13,8 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use super::engine::{Engine, Rekey, Request};
 use super::open::open_file;
 use super::{
-    Disk, DiskError, DiskSpec, DiskState, DiskStatistics, DiskStatus, DrainError, Drained, OpenError,
-    RekeyError, check_range,
+    Disk, DiskError, DiskSpec, DiskState, DiskStatistics, DiskStatus, DrainError, Drained,
+    OpenError, RekeyError, check_range,
 };
 use crate::dialer::Dialer;
 use crate::latency::LatencyHistogram;
@@ -49,7 +49,9 @@ pub(crate) struct Shared {
 impl Shared {
     /// The gate, locked: while it is, nobody can hold or release.
     pub(crate) fn gate(&self) -> MutexGuard<'_, bool> {
-        self.held.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.held
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
@@ -59,13 +61,18 @@ impl FencedDisk {
     /// # Errors
     /// See [`OpenError`].
     pub async fn open(url: &NfsUrl, spec: &DiskSpec, dialer: &Dialer) -> Result<Self, OpenError> {
-        let credential = Credential { uid: spec.uid, gid: spec.token.gid() };
+        let credential = Credential {
+            uid: spec.uid,
+            gid: spec.token.gid(),
+        };
         let opened = open_file(url, &spec.path, credential, dialer, spec.call_timeout).await?;
         let size_bytes = opened.attributes.size_bytes;
         let (requests, request_queue) = mpsc::channel(QUEUE_MAX);
         let (rekeys, rekey_queue) = mpsc::channel(4);
-        let (status_sender, status) =
-            watch::channel(DiskStatus { state: DiskState::Ready, token: spec.token });
+        let (status_sender, status) = watch::channel(DiskStatus {
+            state: DiskState::Ready,
+            token: spec.token,
+        });
         let shared = Arc::new(Shared {
             held: Mutex::new(false),
             released: Notify::new(),
@@ -74,10 +81,22 @@ impl FencedDisk {
             written_bytes: AtomicU64::new(0),
             latency: LatencyHistogram::new(Instant::now()),
         });
-        let engine =
-            Engine::new(url.clone(), spec.clone(), dialer.clone(), opened, status_sender, shared.clone());
+        let engine = Engine::new(
+            url.clone(),
+            spec.clone(),
+            dialer.clone(),
+            opened,
+            status_sender,
+            shared.clone(),
+        );
         tokio::spawn(engine.run(request_queue, rekey_queue));
-        Ok(FencedDisk { size_bytes, requests, rekeys, status, shared })
+        Ok(FencedDisk {
+            size_bytes,
+            requests,
+            rekeys,
+            status,
+            shared,
+        })
     }
 
     async fn request<T>(
@@ -85,10 +104,12 @@ impl FencedDisk {
         make: impl FnOnce(oneshot::Sender<T>) -> Request,
     ) -> Result<T, DiskError> {
         let (reply, answer) = oneshot::channel();
-        self.requests.send(make(reply)).await.map_err(|_| DiskError::Closed)?;
+        self.requests
+            .send(make(reply))
+            .await
+            .map_err(|_| DiskError::Closed)?;
         answer.await.map_err(|_| DiskError::Closed)
     }
-
 }
 
 #[async_trait]
@@ -102,8 +123,16 @@ impl Disk for FencedDisk {
         if length == 0 {
             return Ok(Bytes::new());
         }
-        let data = self.request(|reply| Request::Read { offset, length, reply }).await?;
-        self.shared.read_bytes.fetch_add(length.into(), Ordering::Relaxed);
+        let data = self
+            .request(|reply| Request::Read {
+                offset,
+                length,
+                reply,
+            })
+            .await?;
+        self.shared
+            .read_bytes
+            .fetch_add(length.into(), Ordering::Relaxed);
         Ok(data)
     }
 
@@ -113,8 +142,15 @@ impl Disk for FencedDisk {
         if data.is_empty() {
             return Ok(());
         }
-        self.request(|reply| Request::Write { offset, data, reply }).await?;
-        self.shared.written_bytes.fetch_add(length, Ordering::Relaxed);
+        self.request(|reply| Request::Write {
+            offset,
+            data,
+            reply,
+        })
+        .await?;
+        self.shared
+            .written_bytes
+            .fetch_add(length, Ordering::Relaxed);
         Ok(())
     }
 
@@ -147,7 +183,10 @@ impl Disk for FencedDisk {
         let rekeyed = async {
             let (reply, answer) = oneshot::channel();
             let command = Rekey { token, reply };
-            self.rekeys.send(command).await.map_err(|_| DiskError::Closed)?;
+            self.rekeys
+                .send(command)
+                .await
+                .map_err(|_| DiskError::Closed)?;
             answer.await.map_err(|_| DiskError::Closed)?
         };
         match tokio::time::timeout(timeout, rekeyed).await {
@@ -162,7 +201,11 @@ impl Disk for FencedDisk {
         let drained = self.request(|reply| Request::Drain { reply });
         let needs_rekey = async {
             let wants = |status: &DiskStatus| matches!(status.state, DiskState::NeedsRekey { .. });
-            match status.wait_for(wants).await.map(|status| status.state.clone()) {
+            match status
+                .wait_for(wants)
+                .await
+                .map(|status| status.state.clone())
+            {
                 Ok(DiskState::NeedsRekey { reason, .. }) => DrainError::NeedsRekey(reason),
                 _ => DrainError::Disk(DiskError::Closed),
             }

@@ -11,7 +11,9 @@ use nix::sys::stat::Mode;
 
 use crate::dialer::Dialer;
 use crate::nfs::client::Limits;
-use crate::nfs::{Attributes, Credential, FileHandle, MountError, NfsClient, NfsError, Status, mount};
+use crate::nfs::{
+    Attributes, Credential, FileHandle, MountError, NfsClient, NfsError, Status, mount,
+};
 use crate::volume::{DiskPath, NfsUrl};
 
 /// Why a disk could not be opened.
@@ -23,7 +25,7 @@ pub enum OpenError {
         /// The disk.
         path: DiskPath,
         /// Why.
-        source: MountError,
+        source: Box<MountError>,
     },
     /// The volume has no such file.
     #[error("volume {volume} has no disk `{path}`: create it first, or check its path")]
@@ -84,20 +86,36 @@ pub(crate) async fn open_file(
 ) -> Result<Opened, OpenError> {
     let client = mount(url, dialer, call_timeout)
         .await
-        .map_err(|source| OpenError::Mount { path: path.clone(), source })?;
+        .map_err(|source| OpenError::Mount {
+            path: path.clone(),
+            source: Box::new(source),
+        })?;
     let refused = |source: NfsError| match source.status() {
-        Some(Status::NFS3ERR_NOENT | Status::NFS3ERR_NOTDIR) => {
-            OpenError::NotFound { volume: url.to_string(), path: path.clone() }
-        }
-        _ => OpenError::Nfs { volume: url.to_string(), path: path.clone(), source },
+        Some(Status::NFS3ERR_NOENT | Status::NFS3ERR_NOTDIR) => OpenError::NotFound {
+            volume: url.to_string(),
+            path: path.clone(),
+        },
+        _ => OpenError::Nfs {
+            volume: url.to_string(),
+            path: path.clone(),
+            source,
+        },
     };
     let file = find(&client, credential, path).await.map_err(refused)?;
     let attributes = client.getattr(credential, &file).await.map_err(refused)?;
     if !attributes.is_file {
-        return Err(OpenError::NotAFile { volume: url.to_string(), path: path.clone() });
+        return Err(OpenError::NotAFile {
+            volume: url.to_string(),
+            path: path.clone(),
+        });
     }
     let limits = client.fsinfo(credential).await.map_err(refused)?;
-    Ok(Opened { client, file, attributes, limits })
+    Ok(Opened {
+        client,
+        file,
+        attributes,
+        limits,
+    })
 }
 
 /// LOOKUP of each part of a path.

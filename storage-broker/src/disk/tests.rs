@@ -24,7 +24,15 @@ async fn disk(server: &ScriptedServer) -> Arc<dyn Disk> {
 async fn disk_with_timeout(server: &ScriptedServer, call_timeout: Duration) -> Arc<dyn Disk> {
     let volume = VolumeUrl::Nfs(server.url());
     let spec = DiskSpec::new(volume, DISK.parse().unwrap(), 1000, FIRST);
-    open_disk(&DiskSpec { call_timeout, ..spec }, &Dialer::default()).await.unwrap()
+    open_disk(
+        &DiskSpec {
+            call_timeout,
+            ..spec
+        },
+        &Dialer::default(),
+    )
+    .await
+    .unwrap()
 }
 
 fn block(value: u8) -> Bytes {
@@ -32,12 +40,16 @@ fn block(value: u8) -> Bytes {
 }
 
 async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(SOON, future).await.unwrap_or_else(|_| panic!("never came: {what}"))
+    tokio::time::timeout(SOON, future)
+        .await
+        .unwrap_or_else(|_| panic!("never came: {what}"))
 }
 
 async fn state(disk: &Arc<dyn Disk>, what: &str, wanted: impl Fn(&DiskState) -> bool) -> DiskState {
     let mut watch = disk.watch();
-    let status = soon(what, watch.wait_for(|status| wanted(&status.state))).await.unwrap();
+    let status = soon(what, watch.wait_for(|status| wanted(&status.state)))
+        .await
+        .unwrap();
     status.state.clone()
 }
 
@@ -73,7 +85,10 @@ async fn what_is_written_is_read_back_and_a_flush_makes_it_durable() {
     disk.flush().await.unwrap();
     assert_eq!(&server.world().durable[100..200_100], &data[..]);
     let statistics = disk.statistics();
-    assert_eq!((statistics.read_bytes, statistics.written_bytes), (200_000, 200_000));
+    assert_eq!(
+        (statistics.read_bytes, statistics.written_bytes),
+        (200_000, 200_000)
+    );
     assert!(statistics.write_latency_p999 > Duration::ZERO);
 }
 
@@ -82,7 +97,10 @@ async fn a_request_beyond_the_end_is_refused() {
     let server = server().await;
     let disk = disk(&server).await;
     for (offset, length) in [(SIZE as u64, 1), (SIZE as u64 - 1, 2), (u64::MAX, 2)] {
-        assert!(matches!(disk.read(offset, length).await, Err(DiskError::OutOfRange { .. })));
+        assert!(matches!(
+            disk.read(offset, length).await,
+            Err(DiskError::OutOfRange { .. })
+        ));
     }
     let error = disk.write(SIZE as u64 - 1, block(1)).await;
     assert!(matches!(error, Err(DiskError::OutOfRange { .. })));
@@ -110,11 +128,25 @@ async fn a_refused_token_pends_the_guests_write_until_a_re_key() {
     let disk = disk(&server).await;
     server.world().gid = SECOND.gid();
     let write = spawn_write(&disk, 0, 7);
-    let state = state(&disk, "needs-rekey", |s| matches!(s, DiskState::NeedsRekey { .. })).await;
-    let refused = RekeyReason::Refused { status: nfsstat3::NFS3ERR_ACCES };
-    assert_eq!(state, DiskState::NeedsRekey { reason: refused, writes_unanswered: false });
+    let state = state(&disk, "needs-rekey", |s| {
+        matches!(s, DiskState::NeedsRekey { .. })
+    })
+    .await;
+    let refused = RekeyReason::Refused {
+        status: nfsstat3::NFS3ERR_ACCES,
+    };
+    assert_eq!(
+        state,
+        DiskState::NeedsRekey {
+            reason: refused,
+            writes_unanswered: false
+        }
+    );
     assert!(!write.is_finished(), "the guest sees latency, not an error");
-    assert!(matches!(disk.drain(SOON).await, Err(DrainError::NeedsRekey(_))));
+    assert!(matches!(
+        disk.drain(SOON).await,
+        Err(DrainError::NeedsRekey(_))
+    ));
     let same = disk.rekey(FIRST, SOON).await;
     assert!(matches!(same, Err(RekeyError::NotFresh { .. })), "{same:?}");
     disk.rekey(SECOND, SOON).await.unwrap();
@@ -124,7 +156,10 @@ async fn a_refused_token_pends_the_guests_write_until_a_re_key() {
     // Asked again, because the first answer may have been lost.
     disk.rekey(SECOND, SOON).await.unwrap();
     let older = disk.rekey(FIRST, SOON).await;
-    assert!(matches!(older, Err(RekeyError::NotFresh { .. })), "{older:?}");
+    assert!(
+        matches!(older, Err(RekeyError::NotFresh { .. })),
+        "{older:?}"
+    );
 }
 
 #[tokio::test]
@@ -134,9 +169,15 @@ async fn a_refused_re_key_says_so_and_the_next_one_loses_nothing() {
     let third = Token(9);
     server.world().gid = third.gid();
     let write = spawn_write(&disk, 0, 7);
-    state(&disk, "needs-rekey", |s| matches!(s, DiskState::NeedsRekey { .. })).await;
+    state(&disk, "needs-rekey", |s| {
+        matches!(s, DiskState::NeedsRekey { .. })
+    })
+    .await;
     let again = disk.rekey(SECOND, SOON).await;
-    assert!(matches!(again, Err(RekeyError::Again { token: SECOND, .. })), "{again:?}");
+    assert!(
+        matches!(again, Err(RekeyError::Again { token: SECOND, .. })),
+        "{again:?}"
+    );
     disk.rekey(third, SOON).await.unwrap();
     soon("the write", write).await.unwrap().unwrap();
 }
@@ -148,7 +189,10 @@ async fn a_connection_lost_with_nothing_in_doubt_is_made_again_unseen() {
     disk.write(0, block(1)).await.unwrap();
     disk.flush().await.unwrap();
     server.cut();
-    assert_eq!(soon("the read", disk.read(0, 4096)).await.unwrap(), block(1));
+    assert_eq!(
+        soon("the read", disk.read(0, 4096)).await.unwrap(),
+        block(1)
+    );
     assert!(server.world().connections >= 2);
     state(&disk, "ready", |s| *s == DiskState::Ready).await;
 }
@@ -160,7 +204,9 @@ async fn a_read_lost_with_its_connection_is_asked_again() {
     server.mood(Mood::Stuck);
     let reader = disk.clone();
     let read = tokio::spawn(async move { reader.read(0, 4096).await });
-    server.until("the READ inside the server", |world| world.open == 1).await;
+    server
+        .until("the READ inside the server", |world| world.open == 1)
+        .await;
     server.cut();
     server.mood(Mood::Normal);
     soon("the read", read).await.unwrap().unwrap();
@@ -171,12 +217,19 @@ async fn writes_lost_with_their_connection_are_in_doubt_and_sent_again_only_unde
     let server = server().await;
     let disk = disk(&server).await;
     server.mood(Mood::Stuck);
-    let writes: Vec<_> = (0..4).map(|n| spawn_write(&disk, n * 4096, n as u8 + 1)).collect();
-    server.until("four WRITEs inside the server", |world| world.open == 4).await;
+    let writes: Vec<_> = (0..4)
+        .map(|n| spawn_write(&disk, n * 4096, n as u8 + 1))
+        .collect();
+    server
+        .until("four WRITEs inside the server", |world| world.open == 4)
+        .await;
     assert!(disk.writes_unanswered());
     disk.hold();
     server.cut();
-    let state = state(&disk, "needs-rekey", |s| matches!(s, DiskState::NeedsRekey { .. })).await;
+    let state = state(&disk, "needs-rekey", |s| {
+        matches!(s, DiskState::NeedsRekey { .. })
+    })
+    .await;
     assert!(
         matches!(
             state,
@@ -196,7 +249,12 @@ async fn writes_lost_with_their_connection_are_in_doubt_and_sent_again_only_unde
     for write in writes {
         soon("the write", write).await.unwrap().unwrap();
     }
-    assert!(server.seen(NFS_PROGRAM::NFSPROC3_WRITE).iter().all(|seen| seen.gid == SECOND.gid()));
+    assert!(
+        server
+            .seen(NFS_PROGRAM::NFSPROC3_WRITE)
+            .iter()
+            .all(|seen| seen.gid == SECOND.gid())
+    );
     for n in 0..4usize {
         assert_eq!(server.world().volatile[n * 4096], n as u8 + 1);
     }
@@ -208,8 +266,20 @@ async fn an_unanswered_write_gives_the_connection_up_after_its_timeout() {
     let disk = disk_with_timeout(&server, Duration::from_millis(200)).await;
     server.mood(Mood::Mute);
     let write = spawn_write(&disk, 0, 1);
-    let state = state(&disk, "needs-rekey", |s| matches!(s, DiskState::NeedsRekey { .. })).await;
-    assert!(matches!(state, DiskState::NeedsRekey { writes_unanswered: true, .. }), "{state:?}");
+    let state = state(&disk, "needs-rekey", |s| {
+        matches!(s, DiskState::NeedsRekey { .. })
+    })
+    .await;
+    assert!(
+        matches!(
+            state,
+            DiskState::NeedsRekey {
+                writes_unanswered: true,
+                ..
+            }
+        ),
+        "{state:?}"
+    );
     server.mood(Mood::Normal);
     server.world().gid = SECOND.gid();
     disk.rekey(SECOND, SOON).await.unwrap();
@@ -233,9 +303,18 @@ async fn a_server_restart_loses_no_acknowledged_write_and_keeps_their_order() {
     // A read must not show the forgotten state: it waits for the re-key and the replay.
     let reader = disk.clone();
     let read = tokio::spawn(async move { reader.read(0, 8192).await });
-    let state = state(&disk, "needs-rekey", |s| matches!(s, DiskState::NeedsRekey { .. })).await;
+    let state = state(&disk, "needs-rekey", |s| {
+        matches!(s, DiskState::NeedsRekey { .. })
+    })
+    .await;
     let changed = RekeyReason::VerifierChanged;
-    assert_eq!(state, DiskState::NeedsRekey { reason: changed, writes_unanswered: false });
+    assert_eq!(
+        state,
+        DiskState::NeedsRekey {
+            reason: changed,
+            writes_unanswered: false
+        }
+    );
     server.world().gid = SECOND.gid();
     disk.rekey(SECOND, SOON).await.unwrap();
     let data = soon("the read", read).await.unwrap().unwrap();
@@ -253,7 +332,10 @@ async fn a_flush_across_a_restart_waits_for_the_replay_and_never_lies() {
     server.restart();
     let flusher = disk.clone();
     let flush = tokio::spawn(async move { flusher.flush().await });
-    state(&disk, "needs-rekey", |s| matches!(s, DiskState::NeedsRekey { .. })).await;
+    state(&disk, "needs-rekey", |s| {
+        matches!(s, DiskState::NeedsRekey { .. })
+    })
+    .await;
     assert!(!flush.is_finished());
     server.world().gid = SECOND.gid();
     disk.rekey(SECOND, SOON).await.unwrap();
@@ -268,8 +350,13 @@ async fn a_full_volume_pends_the_write_tells_it_and_goes_on_by_itself() {
     server.mood(Mood::Refuse(nfsstat3::NFS3ERR_NOSPC));
     let write = spawn_write(&disk, 0, 1);
     let state = state(&disk, "stalled", |s| matches!(s, DiskState::Stalled { .. })).await;
-    let DiskState::Stalled { reason } = state else { unreachable!("waited for it") };
-    assert!(reason.contains("full") && reason.contains("free space"), "{reason}");
+    let DiskState::Stalled { reason } = state else {
+        unreachable!("waited for it")
+    };
+    assert!(
+        reason.contains("full") && reason.contains("free space"),
+        "{reason}"
+    );
     assert!(!write.is_finished());
     server.mood(Mood::Normal);
     soon("the write", write).await.unwrap().unwrap();
@@ -295,7 +382,9 @@ async fn a_drain_waits_for_every_reply_and_commits() {
     let disk = disk(&server).await;
     server.mood(Mood::Stuck);
     let write = spawn_write(&disk, 0, 9);
-    server.until("the WRITE inside the server", |world| world.open == 1).await;
+    server
+        .until("the WRITE inside the server", |world| world.open == 1)
+        .await;
     let late = disk.drain(Duration::from_millis(50)).await;
     assert!(matches!(late, Err(DrainError::TimedOut(_))), "{late:?}");
     server.mood(Mood::Normal);
@@ -304,7 +393,11 @@ async fn a_drain_waits_for_every_reply_and_commits() {
     assert_eq!(server.world().durable[0], 9);
     assert!(!disk.writes_unanswered());
     disk.hold();
-    assert_eq!(disk.drain(SOON).await, Ok(Drained), "held and nothing left: quiet");
+    assert_eq!(
+        disk.drain(SOON).await,
+        Ok(Drained),
+        "held and nothing left: quiet"
+    );
 }
 
 #[tokio::test]
@@ -313,7 +406,9 @@ async fn dropping_a_write_future_does_not_take_the_write_back() {
     let disk = disk(&server).await;
     server.mood(Mood::Stuck);
     let write = spawn_write(&disk, 0, 4);
-    server.until("the WRITE inside the server", |world| world.open == 1).await;
+    server
+        .until("the WRITE inside the server", |world| world.open == 1)
+        .await;
     write.abort();
     server.mood(Mood::Normal);
     assert_eq!(disk.drain(SOON).await, Ok(Drained));
@@ -327,7 +422,9 @@ async fn more_than_the_bound_of_uncommitted_data_commits_by_itself() {
     let disk = disk(&server).await;
     let data = Bytes::from(vec![1; 4 << 20]);
     for round in 0..20 {
-        soon("a write", disk.write((round % 2) * (4 << 20), data.clone())).await.unwrap();
+        soon("a write", disk.write((round % 2) * (4 << 20), data.clone()))
+            .await
+            .unwrap();
     }
     assert!(!server.seen(NFS_PROGRAM::NFSPROC3_COMMIT).is_empty());
 }
@@ -351,7 +448,10 @@ async fn a_disk_in_a_directory_reads_writes_holds_and_drains() {
     disk.write(4096, block(3)).await.unwrap();
     disk.flush().await.unwrap();
     assert_eq!(disk.read(4096, 4096).await.unwrap(), block(3));
-    assert!(matches!(disk.write(4097, block(1)).await, Err(DiskError::OutOfRange { .. })));
+    assert!(matches!(
+        disk.write(4097, block(1)).await,
+        Err(DiskError::OutOfRange { .. })
+    ));
     disk.hold();
     let write = spawn_write(&disk, 0, 5);
     until_pending(&disk).await;
@@ -360,7 +460,10 @@ async fn a_disk_in_a_directory_reads_writes_holds_and_drains() {
     assert_eq!(disk.drain(SOON).await, Ok(Drained));
     assert_eq!(std::fs::read(directory.path().join("d.raw")).unwrap()[0], 5);
     disk.rekey(SECOND, SOON).await.unwrap();
-    assert!(matches!(disk.rekey(FIRST, SOON).await, Err(RekeyError::NotFresh { .. })));
+    assert!(matches!(
+        disk.rekey(FIRST, SOON).await,
+        Err(RekeyError::NotFresh { .. })
+    ));
 }
 
 #[tokio::test]

@@ -71,7 +71,13 @@ impl WriteLog {
         let sequence = self.next;
         self.next += 1;
         self.bytes += data.len();
-        let entry = Entry { offset, data, done: 0, verifier: None, state: State::Waiting };
+        let entry = Entry {
+            offset,
+            data,
+            done: 0,
+            verifier: None,
+            state: State::Waiting,
+        };
         self.entries.insert(sequence, entry);
         self.waiting.insert(sequence);
         sequence
@@ -124,7 +130,11 @@ impl WriteLog {
         if blocked {
             return None;
         }
-        Some((sequence, entry.offset + entry.done as u64, entry.data.slice(entry.done..)))
+        Some((
+            sequence,
+            entry.offset + entry.done as u64,
+            entry.data.slice(entry.done..),
+        ))
     }
 
     /// Notes that a WRITE has been handed to the connection.
@@ -158,32 +168,49 @@ impl WriteLog {
         let last_life = self.entries.values().find_map(|entry| entry.verifier);
         let other_life = last_life.is_some_and(|last| last != verifier);
         if !self.sent.remove(&sequence) {
-            return Answered { complete: false, verifier_changed: false };
+            return Answered {
+                complete: false,
+                verifier_changed: false,
+            };
         }
         let Some(entry) = self.entries.get_mut(&sequence) else {
-            return Answered { complete: false, verifier_changed: false };
+            return Answered {
+                complete: false,
+                verifier_changed: false,
+            };
         };
         entry.done = (entry.done + count).min(entry.data.len());
         entry.verifier = Some(verifier);
         if entry.done < entry.data.len() {
             entry.state = State::Waiting;
             self.waiting.insert(sequence);
-            return Answered { complete: false, verifier_changed: other_life };
+            return Answered {
+                complete: false,
+                verifier_changed: other_life,
+            };
         }
         let (offset, length) = (entry.offset, entry.data.len());
         // A stable WRITE above an uncommitted one stays too: were only the older one sent again,
         // it would undo the newer.
-        let above_older =
-            || self.entries.range(..sequence).any(|(_, older)| older.overlaps(offset, length));
+        let above_older = || {
+            self.entries
+                .range(..sequence)
+                .any(|(_, older)| older.overlaps(offset, length))
+        };
         if stable && !above_older() {
             self.entries.remove(&sequence);
             self.bytes -= length;
         } else if let Some(entry) = self.entries.get_mut(&sequence) {
             self.answers += 1;
-            entry.state = State::Unstable { stamp: self.answers };
+            entry.state = State::Unstable {
+                stamp: self.answers,
+            };
             self.unstable_bytes += length;
         }
-        Answered { complete: true, verifier_changed: other_life }
+        Answered {
+            complete: true,
+            verifier_changed: other_life,
+        }
     }
 
     /// What a COMMIT sent now covers; give it to [`WriteLog::committed`].

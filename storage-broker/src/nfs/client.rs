@@ -3,176 +3,16 @@
 use std::future::Future;
 
 use bytes::Bytes;
-use nfs3_types::nfs3::{self, Nfs3Option, nfsstat3, sattr3, stable_how, wcc_data};
+use nfs3_types::nfs3::{self, Nfs3Option, nfsstat3, stable_how, wcc_data};
 use nfs3_types::xdr_codec::{Opaque, Pack};
+
+pub use super::types::{
+    Attributes, CommitReply, FileHandle, Limits, NfsError, ReadReply, Room, SetAttributes,
+    TRANSFER_BYTES_MAX, WriteReply,
+};
 
 use super::connection::{CallError, Connection, Credential, Procedure, Slot, Started};
 use super::xdr::{Decoder, XdrError};
-
-/// The largest READ asked for and WRITE sent, whatever the server would take.
-pub const TRANSFER_BYTES_MAX: u32 = 1 << 20;
-
-/// The name a server has for a file: up to 64 opaque bytes.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct FileHandle(pub(crate) Bytes);
-
-impl FileHandle {
-    fn wire(&self) -> nfs3::nfs_fh3 {
-        nfs3::nfs_fh3 { data: Opaque::owned(self.0.to_vec()) }
-    }
-}
-
-/// What a call to the server led to, if not to its result.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum NfsError {
-    /// The server executed nothing and said why.
-    #[error("{procedure}: the server answered {status}")]
-    Status {
-        /// Which procedure.
-        procedure: &'static str,
-        /// The server's answer.
-        status: nfsstat3,
-    },
-    /// The call had no result.
-    #[error("{procedure}: {source}")]
-    Call {
-        /// Which procedure.
-        procedure: &'static str,
-        /// What happened.
-        source: CallError,
-    },
-    /// The server's answer makes no sense; what it did is unknown.
-    #[error("{procedure}: the server's answer could not be understood: {source}")]
-    BadReply {
-        /// Which procedure.
-        procedure: &'static str,
-        /// What is wrong with it.
-        source: XdrError,
-    },
-}
-
-impl NfsError {
-    /// The server's status, where it gave one.
-    pub fn status(&self) -> Option<nfsstat3> {
-        match self {
-            NfsError::Status { status, .. } => Some(*status),
-            _ => None,
-        }
-    }
-
-    /// Whether the server may have executed the call, or may yet do so.
-    pub fn is_unknown(&self) -> bool {
-        match self {
-            NfsError::Status { .. } => false,
-            NfsError::Call { source, .. } => matches!(source, CallError::Unknown { .. }),
-            NfsError::BadReply { .. } => true,
-        }
-    }
-}
-
-/// What the server says a file is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Attributes {
-    /// Whether it is a regular file.
-    pub is_file: bool,
-    /// Whether it is a directory.
-    pub is_directory: bool,
-    /// Permission bits.
-    pub mode: u32,
-    /// The owner.
-    pub uid: u32,
-    /// The group.
-    pub gid: u32,
-    /// The size in bytes.
-    pub size_bytes: u64,
-    /// Bytes that take room on the server.
-    pub used_bytes: u64,
-}
-
-impl From<nfs3::fattr3> for Attributes {
-    fn from(wire: nfs3::fattr3) -> Self {
-        Attributes {
-            is_file: wire.type_ == nfs3::ftype3::NF3REG,
-            is_directory: wire.type_ == nfs3::ftype3::NF3DIR,
-            mode: wire.mode & 0o7777,
-            uid: wire.uid,
-            gid: wire.gid,
-            size_bytes: wire.size,
-            used_bytes: wire.used,
-        }
-    }
-}
-
-/// Which attributes to set; `None` leaves one alone.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct SetAttributes {
-    /// Permission bits.
-    pub mode: Option<u32>,
-    /// The group.
-    pub gid: Option<u32>,
-    /// The size in bytes.
-    pub size_bytes: Option<u64>,
-}
-
-impl SetAttributes {
-    fn wire(self) -> sattr3 {
-        sattr3 {
-            mode: option(self.mode),
-            gid: option(self.gid),
-            size: option(self.size_bytes),
-            ..sattr3::default()
-        }
-    }
-}
-
-fn option<T: Pack + nfs3_types::xdr_codec::Unpack>(value: Option<T>) -> Nfs3Option<T> {
-    value.map_or(Nfs3Option::None, Nfs3Option::Some)
-}
-
-/// What a server answers to a WRITE that it executed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WriteReply {
-    /// How many bytes it took: perhaps fewer than it was sent, never more.
-    pub count: u32,
-    /// Whether they are already on stable storage.
-    pub committed: bool,
-    /// Another value at a later COMMIT says that uncommitted data may have been lost.
-    pub verifier: [u8; 8],
-}
-
-/// What a server answers to a COMMIT that it executed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CommitReply {
-    /// To compare with that of the WRITEs.
-    pub verifier: [u8; 8],
-}
-
-/// Data read, and whether the file ends with it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ReadReply {
-    /// Up to as many bytes as asked for.
-    pub data: Bytes,
-    /// Whether the file has no bytes after them.
-    pub eof: bool,
-}
-
-/// Room on the file system.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Room {
-    /// Of the whole file system.
-    pub size_bytes: u64,
-    /// Available to this user.
-    pub free_bytes: u64,
-}
-
-/// The transfer sizes that a server takes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
-    /// The largest READ.
-    pub read_bytes_max: u32,
-    /// The largest WRITE.
-    pub write_bytes_max: u32,
-}
 
 /// An export's root and a connection to its server.
 #[derive(Clone, Debug)]
@@ -242,7 +82,8 @@ impl NfsClient {
         credential: Credential,
         arguments: &impl Pack,
     ) -> std::result::Result<Started, CallError> {
-        self.connection.start(slot, procedure, credential, arguments)
+        self.connection
+            .start(slot, procedure, credential, arguments)
     }
 
     /// NULL: whether the server answers at all.
@@ -251,17 +92,25 @@ impl NfsClient {
     /// See [`NfsError`], as for all of these.
     pub async fn null(&self) -> Result<()> {
         let (name, procedure) = NULL;
-        let nobody = Credential { uid: 65534, gid: 65534 };
+        let nobody = Credential {
+            uid: 65534,
+            gid: 65534,
+        };
         let void = nfs3_types::xdr_codec::Void;
         match self.connection.call(procedure, nobody, &void).await {
             Ok(_) => Ok(()),
-            Err(source) => Err(NfsError::Call { procedure: name, source }),
+            Err(source) => Err(NfsError::Call {
+                procedure: name,
+                source,
+            }),
         }
     }
 
     /// GETATTR.
     pub async fn getattr(&self, credential: Credential, file: &FileHandle) -> Result<Attributes> {
-        let arguments = nfs3::GETATTR3args { object: file.wire() };
+        let arguments = nfs3::GETATTR3args {
+            object: file.wire(),
+        };
         let decode = |reply: &mut Decoder| reply.fixed::<nfs3::fattr3>().map(Attributes::from);
         self.call(GETATTR, credential, &arguments, decode).await
     }
@@ -278,7 +127,8 @@ impl NfsClient {
             new_attributes: attributes.wire(),
             guard: Nfs3Option::None,
         };
-        self.call(SETATTR, credential, &arguments, weak_cache_data).await
+        self.call(SETATTR, credential, &arguments, weak_cache_data)
+            .await
     }
 
     /// LOOKUP of one name in a directory.
@@ -288,7 +138,9 @@ impl NfsClient {
         directory: &FileHandle,
         name: &str,
     ) -> Result<FileHandle> {
-        let arguments = nfs3::LOOKUP3args { what: entry(directory, name) };
+        let arguments = nfs3::LOOKUP3args {
+            what: entry(directory, name),
+        };
         self.call(LOOKUP, credential, &arguments, |reply| {
             let handle = file_handle(reply)?;
             reply.optional::<nfs3::fattr3>()?;
@@ -305,7 +157,10 @@ impl NfsClient {
         file: &FileHandle,
         wanted: u32,
     ) -> Result<u32> {
-        let arguments = nfs3::ACCESS3args { object: file.wire(), access: wanted };
+        let arguments = nfs3::ACCESS3args {
+            object: file.wire(),
+            access: wanted,
+        };
         self.call(ACCESS, credential, &arguments, |reply| {
             reply.optional::<nfs3::fattr3>()?;
             reply.u32()
@@ -339,9 +194,14 @@ impl NfsClient {
         name: &str,
         mode: u32,
     ) -> Result<FileHandle> {
-        let attributes = SetAttributes { mode: Some(mode), ..SetAttributes::default() };
-        let arguments =
-            nfs3::MKDIR3args { where_: entry(directory, name), attributes: attributes.wire() };
+        let attributes = SetAttributes {
+            mode: Some(mode),
+            ..SetAttributes::default()
+        };
+        let arguments = nfs3::MKDIR3args {
+            where_: entry(directory, name),
+            attributes: attributes.wire(),
+        };
         match self.call(MKDIR, credential, &arguments, created).await? {
             Some(handle) => Ok(handle),
             None => self.lookup(credential, directory, name).await,
@@ -355,23 +215,33 @@ impl NfsClient {
         directory: &FileHandle,
         name: &str,
     ) -> Result<()> {
-        let arguments = nfs3::REMOVE3args { object: entry(directory, name) };
-        self.call(REMOVE, credential, &arguments, weak_cache_data).await
+        let arguments = nfs3::REMOVE3args {
+            object: entry(directory, name),
+        };
+        self.call(REMOVE, credential, &arguments, weak_cache_data)
+            .await
     }
 
     /// FSSTAT: room on the file system of the export.
     pub async fn fsstat(&self, credential: Credential) -> Result<Room> {
-        let arguments = nfs3::FSSTAT3args { fsroot: self.root.wire() };
+        let arguments = nfs3::FSSTAT3args {
+            fsroot: self.root.wire(),
+        };
         self.call(FSSTAT, credential, &arguments, |reply| {
             let room: nfs3::FSSTAT3resok = reply.fixed()?;
-            Ok(Room { size_bytes: room.tbytes, free_bytes: room.abytes })
+            Ok(Room {
+                size_bytes: room.tbytes,
+                free_bytes: room.abytes,
+            })
         })
         .await
     }
 
     /// FSINFO: the transfer sizes, at most [`TRANSFER_BYTES_MAX`].
     pub async fn fsinfo(&self, credential: Credential) -> Result<Limits> {
-        let arguments = nfs3::FSINFO3args { fsroot: self.root.wire() };
+        let arguments = nfs3::FSINFO3args {
+            fsroot: self.root.wire(),
+        };
         self.call(FSINFO, credential, &arguments, |reply| {
             let info: nfs3::FSINFO3resok = reply.fixed()?;
             Ok(Limits {
@@ -391,7 +261,11 @@ impl NfsClient {
         offset: u64,
         count: u32,
     ) -> impl Future<Output = Result<ReadReply>> + Send + use<> {
-        let arguments = nfs3::READ3args { file: file.wire(), offset, count };
+        let arguments = nfs3::READ3args {
+            file: file.wire(),
+            offset,
+            count,
+        };
         let begun = self.begin(slot, READ.1, credential, &arguments);
         complete(READ.0, begun, move |reply| {
             reply.optional::<nfs3::fattr3>()?;
@@ -444,11 +318,17 @@ impl NfsClient {
         credential: Credential,
         file: &FileHandle,
     ) -> impl Future<Output = Result<CommitReply>> + Send + use<> {
-        let arguments = nfs3::COMMIT3args { file: file.wire(), offset: 0, count: 0 };
+        let arguments = nfs3::COMMIT3args {
+            file: file.wire(),
+            offset: 0,
+            count: 0,
+        };
         let begun = self.begin(slot, COMMIT.1, credential, &arguments);
         complete(COMMIT.0, begun, move |reply| {
             let done: nfs3::COMMIT3resok = reply.fixed()?;
-            Ok(CommitReply { verifier: done.verf.0 })
+            Ok(CommitReply {
+                verifier: done.verf.0,
+            })
         })
     }
 
@@ -474,7 +354,8 @@ impl NfsClient {
         stable: stable_how,
     ) -> Result<WriteReply> {
         let slot = self.slot(WRITE.0).await?;
-        self.start_write(slot, credential, file, offset, data, stable).await
+        self.start_write(slot, credential, file, offset, data, stable)
+            .await
     }
 
     /// COMMIT of the whole file.
@@ -484,12 +365,18 @@ impl NfsClient {
     }
 
     async fn slot(&self, procedure: &'static str) -> Result<Slot> {
-        self.connection.slot().await.map_err(|source| NfsError::Call { procedure, source })
+        self.connection
+            .slot()
+            .await
+            .map_err(|source| NfsError::Call { procedure, source })
     }
 }
 
 fn entry<'a>(directory: &FileHandle, name: &'a str) -> nfs3::diropargs3<'a> {
-    nfs3::diropargs3 { dir: directory.wire(), name: name.as_bytes().into() }
+    nfs3::diropargs3 {
+        dir: directory.wire(),
+        name: name.as_bytes().into(),
+    }
 }
 
 /// Waits for a call that has begun and reads its results.
@@ -526,7 +413,9 @@ fn finish<T>(
 pub(crate) fn file_handle(reply: &mut Decoder) -> std::result::Result<FileHandle, XdrError> {
     let bound = nfs3::NFS3_FHSIZE as u32;
     // A copy, so that the handle does not keep the whole reply alive.
-    reply.opaque(bound).map(|handle| FileHandle(Bytes::copy_from_slice(&handle)))
+    reply
+        .opaque(bound)
+        .map(|handle| FileHandle(Bytes::copy_from_slice(&handle)))
 }
 
 fn weak_cache_data(reply: &mut Decoder) -> std::result::Result<(), XdrError> {
@@ -534,7 +423,11 @@ fn weak_cache_data(reply: &mut Decoder) -> std::result::Result<(), XdrError> {
 }
 
 fn created(reply: &mut Decoder) -> std::result::Result<Option<FileHandle>, XdrError> {
-    let handle = if reply.bool()? { Some(file_handle(reply)?) } else { None };
+    let handle = if reply.bool()? {
+        Some(file_handle(reply)?)
+    } else {
+        None
+    };
     reply.optional::<nfs3::fattr3>()?;
     weak_cache_data(reply)?;
     Ok(handle)

@@ -94,13 +94,18 @@ impl End {
     }
 
     fn why(&self) -> Arc<str> {
-        self.why.get().cloned().unwrap_or_else(|| "the connection was closed".into())
+        self.why
+            .get()
+            .cloned()
+            .unwrap_or_else(|| "the connection was closed".into())
     }
 }
 
 /// The right to have one call in flight.
 #[derive(Debug)]
-pub struct Slot(#[allow(dead_code, reason = "it is the permit's life that counts")] OwnedSemaphorePermit);
+pub struct Slot(
+    #[allow(dead_code, reason = "it is the permit's life that counts")] OwnedSemaphorePermit,
+);
 
 #[derive(Debug)]
 struct Outgoing {
@@ -120,7 +125,9 @@ struct Pending {
 type PendingCalls = Arc<Mutex<HashMap<u32, Pending>>>;
 
 fn lock(calls: &PendingCalls) -> MutexGuard<'_, HashMap<u32, Pending>> {
-    calls.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    calls
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 /// A call that is under way. Dropping it does not cancel the call.
@@ -135,7 +142,9 @@ impl Future for Started {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         Pin::new(&mut self.reply).poll(cx).map(|result| {
             result.unwrap_or_else(|_| {
-                Err(CallError::Unknown { why: "the connection's tasks have ended".into() })
+                Err(CallError::Unknown {
+                    why: "the connection's tasks have ended".into(),
+                })
             })
         })
     }
@@ -159,15 +168,27 @@ impl Connection {
         let end = Arc::new(End::default());
         let calls = PendingCalls::default();
         let (read_half, write_half) = stream.into_split();
-        let writer = tokio::spawn(write_calls(write_half, outgoing, calls.clone(), end.clone()));
-        let reader = tokio::spawn(read_replies(read_half, calls.clone(), end.clone(), call_timeout));
+        let writer = tokio::spawn(write_calls(
+            write_half,
+            outgoing,
+            calls.clone(),
+            end.clone(),
+        ));
+        let reader = tokio::spawn(read_replies(
+            read_half,
+            calls.clone(),
+            end.clone(),
+            call_timeout,
+        ));
         let ended = end.clone();
         tokio::spawn(async move {
             // Only when neither task runs can no further call be added and none be answered.
             let _ = tokio::join!(writer, reader);
             let why = ended.why();
             for (_, call) in lock(&calls).drain() {
-                let _ = call.reply.send(Err(CallError::Unknown { why: why.clone() }));
+                let _ = call
+                    .reply
+                    .send(Err(CallError::Unknown { why: why.clone() }));
             }
         });
         Connection {
@@ -191,7 +212,9 @@ impl Connection {
     pub async fn slot(&self) -> Result<Slot, CallError> {
         match self.shared.slots.clone().acquire_owned().await {
             Ok(permit) => Ok(Slot(permit)),
-            Err(_) => Err(CallError::NotSent { why: self.shared.end.why() }),
+            Err(_) => Err(CallError::NotSent {
+                why: self.shared.end.why(),
+            }),
         }
     }
 
@@ -207,15 +230,28 @@ impl Connection {
         arguments: &impl Pack,
     ) -> Result<Started, CallError> {
         let xid = self.shared.next_xid.fetch_add(1, Ordering::Relaxed);
-        let message = encode_call(xid, procedure, credential, arguments)
-            .map_err(|error| CallError::NotSent { why: error.to_string().into() })?;
+        let message = encode_call(xid, procedure, credential, arguments).map_err(|error| {
+            CallError::NotSent {
+                why: error.to_string().into(),
+            }
+        })?;
         let (reply, receiver) = oneshot::channel();
         let deadline = Instant::now() + self.shared.call_timeout;
-        let outgoing = Outgoing { xid, message, pending: Pending { reply, deadline, _slot: slot } };
+        let outgoing = Outgoing {
+            xid,
+            message,
+            pending: Pending {
+                reply,
+                deadline,
+                _slot: slot,
+            },
+        };
         // A slot is held until its call is answered, so the queue has room for every holder of one.
         match self.shared.queue.try_send(outgoing) {
             Ok(()) => Ok(Started { reply: receiver }),
-            Err(_) => Err(CallError::NotSent { why: self.shared.end.why() }),
+            Err(_) => Err(CallError::NotSent {
+                why: self.shared.end.why(),
+            }),
         }
     }
 
@@ -316,7 +352,10 @@ async fn write_calls(
     end.close("the connection was given up");
     outgoing.close();
     while let Some(call) = outgoing.recv().await {
-        let _ = call.pending.reply.send(Err(CallError::NotSent { why: end.why() }));
+        let _ = call
+            .pending
+            .reply
+            .send(Err(CallError::NotSent { why: end.why() }));
     }
 }
 
@@ -372,15 +411,21 @@ fn deliver(
 ) -> Result<(), Arc<str>> {
     while let Some(record) = records.next(received).map_err(|error| error.to_string())? {
         let mut decoder = Decoder(record);
-        let xid = decoder.u32().map_err(|error| format!("a reply has no xid: {error}"))?;
+        let xid = decoder
+            .u32()
+            .map_err(|error| format!("a reply has no xid: {error}"))?;
         let Some(call) = lock(calls).remove(&xid) else {
-            return Err(format!("the server answered a call (xid {xid:#x}) that is not open").into());
+            return Err(
+                format!("the server answered a call (xid {xid:#x}) that is not open").into(),
+            );
         };
         let result = match reply_header(&mut decoder) {
             Ok(Ok(())) => Ok(decoder.0),
             Ok(Err(why)) => Err(CallError::Denied { why: why.into() }),
             Err(Malformed(why)) => {
-                let _ = call.reply.send(Err(CallError::Unknown { why: why.clone() }));
+                let _ = call
+                    .reply
+                    .send(Err(CallError::Unknown { why: why.clone() }));
                 return Err(why);
             }
         };
@@ -401,7 +446,9 @@ impl From<XdrError> for Malformed {
 /// Reads an RPC reply's header up to its results. The inner error is a refusal: not executed.
 fn reply_header(decoder: &mut Decoder) -> Result<Result<(), String>, Malformed> {
     if decoder.u32()? != rpc::msg_type::REPLY as u32 {
-        return Err(Malformed("the server sent a call where a reply belongs".into()));
+        return Err(Malformed(
+            "the server sent a call where a reply belongs".into(),
+        ));
     }
     match decoder.u32()? {
         // MSG_ACCEPTED
@@ -415,7 +462,9 @@ fn reply_header(decoder: &mut Decoder) -> Result<Result<(), String>, Malformed> 
                 3 => Ok(Err("it does not know this procedure (PROC_UNAVAIL)".into())),
                 4 => Ok(Err("it could not read the arguments (GARBAGE_ARGS)".into())),
                 // SYSTEM_ERR says nothing on how far it came, so it is no refusal.
-                5 => Err(Malformed("the server failed inside a call (SYSTEM_ERR)".into())),
+                5 => Err(Malformed(
+                    "the server failed inside a call (SYSTEM_ERR)".into(),
+                )),
                 _ => Err(XdrError::BadValue.into()),
             }
         }

@@ -70,7 +70,10 @@ fn mount_advice(status: mountstat3) -> &'static str {
 const PORTMAPPER_PORT: u16 = 111;
 
 /// Nobody in particular: what asks for ports and mounts.
-const ANYBODY: Credential = Credential { uid: 65534, gid: 65534 };
+const ANYBODY: Credential = Credential {
+    uid: 65534,
+    gid: 65534,
+};
 
 /// Connects to the volume's server and mounts its export; an unanswered call closes the
 /// connection after `call_timeout`.
@@ -104,7 +107,12 @@ pub async fn mount(
         .map_err(|error| bad(error.to_string()))?;
     let root = match decode_mount(&mut Decoder(reply)).map_err(|error| bad(error.to_string()))? {
         Ok(root) => root,
-        Err(status) => return Err(MountError::Refused { url: url.clone(), status }),
+        Err(status) => {
+            return Err(MountError::Refused {
+                url: url.clone(),
+                status,
+            });
+        }
     };
     let connection = if mount_port == url.nfs_port() {
         connection
@@ -112,11 +120,14 @@ pub async fn mount(
         connect(url, dialer, url.nfs_port(), call_timeout).await?
     };
     let client = NfsClient::new(connection, root);
-    client.null().await.map_err(|error: NfsError| MountError::BadService {
-        url: url.clone(),
-        service: "the NFS service",
-        problem: error.to_string(),
-    })?;
+    client
+        .null()
+        .await
+        .map_err(|error: NfsError| MountError::BadService {
+            url: url.clone(),
+            service: "the NFS service",
+            problem: error.to_string(),
+        })?;
     Ok(client)
 }
 
@@ -128,7 +139,10 @@ async fn connect(
 ) -> Result<Connection, MountError> {
     match dialer.connect(&url.host, port).await {
         Ok(stream) => Ok(Connection::new(stream, call_timeout)),
-        Err(source) => Err(MountError::Unreachable { url: url.clone(), source }),
+        Err(source) => Err(MountError::Unreachable {
+            url: url.clone(),
+            source,
+        }),
     }
 }
 
@@ -158,7 +172,10 @@ async fn ask_portmapper(
     };
     let reply = reply.map_err(|error| bad(error.to_string()))?;
     match Decoder(reply).u32().map(u16::try_from) {
-        Ok(Ok(0)) => Err(MountError::NotRegistered { url: url.clone(), service }),
+        Ok(Ok(0)) => Err(MountError::NotRegistered {
+            url: url.clone(),
+            service,
+        }),
         Ok(Ok(port)) => Ok(port),
         Ok(Err(_)) => Err(bad("it named a port above 65535".into())),
         Err(error) => Err(bad(error.to_string())),
@@ -167,9 +184,7 @@ async fn ask_portmapper(
 
 /// The root's handle, or the server's refusal. The list of flavors after it is not read: our
 /// calls use AUTH_SYS, and a server that does not take it says so to each of them.
-fn decode_mount(
-    reply: &mut Decoder,
-) -> Result<Result<super::FileHandle, mountstat3>, XdrError> {
+fn decode_mount(reply: &mut Decoder) -> Result<Result<super::FileHandle, mountstat3>, XdrError> {
     let status: mountstat3 = reply.fixed()?;
     if matches!(status, mountstat3::MNT3_OK) {
         file_handle(reply).map(Ok)

@@ -14,7 +14,9 @@ const LAST_FRAGMENT: u32 = 1 << 31;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum RecordError {
     /// More bytes than any reply to our calls has.
-    #[error("the server announced a reply of {bytes} bytes, more than the {RECORD_BYTES_MAX} taken")]
+    #[error(
+        "the server announced a reply of {bytes} bytes, more than the {RECORD_BYTES_MAX} taken"
+    )]
     TooLong {
         /// How long the record is at least.
         bytes: usize,
@@ -36,7 +38,9 @@ impl RecordReader {
     /// The next complete record at the front of `received`, which loses the bytes used.
     pub(crate) fn next(&mut self, received: &mut BytesMut) -> Result<Option<Bytes>, RecordError> {
         loop {
-            let Some(header) = received.first_chunk::<4>() else { return Ok(None) };
+            let Some(header) = received.first_chunk::<4>() else {
+                return Ok(None);
+            };
             let header = u32::from_be_bytes(*header);
             let length = (header & !LAST_FRAGMENT) as usize;
             let total = self.earlier.len() + length;

@@ -1,7 +1,8 @@
 //! A server for tests that does on command what real ones do rarely: stop answering, lose
 //! connections, restart and forget uncommitted data, be full, work out of order.
 //!
-//! One export (any path), one directory, one file `disk.raw`. It checks the group of READ, WRITE
+//! One export (any path), one directory, one file `disk.raw`; others cannot be created, and a
+//! test chooses the reason. It checks the group of READ, WRITE
 //! and COMMIT against the file's, as the fence needs.
 
 use std::io::Cursor;
@@ -59,6 +60,9 @@ pub(crate) struct World {
     pub(crate) scramble: bool,
     /// Whether WRITEs are answered as stable.
     pub(crate) stable: bool,
+    /// What CREATE is answered with, and which rights ACCESS grants on the directory.
+    pub(crate) create_status: nfsstat3,
+    pub(crate) access: u32,
     /// SETATTRs executed, and whether they are answered.
     pub(crate) setattrs: usize,
     pub(crate) mute_setattr: bool,
@@ -91,6 +95,8 @@ impl ScriptedServer {
             write_bytes_max: 64 << 10,
             scramble: false,
             stable: false,
+            create_status: nfsstat3::NFS3ERR_ROFS,
+            access: 0x3f,
             setattrs: 0,
             mute_setattr: false,
             verifier: 1,
@@ -123,7 +129,13 @@ impl ScriptedServer {
                 });
             }
         });
-        ScriptedServer { address, world, mood, lives, _stop: stop.drop_guard() }
+        ScriptedServer {
+            address,
+            world,
+            mood,
+            lives,
+            _stop: stop.drop_guard(),
+        }
     }
 
     pub(crate) fn url(&self) -> NfsUrl {
@@ -160,7 +172,12 @@ impl ScriptedServer {
     }
 
     pub(crate) fn seen(&self, procedure: NFS_PROGRAM) -> Vec<Seen> {
-        self.world().seen.iter().filter(|seen| seen.procedure == procedure).cloned().collect()
+        self.world()
+            .seen
+            .iter()
+            .filter(|seen| seen.procedure == procedure)
+            .cloned()
+            .collect()
     }
 
     /// Waits, with a bound, for the world to be as wanted.
@@ -223,7 +240,9 @@ async fn answer(
 ) -> Option<Vec<u8>> {
     let mut cursor = Cursor::new(record);
     let (message, _) = rpc::rpc_msg::unpack(&mut cursor).unwrap();
-    let rpc::msg_body::CALL(call) = message.body else { panic!("not a call") };
+    let rpc::msg_body::CALL(call) = message.body else {
+        panic!("not a call")
+    };
     let mut reply = vec![0; 4];
     message.xid.pack(&mut reply).unwrap();
     // REPLY, MSG_ACCEPTED, AUTH_NULL verifier, SUCCESS
@@ -235,7 +254,9 @@ async fn answer(
         Opaque::borrowed(ROOT).pack(&mut reply).unwrap();
         vec![1u32].pack(&mut reply).unwrap();
     } else {
-        let credential = rpc::auth_unix::unpack(&mut Cursor::new(&call.cred.body.0)).unwrap().0;
+        let credential = rpc::auth_unix::unpack(&mut Cursor::new(&call.cred.body.0))
+            .unwrap()
+            .0;
         let procedure = NFS_PROGRAM::try_from(call.proc).unwrap();
         use NFS_PROGRAM::*;
         let data_path = matches!(procedure, NFSPROC3_READ | NFSPROC3_WRITE | NFSPROC3_COMMIT);
@@ -246,7 +267,9 @@ async fn answer(
                 world.open += 1;
                 world.open_max = world.open_max.max(world.open);
                 // Later arrivals wait less, so that they overtake.
-                world.scramble.then(|| Duration::from_millis(8 - 2 * (world.arrivals % 4)))
+                world
+                    .scramble
+                    .then(|| Duration::from_millis(8 - 2 * (world.arrivals % 4)))
             };
             let _open = OpenWrite(world);
             if let Some(pause) = pause {
@@ -255,9 +278,15 @@ async fn answer(
             let _ = mood.wait_for(|mood| *mood != Mood::Stuck).await;
         }
         let now = *mood.borrow();
-        execute(&mut world.lock().unwrap(), procedure, credential.gid, now, &mut cursor, &mut reply);
-        let mute_setattr =
-            procedure == NFSPROC3_SETATTR && world.lock().unwrap().mute_setattr;
+        execute(
+            &mut world.lock().unwrap(),
+            procedure,
+            credential.gid,
+            now,
+            &mut cursor,
+            &mut reply,
+        );
+        let mute_setattr = procedure == NFSPROC3_SETATTR && world.lock().unwrap().mute_setattr;
         if (data_path && now == Mood::Mute) || mute_setattr {
             return None;
         }
@@ -285,7 +314,12 @@ fn execute(
     use NFS_PROGRAM::*;
     let ok = nfsstat3::NFS3_OK;
     let mut saw = |offset, length| {
-        world.seen.push(Seen { procedure, gid, offset, length });
+        world.seen.push(Seen {
+            procedure,
+            gid,
+            offset,
+            length,
+        });
     };
     let verifier = writeverf3(world.verifier.to_be_bytes());
     match procedure {
@@ -302,6 +336,20 @@ fn execute(
             ok.pack(reply).unwrap();
             Opaque::borrowed(b"disk").pack(reply).unwrap();
             [0u8; 8].pack(reply).unwrap();
+        }
+        NFSPROC3_ACCESS => {
+            ok.pack(reply).unwrap();
+            0u32.pack(reply).unwrap();
+            world.access.pack(reply).unwrap();
+        }
+        NFSPROC3_CREATE => refuse(reply, world.create_status, 2),
+        NFSPROC3_FSSTAT => {
+            ok.pack(reply).unwrap();
+            0u32.pack(reply).unwrap();
+            [1000u64, 400, 300, 0, 0, 0]
+                .iter()
+                .for_each(|word| drop(word.pack(reply)));
+            0u32.pack(reply).unwrap();
         }
         NFSPROC3_FSINFO => {
             ok.pack(reply).unwrap();
@@ -332,7 +380,9 @@ fn execute(
             0u32.pack(reply).unwrap();
             ((end - start) as u32).pack(reply).unwrap();
             (end == world.volatile.len()).pack(reply).unwrap();
-            Opaque::borrowed(&world.volatile[start..end]).pack(reply).unwrap();
+            Opaque::borrowed(&world.volatile[start..end])
+                .pack(reply)
+                .unwrap();
         }
         NFSPROC3_WRITE => {
             let (arguments, _) = WRITE3args::unpack(arguments).unwrap();
@@ -354,9 +404,14 @@ fn execute(
             };
             ok.pack(reply).unwrap();
             let file_wcc = wcc_data::default();
-            WRITE3resok { file_wcc, count: count as u32, committed, verf: verifier }
-                .pack(reply)
-                .unwrap();
+            WRITE3resok {
+                file_wcc,
+                count: count as u32,
+                committed,
+                verf: verifier,
+            }
+            .pack(reply)
+            .unwrap();
         }
         NFSPROC3_COMMIT => {
             if gid != world.gid {
@@ -365,7 +420,12 @@ fn execute(
             saw(0, 0);
             world.durable = world.volatile.clone();
             ok.pack(reply).unwrap();
-            COMMIT3resok { file_wcc: wcc_data::default(), verf: verifier }.pack(reply).unwrap();
+            COMMIT3resok {
+                file_wcc: wcc_data::default(),
+                verf: verifier,
+            }
+            .pack(reply)
+            .unwrap();
         }
         other => panic!("the scripted server does not do {other}"),
     }

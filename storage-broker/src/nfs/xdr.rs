@@ -73,17 +73,28 @@ impl Decoder {
 
     /// An optional structure of fixed size.
     pub(crate) fn optional<T: Unpack>(&mut self) -> Result<Option<T>, XdrError> {
-        if self.bool()? { self.fixed().map(Some) } else { Ok(None) }
+        if self.bool()? {
+            self.fixed().map(Some)
+        } else {
+            Ok(None)
+        }
     }
 
     pub(crate) fn end(&self) -> Result<(), XdrError> {
-        if self.0.is_empty() { Ok(()) } else { Err(XdrError::Trailing) }
+        if self.0.is_empty() {
+            Ok(())
+        } else {
+            Err(XdrError::Trailing)
+        }
     }
 }
 
 /// Appends a value to a message.
 pub(crate) fn encode(message: &mut Vec<u8>, value: &impl Pack) -> Result<(), XdrError> {
-    value.pack(message).map(|_| ()).map_err(|_| XdrError::BadValue)
+    value
+        .pack(message)
+        .map(|_| ())
+        .map_err(|_| XdrError::BadValue)
 }
 
 #[cfg(test)]
@@ -100,7 +111,9 @@ mod tests {
 
     #[test]
     fn padding_is_taken_and_not_shown() {
-        let mut decoder = Decoder(Bytes::from_static(&[0, 0, 0, 5, 1, 2, 3, 4, 5, 0, 0, 0, 0, 0, 0, 1]));
+        let mut decoder = Decoder(Bytes::from_static(&[
+            0, 0, 0, 5, 1, 2, 3, 4, 5, 0, 0, 0, 0, 0, 0, 1,
+        ]));
         assert_eq!(decoder.opaque(64).unwrap(), &[1, 2, 3, 4, 5][..]);
         assert!(decoder.bool().unwrap());
         decoder.end().unwrap();

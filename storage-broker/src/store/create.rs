@@ -41,7 +41,10 @@ impl<'a> Busy<'a> {
 
 impl Drop for Busy<'_> {
     fn drop(&mut self) {
-        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).remove(self.1);
+        self.0
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+            .remove(self.1);
     }
 }
 
@@ -93,7 +96,10 @@ impl NfsVolume {
         let data = data_credential(self.reference.broker_uid, disk.token);
         // To nothing first: what an interrupted copy left must not show through a hole.
         for size_bytes in [0, disk.size_bytes] {
-            let size = SetAttributes { size_bytes: Some(size_bytes), ..SetAttributes::default() };
+            let size = SetAttributes {
+                size_bytes: Some(size_bytes),
+                ..SetAttributes::default()
+            };
             client
                 .setattr(data, &file, size)
                 .await
@@ -102,8 +108,14 @@ impl NfsVolume {
         if let Some(image) = image {
             self.copy(&client, data, &file, &image, &what).await?;
         }
-        let finished = SetAttributes { mode: Some(DISK_MODE), ..SetAttributes::default() };
-        client.setattr(owner, &file, finished).await.map_err(|error| self.failed(&what, error))?;
+        let finished = SetAttributes {
+            mode: Some(DISK_MODE),
+            ..SetAttributes::default()
+        };
+        client
+            .setattr(owner, &file, finished)
+            .await
+            .map_err(|error| self.failed(&what, error))?;
         // What the server made of it: some map groups, and then the fence would not hold.
         match self.existing(&client, &file, disk).await? {
             Existing::Done => Ok(()),
@@ -153,7 +165,13 @@ impl NfsVolume {
             && found.uid == self.reference.broker_uid
             && matches!(found.mode, DISK_MODE | UNFINISHED_MODE);
         let finished = found.mode == DISK_MODE;
-        Ok(judge_existing(ours, finished, found.size_bytes, Token::from_gid(found.gid), disk))
+        Ok(judge_existing(
+            ours,
+            finished,
+            found.size_bytes,
+            Token::from_gid(found.gid),
+            disk,
+        ))
     }
 
     /// Copies an image in, some blocks at a time, and commits it.
@@ -165,8 +183,10 @@ impl NfsVolume {
         image: &Image,
         what: &str,
     ) -> Result<(), VolumeError> {
-        let restarted =
-            || VolumeError::Restarted { volume: self.name.clone(), what: what.to_owned() };
+        let restarted = || VolumeError::Restarted {
+            volume: self.name.clone(),
+            what: what.to_owned(),
+        };
         let mut verifier = None;
         let mut on_their_way = FuturesUnordered::new();
         let mut offsets = (0..image.size_bytes).step_by(BLOCK_BYTES);
@@ -176,7 +196,9 @@ impl NfsVolume {
             {
                 on_their_way.push(async move {
                     let mut verifiers = Vec::new();
-                    let Some(mut block) = image.block(offset).await? else { return Ok(verifiers) };
+                    let Some(mut block) = image.block(offset).await? else {
+                        return Ok(verifiers);
+                    };
                     let mut at = offset;
                     while !block.is_empty() {
                         let reply = client
@@ -190,15 +212,19 @@ impl NfsVolume {
                     Ok::<_, VolumeError>(verifiers)
                 });
             }
-            let Some(written) = on_their_way.next().await else { break };
+            let Some(written) = on_their_way.next().await else {
+                break;
+            };
             for seen in written? {
                 if *verifier.get_or_insert(seen) != seen {
                     return Err(restarted());
                 }
             }
         }
-        let committed =
-            client.commit(data, file).await.map_err(|error| self.failed(what, error))?;
+        let committed = client
+            .commit(data, file)
+            .await
+            .map_err(|error| self.failed(what, error))?;
         match verifier {
             Some(verifier) if verifier != committed.verifier => Err(restarted()),
             _ => Ok(()),

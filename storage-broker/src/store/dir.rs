@@ -46,7 +46,11 @@ fn record_path(path: &DiskPath) -> String {
 
 impl DirVolume {
     pub(super) fn new(directory: PathBuf, reference: VolumeRef) -> DirVolume {
-        DirVolume { name: format!("dir:{}", directory.display()), directory, reference }
+        DirVolume {
+            name: format!("dir:{}", directory.display()),
+            directory,
+            reference,
+        }
     }
 
     /// Runs file system work on a blocking thread.
@@ -88,14 +92,24 @@ impl DirVolume {
         if identity.cluster_id == self.reference.cluster_id {
             return Ok(());
         }
-        let owner = identity.cluster_id.chars().filter(|c| !c.is_control()).take(100).collect();
-        Err(VolumeError::OtherCluster { volume: self.name.clone(), owner })
+        let owner = identity
+            .cluster_id
+            .chars()
+            .filter(|c| !c.is_control())
+            .take(100)
+            .collect();
+        Err(VolumeError::OtherCluster {
+            volume: self.name.clone(),
+            owner,
+        })
     }
 
     fn check_ours(&self) -> Result<()> {
         match self.read_identity()? {
             Some(identity) => self.check_owner(&identity),
-            None => Err(VolumeError::NotAdopted { volume: self.name.clone() }),
+            None => Err(VolumeError::NotAdopted {
+                volume: self.name.clone(),
+            }),
         }
     }
 
@@ -180,7 +194,10 @@ impl DirVolume {
     }
 
     fn disk_size(&self, path: &DiskPath) -> Result<Option<u64>> {
-        match self.open(path.as_str(), OFlag::O_RDONLY).and_then(|file| file.metadata()) {
+        match self
+            .open(path.as_str(), OFlag::O_RDONLY)
+            .and_then(|file| file.metadata())
+        {
             Ok(metadata) if metadata.is_file() => Ok(Some(metadata.len())),
             Ok(_) => Err(VolumeError::Exists {
                 volume: self.name.clone(),
@@ -200,24 +217,36 @@ impl DirVolume {
         let wanted = disk.clone();
         let what = format!("create disk `{}`", disk.path);
         let file = self
-            .work(&what.clone(), move |volume| volume.begin_disk(&wanted, &what))
+            .work(&what.clone(), move |volume| {
+                volume.begin_disk(&wanted, &what)
+            })
             .await?;
         let Some(file) = file else { return Ok(()) };
         let file = std::sync::Arc::new(file);
         if let Some(image) = image {
             for offset in (0..image.size_bytes).step_by(BLOCK_BYTES) {
-                let Some(block) = image.block(offset).await? else { continue };
+                let Some(block) = image.block(offset).await? else {
+                    continue;
+                };
                 let file = file.clone();
                 self.work("copying the image", move |volume| {
-                    file.write_all_at(&block, offset).map_err(volume.failed("copying the image"))
+                    file.write_all_at(&block, offset)
+                        .map_err(volume.failed("copying the image"))
                 })
                 .await?;
             }
         }
         let (path, token) = (disk.path.clone(), disk.token);
         self.work("finishing the disk", move |volume| {
-            file.sync_all().map_err(volume.failed("finishing the disk"))?;
-            volume.set_record(&path, Record { token, finished: true })
+            file.sync_all()
+                .map_err(volume.failed("finishing the disk"))?;
+            volume.set_record(
+                &path,
+                Record {
+                    token,
+                    finished: true,
+                },
+            )
         })
         .await
     }
@@ -246,7 +275,13 @@ impl DirVolume {
         let parent = self.directory.join(directories.join("/"));
         std::fs::create_dir_all(&parent).map_err(&failed)?;
         // The record first: a file without one is somebody else's.
-        self.set_record(&disk.path, Record { token: disk.token, finished: false })?;
+        self.set_record(
+            &disk.path,
+            Record {
+                token: disk.token,
+                finished: false,
+            },
+        )?;
         let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_TRUNC;
         let file = self.open(disk.path.as_str(), flags).map_err(&failed)?;
         file.set_len(disk.size_bytes).map_err(&failed)?;
@@ -259,7 +294,11 @@ impl DirVolume {
         let record = self.record(path)?;
         match record {
             Some(Record { token: present, .. }) if present > offered => {
-                Err(VolumeError::NewerToken { path: path.clone(), present, offered })
+                Err(VolumeError::NewerToken {
+                    path: path.clone(),
+                    present,
+                    offered,
+                })
             }
             record => Ok(record),
         }
@@ -295,12 +334,16 @@ impl DirVolume {
         let path = path.clone();
         self.work("looking at a disk", move |volume| {
             volume.check_ours()?;
-            let Some(size_bytes) = volume.disk_size(&path)? else { return Ok(None) };
+            let Some(size_bytes) = volume.disk_size(&path)? else {
+                return Ok(None);
+            };
             let metadata = volume
                 .open(path.as_str(), OFlag::O_RDONLY)
                 .and_then(|file| file.metadata())
                 .map_err(volume.failed("looking at a disk"))?;
-            let gid = volume.record(&path)?.map_or(metadata.gid(), |record| record.token.gid());
+            let gid = volume
+                .record(&path)?
+                .map_or(metadata.gid(), |record| record.token.gid());
             Ok(Some(DiskStat {
                 size_bytes,
                 uid: metadata.uid(),
@@ -317,7 +360,13 @@ impl DirVolume {
             volume.check_ours()?;
             volume.require(&path)?;
             volume.check_token(&path, token)?;
-            volume.set_record(&path, Record { token, finished: true })
+            volume.set_record(
+                &path,
+                Record {
+                    token,
+                    finished: true,
+                },
+            )
         })
         .await
     }
@@ -325,9 +374,10 @@ impl DirVolume {
     fn require(&self, path: &DiskPath) -> Result<()> {
         match self.disk_size(path)? {
             Some(_) => Ok(()),
-            None => {
-                Err(VolumeError::NotFound { volume: self.name.clone(), path: path.clone() })
-            }
+            None => Err(VolumeError::NotFound {
+                volume: self.name.clone(),
+                path: path.clone(),
+            }),
         }
     }
 
@@ -337,7 +387,10 @@ impl DirVolume {
             volume.check_ours()?;
             volume.require(&path)?;
             match volume.check_token(&path, token)? {
-                Some(Record { token: present, finished: true }) if present == token => {}
+                Some(Record {
+                    token: present,
+                    finished: true,
+                }) if present == token => {}
                 record => {
                     return Err(VolumeError::Verify(crate::fence::VerifyError::NotOurs {
                         path: path.to_string(),
@@ -358,13 +411,20 @@ impl DirVolume {
 }
 
 fn file_mode(flags: OFlag) -> Mode {
-    if flags.contains(OFlag::O_CREAT) { Mode::S_IRUSR | Mode::S_IWUSR } else { Mode::empty() }
+    if flags.contains(OFlag::O_CREAT) {
+        Mode::S_IRUSR | Mode::S_IWUSR
+    } else {
+        Mode::empty()
+    }
 }
 
 fn read_small(file: &std::fs::File, bound: u64) -> io::Result<Vec<u8>> {
     let length = file.metadata()?.len();
     if length > bound {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "the file is too long"));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "the file is too long",
+        ));
     }
     let mut content = vec![0; length as usize];
     file.read_exact_at(&mut content, 0)?;

@@ -75,7 +75,9 @@ pub enum VolumeError {
         what: String,
     },
     /// It is full.
-    #[error("volume {volume} is full ({what}): free space on it or raise the quota, then try again")]
+    #[error(
+        "volume {volume} is full ({what}): free space on it or raise the quota, then try again"
+    )]
     Full {
         /// The volume.
         volume: String,
@@ -105,7 +107,9 @@ pub enum VolumeError {
         path: DiskPath,
     },
     /// There is another file of that name.
-    #[error("volume {volume} already has a file `{path}`, and {why}: choose another name, or delete it first")]
+    #[error(
+        "volume {volume} already has a file `{path}`, and {why}: choose another name, or delete it first"
+    )]
     Exists {
         /// The volume.
         volume: String,
@@ -121,7 +125,9 @@ pub enum VolumeError {
         path: DiskPath,
     },
     /// Tokens only grow.
-    #[error("`{path}` is under {present}, newer than {offered}: whoever asks is not its owner any more")]
+    #[error(
+        "`{path}` is under {present}, newer than {offered}: whoever asks is not its owner any more"
+    )]
     NewerToken {
         /// The disk.
         path: DiskPath,
@@ -169,7 +175,9 @@ pub enum VolumeError {
         source: NfsError,
     },
     /// This host's file system answered otherwise.
-    #[error("volume {volume}: {what} failed: {source}; does the directory exist on this host, and may this user use it?")]
+    #[error(
+        "volume {volume}: {what} failed: {source}; does the directory exist on this host, and may this user use it?"
+    )]
     Io {
         /// The volume.
         volume: String,
@@ -190,9 +198,18 @@ impl VolumeError {
                 VolumeError::Full { volume, what }
             }
             Some(status @ (Status::NFS3ERR_ACCES | Status::NFS3ERR_PERM)) => {
-                VolumeError::Permission { volume, uid, what, status }
+                VolumeError::Permission {
+                    volume,
+                    uid,
+                    what,
+                    status,
+                }
             }
-            _ => VolumeError::Nfs { volume, what, source },
+            _ => VolumeError::Nfs {
+                volume,
+                what,
+                source,
+            },
         }
     }
 
@@ -204,7 +221,11 @@ impl VolumeError {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                 VolumeError::Full { volume, what }
             }
-            _ => VolumeError::Io { volume, what, source },
+            _ => VolumeError::Io {
+                volume,
+                what,
+                source,
+            },
         }
     }
 }

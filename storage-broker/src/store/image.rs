@@ -66,7 +66,10 @@ impl Image {
         let path = path.to_owned();
         let failed = {
             let path = path.clone();
-            move |error| ImageError::Read { path, source: io::Error::other(error) }
+            move |error| ImageError::Read {
+                path,
+                source: io::Error::other(error),
+            }
         };
         tokio::task::spawn_blocking(move || Image::open_now(path, disk_bytes))
             .await
@@ -74,7 +77,10 @@ impl Image {
     }
 
     fn open_now(path: PathBuf, disk_bytes: u64) -> Result<Image, ImageError> {
-        let read = |source| ImageError::Read { path: path.clone(), source };
+        let read = |source| ImageError::Read {
+            path: path.clone(),
+            source,
+        };
         let kind = std::fs::metadata(&path).map_err(read)?;
         if !kind.is_file() {
             // Also keeps the open below from waiting on a FIFO.
@@ -84,16 +90,27 @@ impl Image {
         let image_bytes = file.metadata().map_err(read)?.len();
         let mut magic = [0; 8];
         let length = file.read_at(&mut magic, 0).map_err(read)?;
-        for (format, sign) in [("qcow2", &b"QFI\xfb"[..]), ("VHDX", b"vhdxfile"), ("VMDK", b"KDMV")]
-        {
+        for (format, sign) in [
+            ("qcow2", &b"QFI\xfb"[..]),
+            ("VHDX", b"vhdxfile"),
+            ("VMDK", b"KDMV"),
+        ] {
             if magic[..length].starts_with(sign) {
                 return Err(ImageError::NotRaw { path, format });
             }
         }
         if image_bytes > disk_bytes {
-            return Err(ImageError::TooLarge { path, image_bytes, disk_bytes });
+            return Err(ImageError::TooLarge {
+                path,
+                image_bytes,
+                disk_bytes,
+            });
         }
-        Ok(Image { path, file: Arc::new(file), size_bytes: image_bytes })
+        Ok(Image {
+            path,
+            file: Arc::new(file),
+            size_bytes: image_bytes,
+        })
     }
 
     /// The block at `offset`; `None` where it is all zeroes.
@@ -107,6 +124,9 @@ impl Image {
         .await
         .unwrap_or_else(|error| Err(io::Error::other(error)))
         .map_err(|source| ImageError::Read { path, source })?;
-        Ok(block.iter().any(|byte| *byte != 0).then(|| Bytes::from(block)))
+        Ok(block
+            .iter()
+            .any(|byte| *byte != 0)
+            .then(|| Bytes::from(block)))
     }
 }

@@ -59,7 +59,10 @@ impl NfsVolume {
 
     /// Who does metadata work here.
     pub(super) fn broker(&self) -> Credential {
-        Credential { uid: self.reference.broker_uid, gid: self.reference.broker_uid }
+        Credential {
+            uid: self.reference.broker_uid,
+            gid: self.reference.broker_uid,
+        }
     }
 
     pub(super) fn failed(&self, what: &str, source: NfsError) -> VolumeError {
@@ -89,8 +92,15 @@ impl NfsVolume {
         let connected = self.connect().await?;
         if connected.ours.get().is_none() {
             let identity = match self.read_identity(&connected.client).await? {
-                Some(IdentityFile { identity: Some(identity), .. }) => identity,
-                _ => return Err(VolumeError::NotAdopted { volume: self.name.clone() }),
+                Some(IdentityFile {
+                    identity: Some(identity),
+                    ..
+                }) => identity,
+                _ => {
+                    return Err(VolumeError::NotAdopted {
+                        volume: self.name.clone(),
+                    });
+                }
             };
             self.check_owner(&identity)?;
             let _ = connected.ours.set(identity);
@@ -106,8 +116,16 @@ impl NfsVolume {
         if identity.cluster_id == self.reference.cluster_id {
             return Ok(());
         }
-        let owner = identity.cluster_id.chars().filter(|c| !c.is_control()).take(100).collect();
-        Err(VolumeError::OtherCluster { volume: self.name.clone(), owner })
+        let owner = identity
+            .cluster_id
+            .chars()
+            .filter(|c| !c.is_control())
+            .take(100)
+            .collect();
+        Err(VolumeError::OtherCluster {
+            volume: self.name.clone(),
+            owner,
+        })
     }
 
     async fn read_identity(&self, client: &NfsClient) -> Result<Option<IdentityFile>> {
@@ -125,17 +143,28 @@ impl NfsVolume {
             .read(broker, &file, 0, IDENTITY_BYTES_MAX as u32)
             .await
             .map_err(|error| self.failed("reading its identity", error))?;
-        let bad = |problem: String| VolumeError::BadIdentity { volume: self.name.clone(), problem };
+        let bad = |problem: String| VolumeError::BadIdentity {
+            volume: self.name.clone(),
+            problem,
+        };
         if !content.eof && content.data.len() >= IDENTITY_BYTES_MAX {
             return Err(bad("it is too long".into()));
         }
-        let identity = Identity::from_json(&content.data).map_err(|error| bad(error.to_string()))?;
-        Ok(Some(IdentityFile { file, uid: attributes.uid, identity }))
+        let identity =
+            Identity::from_json(&content.data).map_err(|error| bad(error.to_string()))?;
+        Ok(Some(IdentityFile {
+            file,
+            uid: attributes.uid,
+            identity,
+        }))
     }
 
     pub(super) async fn probe(&self) -> Result<Probe> {
         let client = self.connect().await?.client;
-        let identity = self.read_identity(&client).await?.and_then(|file| file.identity);
+        let identity = self
+            .read_identity(&client)
+            .await?
+            .and_then(|file| file.identity);
         let broker = self.broker();
         let room = client
             .fsstat(broker)
@@ -159,7 +188,10 @@ impl NfsVolume {
         let client = self.connect().await?.client;
         let broker = self.broker();
         let file = match self.read_identity(&client).await? {
-            Some(IdentityFile { identity: Some(identity), .. }) => {
+            Some(IdentityFile {
+                identity: Some(identity),
+                ..
+            }) => {
                 self.check_owner(&identity)?;
                 return Ok(identity.volume_uuid);
             }
@@ -175,7 +207,10 @@ impl NfsVolume {
                 });
             }
             None => {
-                let attributes = SetAttributes { mode: Some(0o644), ..SetAttributes::default() };
+                let attributes = SetAttributes {
+                    mode: Some(0o644),
+                    ..SetAttributes::default()
+                };
                 client
                     .create(broker, client.root(), IDENTITY_FILE, attributes)
                     .await
@@ -186,11 +221,21 @@ impl NfsVolume {
             cluster_id: self.reference.cluster_id.clone(),
             volume_uuid: volume_uuid.to_owned(),
         };
-        write_all(&client, broker, &file, 0, Bytes::from(identity.to_json()), Stable::FILE_SYNC)
-            .await
-            .map_err(|error| self.failed("write its identity file", error))?;
+        write_all(
+            &client,
+            broker,
+            &file,
+            0,
+            Bytes::from(identity.to_json()),
+            Stable::FILE_SYNC,
+        )
+        .await
+        .map_err(|error| self.failed("write its identity file", error))?;
         match self.read_identity(&client).await? {
-            Some(IdentityFile { identity: Some(read), .. }) => {
+            Some(IdentityFile {
+                identity: Some(read),
+                ..
+            }) => {
                 self.check_owner(&read)?;
                 Ok(read.volume_uuid)
             }
@@ -247,12 +292,10 @@ impl NfsVolume {
             let found = self.find(&connected, path).await;
             let error = match found {
                 Ok(None) => return Ok(None),
-                Ok(Some(file)) => {
-                    match connected.client.getattr(self.broker(), &file).await {
-                        Ok(attributes) => return Ok(Some((connected, file, attributes))),
-                        Err(error) => self.failed(&format!("look at `{path}`"), error),
-                    }
-                }
+                Ok(Some(file)) => match connected.client.getattr(self.broker(), &file).await {
+                    Ok(attributes) => return Ok(Some((connected, file, attributes))),
+                    Err(error) => self.failed(&format!("look at `{path}`"), error),
+                },
                 Err(error) => error,
             };
             lock(&connected.handles).remove(path);
@@ -282,12 +325,19 @@ impl NfsVolume {
     /// Finds a file for a claim or a verification, and refuses a claim that is out of date.
     pub(super) async fn prepare(&self, path: &DiskPath, claim: Option<Token>) -> Result<Claimed> {
         let Some((connected, file, attributes)) = self.look(path).await? else {
-            return Err(VolumeError::NotFound { volume: self.name.clone(), path: path.clone() });
+            return Err(VolumeError::NotFound {
+                volume: self.name.clone(),
+                path: path.clone(),
+            });
         };
         if let (Some(offered), Some(present)) = (claim, Token::from_gid(attributes.gid))
             && present > offered
         {
-            return Err(VolumeError::NewerToken { path: path.clone(), present, offered });
+            return Err(VolumeError::NewerToken {
+                path: path.clone(),
+                present,
+                offered,
+            });
         }
         Ok(Claimed {
             path: path.to_string(),
@@ -299,7 +349,9 @@ impl NfsVolume {
 
     /// Deletes a disk that is under `token` or an older one.
     pub(super) async fn delete_disk(&self, path: &DiskPath, token: Token) -> Result<()> {
-        let Some((connected, _, attributes)) = self.look(path).await? else { return Ok(()) };
+        let Some((connected, _, attributes)) = self.look(path).await? else {
+            return Ok(());
+        };
         if attributes.uid != self.reference.broker_uid {
             return Err(VolumeError::Exists {
                 volume: self.name.clone(),
@@ -310,7 +362,11 @@ impl NfsVolume {
         if let Some(present) = Token::from_gid(attributes.gid)
             && present > token
         {
-            return Err(VolumeError::NewerToken { path: path.clone(), present, offered: token });
+            return Err(VolumeError::NewerToken {
+                path: path.clone(),
+                present,
+                offered: token,
+            });
         }
         let (directories, name) = path.parts();
         let client = connected.client;
@@ -338,5 +394,58 @@ struct IdentityFile {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    mutex
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nfs::scripted_server::ScriptedServer;
+    use crate::store::Store;
+    use crate::volume::VolumeUrl;
+
+    fn reference(server: &ScriptedServer) -> VolumeRef {
+        let url = VolumeUrl::Nfs(server.url());
+        VolumeRef::parse(&url.to_string(), "cluster-one", 50_000).unwrap()
+    }
+
+    #[tokio::test]
+    async fn an_export_that_cannot_be_written_says_why_and_what_to_try() {
+        for (status, advice) in [
+            (Status::NFS3ERR_ROFS, "export or mount it read-write"),
+            (Status::NFS3ERR_NOSPC, "free space"),
+            (Status::NFS3ERR_DQUOT, "raise the quota"),
+            (Status::NFS3ERR_ACCES, "chown 50000"),
+            (Status::NFS3ERR_IO, "NFS3ERR_IO"),
+        ] {
+            let server = ScriptedServer::start(4096, 1).await;
+            server.world().create_status = status;
+            let store = Store::new(Dialer::default(), false);
+            let error = store
+                .adopt(&reference(&server), "u")
+                .await
+                .unwrap_err()
+                .to_string();
+            assert!(error.contains(advice), "{status}: {error}");
+            assert!(error.contains(&server.url().to_string()), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_probe_changes_nothing_and_tells_a_read_only_export() {
+        let server = ScriptedServer::start(4096, 1).await;
+        let store = Store::new(Dialer::default(), false);
+        let probe = store.probe(&reference(&server)).await.unwrap();
+        let room = (probe.size_bytes, probe.free_bytes);
+        assert_eq!(
+            (probe.identity, room, probe.writable),
+            (None, (1000, 300), true)
+        );
+        server.world().access = nfs3_types::nfs3::ACCESS3_LOOKUP;
+        assert!(!store.probe(&reference(&server)).await.unwrap().writable);
+        assert!(server.world().seen.is_empty());
+        assert_eq!(server.world().setattrs, 0);
+    }
 }

@@ -1,10 +1,13 @@
 //! A broker daemon in this process, on a socket of its own, and its client.
 
+// Not every suite uses all of it.
+#![allow(dead_code)]
+
 use std::path::PathBuf;
 
 use proto::broker::broker_client::BrokerClient;
 use proto::broker::{self as wire};
-use storage_broker::daemon::{ServeArgs, serve};
+use storage_broker::daemon::{ServeArgs, ServeError, serve};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::transport::Channel;
 
@@ -18,33 +21,46 @@ pub const BROKER_UID: u32 = 50_000;
 pub struct Daemon {
     /// Speaks to it.
     pub client: BrokerClient<Channel>,
-    _stop: DropGuard,
-    _directory: tempfile::TempDir,
+    stop: DropGuard,
+    serving: tokio::task::JoinHandle<Result<(), ServeError>>,
+    directory: tempfile::TempDir,
 }
 
 impl Daemon {
     /// Starts one.
     pub async fn start() -> Daemon {
-        let directory = tempfile::tempdir().unwrap();
+        Daemon::start_in(tempfile::tempdir().unwrap()).await
+    }
+
+    /// Stops it and starts another on its socket.
+    pub async fn restart(self) -> Daemon {
+        drop(self.stop);
+        self.serving.await.unwrap().unwrap();
+        Daemon::start_in(self.directory).await
+    }
+
+    /// The arguments of a daemon on its socket.
+    pub fn args(&self) -> ServeArgs {
+        args(self.directory.path().join("broker.sock"))
+    }
+
+    async fn start_in(directory: tempfile::TempDir) -> Daemon {
         let socket: PathBuf = directory.path().join("broker.sock");
         let stop = CancellationToken::new();
-        let args = ServeArgs {
-            socket: socket.clone(),
-            source_address: None,
-            privileged_port: false,
-            watchdog_armed: false,
-        };
-        tokio::spawn(serve(args, stop.clone().cancelled_owned()));
+        let serving = tokio::spawn(serve(args(socket.clone()), stop.clone().cancelled_owned()));
         let started = async {
             while tokio::net::UnixStream::connect(&socket).await.is_err() {
                 tokio::task::yield_now().await;
             }
         };
-        tokio::time::timeout(std::time::Duration::from_secs(10), started).await.unwrap();
+        tokio::time::timeout(std::time::Duration::from_secs(10), started)
+            .await
+            .unwrap();
         Daemon {
             client: BrokerClient::new(proto::unix::channel(socket)),
-            _stop: stop.drop_guard(),
-            _directory: directory,
+            stop: stop.drop_guard(),
+            serving,
+            directory,
         }
     }
 
@@ -54,7 +70,10 @@ impl Daemon {
             volume: Some(volume(url)),
             volume_uuid: "11111111-2222".into(),
         };
-        self.client.adopt_volume(request).await.map(tonic::Response::into_inner)
+        self.client
+            .adopt_volume(request)
+            .await
+            .map(tonic::Response::into_inner)
     }
 
     /// Creates an empty disk.
@@ -77,26 +96,52 @@ impl Daemon {
 
     /// Claims one file.
     pub async fn claim(&mut self, url: &str, path: &str, token: u32) -> wire::ClaimReply {
-        let request = wire::ClaimRequest { files: vec![file(url, path)], token };
+        let request = wire::ClaimRequest {
+            files: vec![file(url, path)],
+            token,
+        };
         self.client.claim(request).await.unwrap().into_inner()
     }
 
     /// Looks at one file.
     pub async fn stat(&mut self, url: &str, path: &str) -> wire::DiskStat {
-        let request = wire::StatDisksRequest { files: vec![file(url, path)] };
-        self.client.stat_disks(request).await.unwrap().into_inner().stats.remove(0)
+        let request = wire::StatDisksRequest {
+            files: vec![file(url, path)],
+        };
+        self.client
+            .stat_disks(request)
+            .await
+            .unwrap()
+            .into_inner()
+            .stats
+            .remove(0)
     }
 
     /// Verifies one file.
-    pub async fn verify(&mut self, url: &str, path: &str, token: u32) -> wire::VerifyAndCommitReply {
-        let request = wire::VerifyAndCommitRequest { files: vec![file(url, path)], token };
-        self.client.verify_and_commit(request).await.unwrap().into_inner()
+    pub async fn verify(
+        &mut self,
+        url: &str,
+        path: &str,
+        token: u32,
+    ) -> wire::VerifyAndCommitReply {
+        let request = wire::VerifyAndCommitRequest {
+            files: vec![file(url, path)],
+            token,
+        };
+        self.client
+            .verify_and_commit(request)
+            .await
+            .unwrap()
+            .into_inner()
     }
 
     /// Deletes one file.
     pub async fn delete(&mut self, url: &str, path: &str, token: u32) -> Result<(), tonic::Status> {
-        let request =
-            wire::DeleteDiskRequest { volume: Some(volume(url)), path: path.into(), token };
+        let request = wire::DeleteDiskRequest {
+            volume: Some(volume(url)),
+            path: path.into(),
+            token,
+        };
         self.client.delete_disk(request).await.map(drop)
     }
 
@@ -107,7 +152,20 @@ impl Daemon {
             cluster_id: CLUSTER.into(),
             broker_uid: BROKER_UID,
         };
-        self.client.probe_volume(request).await.unwrap().into_inner()
+        self.client
+            .probe_volume(request)
+            .await
+            .unwrap()
+            .into_inner()
+    }
+}
+
+fn args(socket: PathBuf) -> ServeArgs {
+    ServeArgs {
+        socket,
+        source_address: None,
+        privileged_port: false,
+        watchdog_armed: false,
     }
 }
 
@@ -123,5 +181,8 @@ pub fn volume(url: &str) -> wire::Volume {
 
 /// A file on it.
 pub fn file(url: &str, path: &str) -> wire::File {
-    wire::File { volume: Some(volume(url)), path: path.into() }
+    wire::File {
+        volume: Some(volume(url)),
+        path: path.into(),
+    }
 }

@@ -20,11 +20,16 @@ impl Engine {
     }
 
     fn send_all(&mut self) {
-        let stalled = self.stall.as_ref().is_some_and(|stall| stall.until > Instant::now());
-        if self.rekey_wanted.is_some() || stalled {
+        self.waits_for_stall = self
+            .stall
+            .as_ref()
+            .is_some_and(|s| s.until > Instant::now());
+        if self.rekey_wanted.is_some() || self.waits_for_stall {
             return;
         }
-        let Link::Up { client } = &self.link else { return };
+        let Link::Up { client } = &self.link else {
+            return;
+        };
         if client.connection().is_closed() {
             return;
         }
@@ -50,13 +55,20 @@ impl Engine {
     }
 
     fn send_write(&mut self, client: &NfsClient, held: bool) -> bool {
-        let Some((sequence, offset, data)) = self.writes.next_sendable() else { return false };
+        let Some((sequence, offset, data)) = self.writes.next_sendable() else {
+            return false;
+        };
         // A replay goes on while the disk is held (its token was confirmed); nothing newer does.
-        let replayed = self.replay.as_ref().is_some_and(|replay| sequence < replay.end);
+        let replayed = self
+            .replay
+            .as_ref()
+            .is_some_and(|replay| sequence < replay.end);
         if held && !replayed {
             return false;
         }
-        let Some(slot) = client.connection().try_slot() else { return false };
+        let Some(slot) = client.connection().try_slot() else {
+            return false;
+        };
         let sent = Instant::now();
         let call = client.start_write(
             slot,
@@ -67,7 +79,14 @@ impl Engine {
             Stable::UNSTABLE,
         );
         self.writes.mark_sent(sequence);
-        self.calls.push(call.map(move |result| Done::Write { sequence, sent, result }).boxed());
+        self.calls.push(
+            call.map(move |result| Done::Write {
+                sequence,
+                sent,
+                result,
+            })
+            .boxed(),
+        );
         true
     }
 
@@ -75,11 +94,21 @@ impl Engine {
         if self.reads.waiting() == 0 {
             return false;
         }
-        let Some(slot) = client.connection().try_slot() else { return false };
-        let Some(piece) = self.reads.next() else { return false };
-        let call =
-            client.start_read(slot, self.credential(), &self.file, piece.offset, piece.length);
-        self.calls.push(call.map(move |result| Done::Read { piece, result }).boxed());
+        let Some(slot) = client.connection().try_slot() else {
+            return false;
+        };
+        let Some(piece) = self.reads.next() else {
+            return false;
+        };
+        let call = client.start_read(
+            slot,
+            self.credential(),
+            &self.file,
+            piece.offset,
+            piece.length,
+        );
+        self.calls
+            .push(call.map(move |result| Done::Read { piece, result }).boxed());
         true
     }
 
@@ -88,7 +117,10 @@ impl Engine {
         if self.commit_sent || self.writes.unstable_bytes() == 0 {
             return false;
         }
-        let flush = self.flushes.front().is_some_and(|f| self.writes.answered_before(f.end));
+        let flush = self
+            .flushes
+            .front()
+            .is_some_and(|f| self.writes.answered_before(f.end));
         let drain = !self.drains.is_empty() && self.writes.answered_before(self.writes.end());
         flush || drain || self.writes.unstable_bytes() >= COMMIT_FROM_BYTES
     }
@@ -97,11 +129,16 @@ impl Engine {
         if self.commit_sent {
             return false;
         }
-        let Some(slot): Option<Slot> = client.connection().try_slot() else { return false };
+        let Some(slot): Option<Slot> = client.connection().try_slot() else {
+            return false;
+        };
         let stamp = self.writes.commit_stamp();
         let call = client.start_commit(slot, self.credential(), &self.file);
         self.commit_sent = true;
-        self.calls.push(call.map(move |result| Done::Commit { stamp, result }).boxed());
+        self.calls.push(
+            call.map(move |result| Done::Commit { stamp, result })
+                .boxed(),
+        );
         true
     }
 

@@ -55,7 +55,14 @@ impl Reads {
             });
         }
         let pieces = (0..count).map(|_| BytesOrParts::default()).collect();
-        self.open.insert(request, Open { pieces, pieces_left: count, reply });
+        self.open.insert(
+            request,
+            Open {
+                pieces,
+                pieces_left: count,
+                reply,
+            },
+        );
     }
 
     pub(super) fn waiting(&self) -> usize {
@@ -89,9 +96,15 @@ impl Reads {
     /// Some or all of a piece has arrived; answers the guest when it was the last.
     pub(super) fn arrived(&mut self, mut piece: Piece, data: Bytes, eof: bool) {
         self.sent.retain(|sent| *sent != piece);
-        let Some(open) = self.open.get_mut(&piece.request) else { return };
-        let Some(parts) = open.pieces.get_mut(piece.index) else { return };
-        let arrived = u32::try_from(data.len()).unwrap_or(u32::MAX).min(piece.length);
+        let Some(open) = self.open.get_mut(&piece.request) else {
+            return;
+        };
+        let Some(parts) = open.pieces.get_mut(piece.index) else {
+            return;
+        };
+        let arrived = u32::try_from(data.len())
+            .unwrap_or(u32::MAX)
+            .min(piece.length);
         parts.0.push(data);
         piece.offset += u64::from(arrived);
         piece.length -= arrived;
@@ -134,7 +147,10 @@ mod tests {
         reads.push(100, 10, 4, reply);
         let pieces: Vec<Piece> = std::iter::from_fn(|| reads.next()).collect();
         assert_eq!(
-            pieces.iter().map(|p| (p.offset, p.length)).collect::<Vec<_>>(),
+            pieces
+                .iter()
+                .map(|p| (p.offset, p.length))
+                .collect::<Vec<_>>(),
             [(100, 4), (104, 4), (108, 2)]
         );
         reads.arrived(pieces[2].clone(), Bytes::from_static(b"ij"), true);
@@ -167,7 +183,9 @@ mod tests {
         reads.next();
         reads.next();
         reads.resend();
-        let offsets: Vec<u64> = std::iter::from_fn(|| reads.next()).map(|p| p.offset).collect();
+        let offsets: Vec<u64> = std::iter::from_fn(|| reads.next())
+            .map(|p| p.offset)
+            .collect();
         assert_eq!(offsets, [0, 10, 20]);
     }
 }

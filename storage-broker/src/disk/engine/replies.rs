@@ -43,9 +43,10 @@ fn judge(error: &NfsError, volume: &str) -> Judgement {
                 "volume {volume}: {error}; see the server's log, I/O goes on when it can"
             )),
         },
-        NfsError::Call { source: CallError::Denied { .. }, .. } => {
-            Judgement::Stall(format!("volume {volume}: {error}"))
-        }
+        NfsError::Call {
+            source: CallError::Denied { .. },
+            ..
+        } => Judgement::Stall(format!("volume {volume}: {error}")),
         NfsError::Call { .. } | NfsError::BadReply { .. } => Judgement::NextConnection,
     }
 }
@@ -53,15 +54,25 @@ fn judge(error: &NfsError, volume: &str) -> Judgement {
 impl Engine {
     pub(super) fn finished(&mut self, done: Done) {
         match done {
-            Done::Read { piece, result: Ok(reply) } => {
+            Done::Read {
+                piece,
+                result: Ok(reply),
+            } => {
                 self.went_well(Kind::Read);
                 self.reads.arrived(piece, reply.data, reply.eof);
             }
-            Done::Read { piece, result: Err(error) } => {
+            Done::Read {
+                piece,
+                result: Err(error),
+            } => {
                 self.reads.again(piece);
                 self.went_wrong(Kind::Read, &error);
             }
-            Done::Write { sequence, sent, result: Ok(reply) } => {
+            Done::Write {
+                sequence,
+                sent,
+                result: Ok(reply),
+            } => {
                 self.went_well(Kind::Write);
                 self.shared.latency.record(Clock::now(), sent.elapsed());
                 let answered = self.writes.answered(
@@ -77,12 +88,19 @@ impl Engine {
                     self.want_rekey(RekeyReason::VerifierChanged);
                 }
             }
-            Done::Write { sequence, result: Err(error), .. } => {
+            Done::Write {
+                sequence,
+                result: Err(error),
+                ..
+            } => {
                 self.in_doubt |= error.is_unknown();
                 self.writes.mark_waiting(sequence);
                 self.went_wrong(Kind::Write, &error);
             }
-            Done::Commit { stamp, result: Ok(reply) } => {
+            Done::Commit {
+                stamp,
+                result: Ok(reply),
+            } => {
                 self.went_well(Kind::Commit);
                 self.commit_sent = false;
                 self.verify = false;
@@ -90,7 +108,9 @@ impl Engine {
                     self.want_rekey(RekeyReason::VerifierChanged);
                 }
             }
-            Done::Commit { result: Err(error), .. } => {
+            Done::Commit {
+                result: Err(error), ..
+            } => {
                 self.commit_sent = false;
                 self.went_wrong(Kind::Commit, &error);
             }
@@ -100,8 +120,12 @@ impl Engine {
     /// Tells the guest, once all pieces of its request are on the server. A piece that is sent
     /// again after it was acknowledged has nobody to tell.
     fn acknowledge(&mut self, sequence: super::Sequence) {
-        let Some(shared) = self.write_requests.remove(&sequence) else { return };
-        let mut slot = shared.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let Some(shared) = self.write_requests.remove(&sequence) else {
+            return;
+        };
+        let mut slot = shared
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
         if let Some(request) = slot.as_mut() {
             request.pieces_left -= 1;
         }
@@ -128,12 +152,23 @@ impl Engine {
             Judgement::Stall(reason) => (STALL_PAUSE, Some(reason)),
         };
         if let Some(reason) = &reason
-            && self.stall.as_ref().is_none_or(|stall| stall.reason.as_ref() != Some(reason))
+            && self
+                .stall
+                .as_ref()
+                .is_none_or(|stall| stall.reason.as_ref() != Some(reason))
         {
             tracing::warn!(disk = %self.spec.path, reason, "stalled");
         }
         // A "later" between two tries does not make a told reason untrue.
-        let told = self.stall.take().filter(|stall| stall.of == kind).and_then(|s| s.reason);
-        self.stall = Some(Stall { until: Instant::now() + pause, reason: reason.or(told), of: kind });
+        let told = self
+            .stall
+            .take()
+            .filter(|stall| stall.of == kind)
+            .and_then(|s| s.reason);
+        self.stall = Some(Stall {
+            until: Instant::now() + pause,
+            reason: reason.or(told),
+            of: kind,
+        });
     }
 }

@@ -23,7 +23,11 @@ fn overlapping_writes_wait_for_each_other_and_others_do_not() {
     log.push(4, data(3, 8));
     assert_eq!(send(&mut log).unwrap().0, 0);
     assert_eq!(send(&mut log).unwrap().0, 1);
-    assert_eq!(send(&mut log), None, "the third overlaps the first, which is unanswered");
+    assert_eq!(
+        send(&mut log),
+        None,
+        "the third overlaps the first, which is unanswered"
+    );
     assert!(log.answered(0, 8, false, A).complete);
     assert_eq!(send(&mut log).unwrap().0, 2);
 }
@@ -52,7 +56,10 @@ fn another_verifier_keeps_everything_and_says_so() {
     send(&mut log);
     assert!(!log.answered(0, 8, false, A).verifier_changed);
     assert!(log.answered(1, 8, false, B).verifier_changed);
-    assert!(!log.committed(log.commit_stamp(), B), "half of it was taken in an earlier life");
+    assert!(
+        !log.committed(log.commit_stamp(), B),
+        "half of it was taken in an earlier life"
+    );
     assert!(!log.committed_before(1));
     log.replay();
     assert_eq!(send(&mut log).unwrap().0, 0);
@@ -84,7 +91,11 @@ fn a_stable_write_over_an_uncommitted_one_is_kept_to_be_sent_again_after_it() {
     log.replay();
     assert_eq!(send(&mut log).unwrap().0, 0);
     log.answered(0, 8, false, B);
-    assert_eq!(send(&mut log).unwrap().0, 1, "else the older data would stand");
+    assert_eq!(
+        send(&mut log).unwrap().0,
+        1,
+        "else the older data would stand"
+    );
     // Alone, a stable write is done at once.
     let mut log = WriteLog::default();
     log.push(0, data(1, 8));
@@ -150,7 +161,11 @@ fn the_file_ends_as_the_guest_wrote_it_however_server_and_links_behave() {
                 6..8 if !in_flight.is_empty() => {
                     let (sequence, offset, data) = in_flight.swap_remove(random(in_flight.len()));
                     let offset = offset as usize;
-                    let count = if random(4) == 0 { 1 + random(data.len()) } else { data.len() };
+                    let count = if random(4) == 0 {
+                        1 + random(data.len())
+                    } else {
+                        data.len()
+                    };
                     volatile[offset..offset + count].copy_from_slice(&data[..count]);
                     let stable = random(4) == 0;
                     if stable {

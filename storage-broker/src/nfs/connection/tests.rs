@@ -15,15 +15,23 @@ const ME: Credential = Credential { uid: 1000, gid: 7 };
 
 async fn raw_pair(timeout: Duration) -> (Connection, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    let client = TcpStream::connect(listener.local_addr().unwrap())
+        .await
+        .unwrap();
     let (server, _) = listener.accept().await.unwrap();
     (Connection::new(client, timeout), server)
 }
 
-const NULL: Procedure = Procedure { program: 100_003, version: 3, number: 0 };
+const NULL: Procedure = Procedure {
+    program: 100_003,
+    version: 3,
+    number: 0,
+};
 
 async fn null_call(connection: &Connection) -> Result<Bytes, CallError> {
-    connection.call(NULL, ME, &nfs3_types::xdr_codec::Void).await
+    connection
+        .call(NULL, ME, &nfs3_types::xdr_codec::Void)
+        .await
 }
 
 /// Reads one whole call and gives its xid.
@@ -36,7 +44,8 @@ async fn read_call(server: &mut TcpStream) -> [u8; 4] {
 
 fn reply(xid: [u8; 4], body: &[u32]) -> Vec<u8> {
     let mut message = xid.to_vec();
-    body.iter().for_each(|word| message.extend_from_slice(&word.to_be_bytes()));
+    body.iter()
+        .for_each(|word| message.extend_from_slice(&word.to_be_bytes()));
     let header = (message.len() as u32 | 1 << 31).to_be_bytes();
     [&header[..], &message].concat()
 }
@@ -55,7 +64,10 @@ async fn replies_find_their_callers_in_any_order() {
         xids.push(read_call(&mut server).await);
     }
     for xid in xids.into_iter().rev() {
-        server.write_all(&reply(xid, &[1, 0, 0, 0, 0])).await.unwrap();
+        server
+            .write_all(&reply(xid, &[1, 0, 0, 0, 0]))
+            .await
+            .unwrap();
     }
     for call in calls {
         assert!(call.await.unwrap().unwrap().is_empty());
@@ -69,7 +81,10 @@ async fn an_unanswered_call_closes_the_connection_and_all_others_become_unknown(
     assert!(matches!(one, Err(CallError::Unknown { .. })), "{one:?}");
     assert!(matches!(two, Err(CallError::Unknown { .. })), "{two:?}");
     assert!(connection.is_closed());
-    assert!(matches!(null_call(&connection).await, Err(CallError::NotSent { .. })));
+    assert!(matches!(
+        null_call(&connection).await,
+        Err(CallError::NotSent { .. })
+    ));
     // The socket is closed too, not only forgotten.
     let mut rest = Vec::new();
     let read = tokio::time::timeout(Duration::from_secs(5), server.read_to_end(&mut rest));
@@ -91,7 +106,10 @@ async fn garbage_from_the_server_ends_the_connection_and_nothing_else() {
             server
         };
         let (result, _server) = tokio::join!(null_call(&connection), serve);
-        assert!(matches!(result, Err(CallError::Unknown { .. })), "{garbage:?}: {result:?}");
+        assert!(
+            matches!(result, Err(CallError::Unknown { .. })),
+            "{garbage:?}: {result:?}"
+        );
     }
 }
 
@@ -102,27 +120,40 @@ async fn a_refusal_of_the_rpc_layer_is_told_apart_from_silence() {
         let xid = read_call(&mut server).await;
         server.write_all(&reply(xid, &[1, 1, 1, 5])).await.unwrap();
         let xid = read_call(&mut server).await;
-        server.write_all(&reply(xid, &[1, 0, 0, 0, 1])).await.unwrap();
+        server
+            .write_all(&reply(xid, &[1, 0, 0, 0, 1]))
+            .await
+            .unwrap();
     };
     let calls = async { (null_call(&connection).await, null_call(&connection).await) };
     let ((denied, unavailable), ()) = tokio::join!(calls, serve);
-    assert!(matches!(denied, Err(CallError::Denied { .. })), "{denied:?}");
-    assert!(matches!(unavailable, Err(CallError::Denied { .. })), "{unavailable:?}");
+    assert!(
+        matches!(denied, Err(CallError::Denied { .. })),
+        "{denied:?}"
+    );
+    assert!(
+        matches!(unavailable, Err(CallError::Denied { .. })),
+        "{unavailable:?}"
+    );
     assert!(!connection.is_closed());
 }
 
 #[tokio::test]
 async fn futures_dropped_in_the_middle_of_their_calls_corrupt_nothing() {
     let server = ScriptedServer::start(1 << 20, ME.gid).await;
-    let client =
-        mount(&server.url(), &Dialer::default(), Duration::from_secs(10)).await.unwrap();
+    let client = mount(&server.url(), &Dialer::default(), Duration::from_secs(10))
+        .await
+        .unwrap();
     let file = client.lookup(ME, client.root(), "disk.raw").await.unwrap();
     let block = |value: u8| Bytes::from(vec![value; 16 << 10]);
     for round in 0..200u32 {
         let (client, file, data) = (client.clone(), file.clone(), block(round as u8));
         let offset = u64::from(round % 64) * (16 << 10);
-        let write =
-            async move { client.write(ME, &file, offset, &data, Stable::UNSTABLE).await };
+        let write = async move {
+            client
+                .write(ME, &file, offset, &data, Stable::UNSTABLE)
+                .await
+        };
         // Dropped at a different point of its life each time.
         tokio::select! {
             biased;
@@ -134,7 +165,10 @@ async fn futures_dropped_in_the_middle_of_their_calls_corrupt_nothing() {
     for index in 0..64u64 {
         let data = block(index as u8 ^ 0x5a);
         let offset = index * (16 << 10);
-        client.write(ME, &file, offset, &data, Stable::UNSTABLE).await.unwrap();
+        client
+            .write(ME, &file, offset, &data, Stable::UNSTABLE)
+            .await
+            .unwrap();
     }
     let mut writes_open = 1;
     while writes_open > 0 {
@@ -144,15 +178,19 @@ async fn futures_dropped_in_the_middle_of_their_calls_corrupt_nothing() {
     for index in 0..64u64 {
         let offset = index * (16 << 10);
         let data = client.read(ME, &file, offset, 16 << 10).await.unwrap().data;
-        assert!(data.iter().all(|byte| *byte == index as u8 ^ 0x5a), "block {index}");
+        assert!(
+            data.iter().all(|byte| *byte == index as u8 ^ 0x5a),
+            "block {index}"
+        );
     }
 }
 
 #[tokio::test]
 async fn sixty_four_calls_are_in_flight_and_no_more() {
     let server = ScriptedServer::start(1 << 20, ME.gid).await;
-    let client =
-        mount(&server.url(), &Dialer::default(), Duration::from_secs(10)).await.unwrap();
+    let client = mount(&server.url(), &Dialer::default(), Duration::from_secs(10))
+        .await
+        .unwrap();
     let file = client.lookup(ME, client.root(), "disk.raw").await.unwrap();
     server.mood(Mood::Stuck);
     let calls: Vec<_> = (0..100u64)
@@ -160,11 +198,17 @@ async fn sixty_four_calls_are_in_flight_and_no_more() {
             let (client, file) = (client.clone(), file.clone());
             tokio::spawn(async move {
                 let data = Bytes::from(vec![index as u8 + 1; 512]);
-                client.write(ME, &file, index * 512, &data, Stable::UNSTABLE).await
+                client
+                    .write(ME, &file, index * 512, &data, Stable::UNSTABLE)
+                    .await
             })
         })
         .collect();
-    server.until("64 WRITEs inside the server", |world| world.open == IN_FLIGHT_MAX).await;
+    server
+        .until("64 WRITEs inside the server", |world| {
+            world.open == IN_FLIGHT_MAX
+        })
+        .await;
     assert!(client.connection().try_slot().is_none());
     server.mood(Mood::Normal);
     for call in calls {
@@ -178,8 +222,9 @@ async fn sixty_four_calls_are_in_flight_and_no_more() {
 #[tokio::test]
 async fn a_dropped_callers_slot_stays_taken_until_the_server_has_answered() {
     let server = ScriptedServer::start(1 << 20, ME.gid).await;
-    let client =
-        mount(&server.url(), &Dialer::default(), Duration::from_secs(10)).await.unwrap();
+    let client = mount(&server.url(), &Dialer::default(), Duration::from_secs(10))
+        .await
+        .unwrap();
     let file = client.lookup(ME, client.root(), "disk.raw").await.unwrap();
     server.mood(Mood::Stuck);
     for _ in 0..IN_FLIGHT_MAX {
@@ -188,5 +233,8 @@ async fn a_dropped_callers_slot_stays_taken_until_the_server_has_answered() {
     }
     assert!(client.connection().try_slot().is_none());
     server.mood(Mood::Normal);
-    tokio::time::timeout(Duration::from_secs(5), client.connection().slot()).await.unwrap().unwrap();
+    tokio::time::timeout(Duration::from_secs(5), client.connection().slot())
+        .await
+        .unwrap()
+        .unwrap();
 }
