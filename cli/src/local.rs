@@ -44,6 +44,13 @@ pub struct Plan {
     pub cpus: u32,
     /// The fast lease profile.
     pub fast: bool,
+    /// Where a relay stands between the parties: the first three parts of the addresses under which
+    /// they are told to others. `None`: they meet directly.
+    #[serde(default)]
+    pub relay: Option<[u8; 3]>,
+    /// Whether every node's processes look for armed failpoints in the file `failpoints` of its folder (tests).
+    #[serde(default)]
+    pub failpoints: bool,
 }
 
 /// A process of the cluster.
@@ -97,9 +104,31 @@ pub fn program(name: &str) -> Result<PathBuf, CliError> {
 
 impl Plan {
     /// The address of node `number` (from 1) or, for 0, of the NFS server.
-    fn ip(&self, number: u8) -> Ipv4Addr {
+    pub fn ip(&self, number: u8) -> Ipv4Addr {
         let [a, b, c] = self.subnet;
         Ipv4Addr::new(a, b, c, if number == 0 { 100 } else { 10 + number })
+    }
+
+    /// The address under which others know it.
+    pub fn told_ip(&self, number: u8) -> Ipv4Addr {
+        let [a, b, c] = self.relay.unwrap_or(self.subnet);
+        Ipv4Addr::new(a, b, c, self.ip(number).octets()[3])
+    }
+
+    /// What a relay has to carry: each told address to the real one, every port.
+    pub fn relay_pairs(&self, nodes: u8) -> Vec<(SocketAddr, SocketAddr)> {
+        let pair = |number: u8, port: u16| {
+            (
+                SocketAddr::from((self.told_ip(number), port)),
+                SocketAddr::from((self.ip(number), port)),
+            )
+        };
+        let mut pairs = vec![pair(0, NFS_PORT)];
+        for number in 1..=nodes {
+            pairs.push(pair(number, API_PORT));
+            pairs.extend((MIGRATION_PORTS.0..=MIGRATION_PORTS.1).map(|port| pair(number, port)));
+        }
+        pairs
     }
 }
 
@@ -185,7 +214,7 @@ impl LocalCluster {
             self.nodes[0].address
         ));
         for at in 1..self.nodes.len() {
-            let member = self.nodes[0].address.to_string();
+            let member = format!("{}:{API_PORT}", self.plan.told_ip(1));
             let request = proto::admin::NodeJoinRequest {
                 change: change(),
                 member,
@@ -244,7 +273,11 @@ impl LocalCluster {
 
     /// The URL of the shared volume.
     pub fn volume_url(&self) -> String {
-        format!("nfs://{}/baton", self.nfs.address)
+        format!(
+            "nfs://{}:{}/baton",
+            self.plan.told_ip(0),
+            self.nfs.address.port()
+        )
     }
 
     /// The folder that the NFS server serves.
@@ -304,12 +337,17 @@ impl LocalCluster {
         let node = &mut self.nodes[at];
         fs::create_dir_all(&node.folder)?;
         let ip = node.address.ip().to_string();
+        let told = plan
+            .told_ip(u8::try_from(at + 1).map_err(CliError::local)?)
+            .to_string();
         let mut command = Command::new(program("clusterd")?);
         command
             .arg("--data-dir")
             .arg(&node.folder)
             .args(["--name", &node.name])
             .args(["--listen", &node.address.to_string()])
+            .args(["--advertise", &format!("{told}:{API_PORT}")])
+            .args(["--migration-advertise", &told])
             .args(["--metrics-listen", &format!("{ip}:{METRICS_PORT}")])
             .args(["--migration-listen", &ip])
             .args([
@@ -322,6 +360,12 @@ impl LocalCluster {
             .arg(program("vmm")?)
             .arg("--broker")
             .arg(program("storage-broker")?);
+        if plan.failpoints {
+            command.env(
+                proto::failpoint::VARIABLE,
+                format!("@{}", node.folder.join("failpoints").display()),
+            );
+        }
         node.pid = spawn(&mut command, &node.folder.join("clusterd.log"))?;
         Ok(())
     }

@@ -26,4 +26,5 @@ pub mod admin {
     tonic::include_proto!("baton.admin.v1");
 }
 
+pub mod failpoint;
 pub mod unix;

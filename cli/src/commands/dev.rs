@@ -81,6 +81,8 @@ pub async fn run(c: &Context, command: Command) -> Result<ExitCode, CliError> {
                 memory_mib,
                 cpus,
                 fast,
+                relay: None,
+                failpoints: false,
             };
             let cluster = LocalCluster::up(plan, nodes, |step| eprintln!("  {step}")).await?;
             match c.output {

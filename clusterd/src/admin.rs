@@ -1,0 +1,20 @@
+//! The admin API: what `clusterctl` asks, answered by any node; changes are handed to the leader.
+//!
+//! Every request is parsed into the model's own types at this door. Whatever is refused says why and
+//! what to try, and carries a stable code in the metadata key `baton-code`.
+
+mod backend;
+mod cluster;
+mod error;
+mod events;
+mod migrations;
+mod nodes;
+mod plans;
+mod service;
+pub mod soft;
+pub mod views;
+mod vms;
+mod volumes;
+
+pub use backend::{Backend, BackendError, ConsoleChunks};
+pub use service::AdminService;

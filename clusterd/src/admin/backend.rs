@@ -1,0 +1,60 @@
+//! What the admin API needs of the node it runs in.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use cluster_model::{ClusterState, Envelope, NodeId, NodeRole, Reply, VmId};
+use proto::broker::broker_client::BrokerClient;
+use tokio::sync::{mpsc, watch};
+use tonic::Status;
+use tonic::transport::Channel;
+
+use super::soft::Soft;
+use crate::raft::RaftStatus;
+
+/// Output of a console, or why it ended.
+pub type ConsoleChunks = mpsc::Receiver<Result<Vec<u8>, Status>>;
+
+/// Why the node could not do what the API asked of it.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum BackendError {
+    /// This node is in no cluster.
+    #[error("this node is in no cluster; make one: clusterctl cluster init, or let it into one: clusterctl node add")]
+    NoCluster,
+    /// It is in one already.
+    #[error("this node is in a cluster already ({0})")]
+    InCluster(String),
+    /// No answer in time; whether the change was made is not known.
+    #[error("no quorum answered in time ({0}); whether the change was made is not known: ask again with the same --request-id")]
+    NoQuorum(String),
+    /// Something else.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// The node, as the admin API sees it.
+#[async_trait]
+pub trait Backend: Send + Sync + 'static {
+    /// This node's name.
+    fn name(&self) -> String;
+    /// The wall clock, ms since the Unix epoch.
+    fn wall_ms(&self) -> u64;
+    /// The replicated state as this node has applied it.
+    fn state(&self) -> watch::Receiver<Arc<ClusterState>>;
+    /// The log's status here; `None` while the node is in no cluster.
+    fn raft(&self) -> Option<RaftStatus>;
+    /// The nodes' soft state: the leader's, or where no leader answers what this node knows itself.
+    async fn soft(&self) -> Soft;
+    /// Hands a command to the leader and waits until it was applied here too.
+    async fn propose(&self, envelope: Envelope) -> Result<Reply, BackendError>;
+    /// Whether a quorum confirms, now, that what this node has applied is current.
+    async fn confirm(&self) -> Result<(), BackendError>;
+    /// Makes a cluster of this node; gives its id.
+    async fn init_cluster(&self, name: cluster_model::Name, fast: bool, actor: &str) -> Result<String, BackendError>;
+    /// Joins the cluster that answers at `member`.
+    async fn join(&self, member: &str, role: NodeRole) -> Result<NodeId, BackendError>;
+    /// This node's storage broker.
+    async fn broker(&self) -> Result<BrokerClient<Channel>, BackendError>;
+    /// The serial console of a machine, wherever it runs; what arrives on `typed` is sent to it.
+    async fn console(&self, vm: VmId, typed: mpsc::Receiver<Vec<u8>>) -> Result<ConsoleChunks, BackendError>;
+}

@@ -1,0 +1,196 @@
+//! What happened, as a stream; and why things are as they are.
+
+use std::time::Duration;
+
+use cluster_model::{ClusterState, Event, Object, Severity};
+use proto::admin::{Check, EventView, EventsRequest, WhyReply, WhyRequest};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
+
+use super::error::invalid;
+use super::service::{AdminService, Answers, node_named};
+use super::views;
+
+/// Events that wait for a slow reader at most.
+const QUEUE: usize = 256;
+/// Events that `why` shows at most.
+const CHAIN_MAX: usize = 20;
+/// A reader that takes nothing for this long is let go.
+const READER_PATIENCE: Duration = Duration::from_secs(60);
+
+/// What a reader wants to see.
+struct Filter {
+    since_ms: u64,
+    object: Option<Object>,
+    severity: Severity,
+    kind_prefix: String,
+}
+
+impl Filter {
+    fn lets_through(&self, event: &Event) -> bool {
+        event.at_ms >= self.since_ms
+            && event.severity >= self.severity
+            && event.kind.starts_with(&self.kind_prefix)
+            && self.object.is_none_or(|object| event.objects.contains(&object))
+    }
+}
+
+impl AdminService {
+    pub(super) async fn events(&self, request: EventsRequest) -> Result<Answers<EventView>, Status> {
+        let mut states = self.backend.state();
+        let state = self.cluster_state()?;
+        let filter = Filter {
+            since_ms: request.since_ms,
+            object: match request.object.as_str() {
+                "" => None,
+                text => Some(views::parse_object(&state, text).map_err(invalid)?),
+            },
+            severity: match request.severity.as_str() {
+                "" | "info" => Severity::Info,
+                "warn" => Severity::Warn,
+                "error" => Severity::Error,
+                other => return Err(invalid(format!("severity `{other}`: use info, warn or error"))),
+            },
+            kind_prefix: request.kind_prefix,
+        };
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        let mut seen = (request.after_index, request.after_sequence);
+        let mut everything = request.after_index == 0;
+        tokio::spawn(async move {
+            loop {
+                let state = states.borrow_and_update().clone();
+                for event in &state.events {
+                    let place = (event.index.0, event.sequence);
+                    if !everything && place <= seen {
+                        continue;
+                    }
+                    everything = false;
+                    seen = place;
+                    if filter.lets_through(event) {
+                        let view = views::event(&state, event);
+                        if sender.send_timeout(Ok(view), READER_PATIENCE).await.is_err() {
+                            return;
+                        }
+                    }
+                }
+                if !request.follow {
+                    return;
+                }
+                tokio::select! {
+                    changed = states.changed() => if changed.is_err() { return },
+                    () = sender.closed() => return,
+                }
+            }
+        });
+        Ok(Box::pin(ReceiverStream::new(receiver)))
+    }
+
+    pub(super) async fn why(&self, request: WhyRequest) -> Result<WhyReply, Status> {
+        let state = self.cluster_state()?;
+        let object = views::parse_object(&state, &request.object).map_err(invalid)?;
+        let mut reply = WhyReply { object: request.object.clone(), ..WhyReply::default() };
+        let mut chain: Vec<EventView> = state
+            .events
+            .iter()
+            .rev()
+            .filter(|event| event.objects.contains(&object))
+            .take(CHAIN_MAX)
+            .map(|event| views::event(&state, event))
+            .collect();
+        chain.reverse();
+        reply.chain = chain;
+        match object {
+            Object::Vm(id) => {
+                let vm = state.vms.get(&id).ok_or_else(|| invalid("the machine is gone"))?;
+                reply.summary = vm_summary(&state, vm);
+                let nodes: Vec<_> = match request.not_on.as_str() {
+                    "" => state.nodes.values().collect(),
+                    text => vec![node_named(&state, text)?],
+                };
+                for node in nodes {
+                    let verdict = match vm.ownership.owner {
+                        Some(owner) if owner == node.id => Ok(()),
+                        Some(owner) => state.may_migrate(vm.id, owner, node.id),
+                        None => cluster_model::placement::may_run(&state, vm, node),
+                    };
+                    let here = vm.ownership.owner == Some(node.id);
+                    reply.considered.push(Check {
+                        name: node.name.to_string(),
+                        passed: verdict.is_ok(),
+                        detail: match verdict {
+                            Ok(()) if here => "it is here".into(),
+                            Ok(()) => "it could be here".into(),
+                            Err(rejection) => rejection.to_string(),
+                        },
+                    });
+                }
+                reply.next = next_of(&state, vm);
+            }
+            Object::Node(id) => {
+                let node = state.nodes.get(&id).ok_or_else(|| invalid("the node is gone"))?;
+                reply.summary = format!(
+                    "{} is {} with {} machines",
+                    node.name,
+                    views::node_state(node, false),
+                    state.owned_by(id).count()
+                );
+                if let Some(drain) = state.drains.get(&id) {
+                    reply.next = format!("drained by {} ({}); take it back: clusterctl uncordon {}", drain.actor, drain.reason, node.name);
+                }
+            }
+            Object::Migration(id) => {
+                let soft = self.backend.soft().await;
+                if let Some(migration) = state.migrations.get(&id) {
+                    let view = views::migration(&state, &soft, migration);
+                    reply.summary = format!("{} {} → {}: {} {}", view.vm, view.from, view.to, view.state, view.reason);
+                }
+            }
+            Object::Volume(_) | Object::Cluster => {
+                reply.summary = views::object_label(&state, object);
+            }
+        }
+        Ok(reply)
+    }
+}
+
+fn vm_summary(state: &ClusterState, vm: &cluster_model::Vm) -> String {
+    let ownership = &vm.ownership;
+    match ownership.owner {
+        Some(owner) => format!(
+            "{} is on {} under {} since entry {} ({:?}){}",
+            vm.name,
+            state.node_label(owner),
+            ownership.token,
+            ownership.since,
+            ownership.cause,
+            if ownership.activated { "" } else { "; it is being started" }
+        )
+        .to_lowercase(),
+        None => format!(
+            "{} has no owner (token {}): {}",
+            vm.name,
+            ownership.token,
+            match (&vm.held, vm.desired) {
+                (Some(reason), _) => format!("held, {reason}"),
+                (None, cluster_model::Desired::Stopped) => "it should be stopped".into(),
+                (None, cluster_model::Desired::Running) => "it waits for a node that can take it".into(),
+            }
+        ),
+    }
+}
+
+fn next_of(state: &ClusterState, vm: &cluster_model::Vm) -> String {
+    if let Some(migration) = state.open_migration(vm.id) {
+        return format!("it moves to {} ({})", state.node_label(migration.to), migration.id);
+    }
+    if vm.held.is_some() {
+        return format!("nothing until somebody says: clusterctl vm start {}", vm.name);
+    }
+    match vm.ownership.owner {
+        Some(owner) if state.drains.get(&owner).is_some_and(|drain| drain.ended_at_ms == 0) => {
+            "its node is being drained: it will be moved".into()
+        }
+        _ => String::new(),
+    }
+}

@@ -1,0 +1,191 @@
+//! The generated service's methods: each hands its request to the file of its noun.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use cluster_model::{ClusterState, Command, Envelope, LogIndex, Name, Node, Outcome, RequestId, Volume};
+use futures::Stream;
+use proto::admin::admin_server::Admin;
+use proto::admin::*;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::backend::Backend;
+use super::error::{bad_name, invalid, not_found, rejected};
+use super::views;
+
+/// The longest id that a client may choose for a request, bytes.
+const REQUEST_ID_BYTES_MAX: usize = 128;
+/// The longest name of an actor, bytes.
+const ACTOR_BYTES_MAX: usize = 128;
+
+/// A stream of answers.
+pub type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// The admin API of one node.
+#[derive(Clone)]
+pub struct AdminService {
+    pub(super) backend: Arc<dyn Backend>,
+}
+
+impl AdminService {
+    /// The API of that node.
+    pub fn new(backend: Arc<dyn Backend>) -> AdminService {
+        AdminService { backend }
+    }
+
+    /// The replicated state as applied here.
+    pub(super) fn state(&self) -> Arc<ClusterState> {
+        self.backend.state().borrow().clone()
+    }
+
+    /// The replicated state, refusing where there is no cluster yet.
+    pub(super) fn cluster_state(&self) -> Result<Arc<ClusterState>, Status> {
+        let state = self.state();
+        if state.cluster.is_some() { Ok(state) } else { Err(super::BackendError::NoCluster.into()) }
+    }
+
+    /// Proposes a command under the id that the client chose.
+    pub(super) async fn propose(&self, change: &Asked, command: Command) -> Result<(LogIndex, Outcome), Status> {
+        self.propose_as(&change.request, change, command).await
+    }
+
+    /// Proposes one of several commands of one request, each under an id of its own.
+    pub(super) async fn propose_part(
+        &self,
+        change: &Asked,
+        part: &str,
+        command: Command,
+    ) -> Result<(LogIndex, Outcome), Status> {
+        self.propose_as(&format!("{}/{part}", change.request), change, command).await
+    }
+
+    async fn propose_as(&self, request: &str, change: &Asked, command: Command) -> Result<(LogIndex, Outcome), Status> {
+        let envelope = Envelope {
+            request: RequestId(request.to_owned()),
+            actor: change.actor.clone(),
+            at_ms: self.backend.wall_ms(),
+            command,
+        };
+        self.backend.propose(envelope).await?.into_result().map_err(|rejection| rejected(&rejection))
+    }
+}
+
+/// Who asks for a change, parsed.
+pub(super) struct Asked {
+    pub(super) request: String,
+    pub(super) actor: String,
+    pub(super) reason: String,
+}
+
+/// Parses what every change carries.
+pub(super) fn asked(change: Option<Change>) -> Result<Asked, Status> {
+    let change = change.ok_or_else(|| invalid("the request carries no `change`; use a clusterctl of this version"))?;
+    let fits = |text: &str, max: usize| text.len() <= max && !text.chars().any(char::is_control);
+    if change.request_id.is_empty() || !fits(&change.request_id, REQUEST_ID_BYTES_MAX) {
+        return Err(invalid(format!("--request-id: 1 to {REQUEST_ID_BYTES_MAX} printable characters")));
+    }
+    if !fits(&change.actor, ACTOR_BYTES_MAX) || !fits(&change.reason, 1_024) {
+        return Err(invalid("actor and reason: printable characters, 128 and 1,024 bytes at most"));
+    }
+    let actor = if change.actor.is_empty() { "somebody".to_owned() } else { change.actor };
+    Ok(Asked { request: format!("api/{}", change.request_id), actor, reason: change.reason })
+}
+
+/// Parses a name.
+pub(super) fn name(text: &str) -> Result<Name, Status> {
+    Name::new(text).map_err(|error| bad_name(&error))
+}
+
+/// The node of that name.
+pub(super) fn node_named<'s>(state: &'s ClusterState, text: &str) -> Result<&'s Node, Status> {
+    let name = name(text.strip_prefix("node/").unwrap_or(text))?;
+    state.node_named(&name).ok_or_else(|| not_found("node", name.as_str()))
+}
+
+/// The machine of that name.
+pub(super) fn vm_named<'s>(state: &'s ClusterState, text: &str) -> Result<&'s cluster_model::Vm, Status> {
+    let text = text.strip_prefix("vm/").unwrap_or(text);
+    views::vm_named(state, text).ok_or_else(|| not_found("vm", text))
+}
+
+/// The volume of that name.
+pub(super) fn volume_named<'s>(state: &'s ClusterState, text: &str) -> Result<&'s Volume, Status> {
+    let name = name(text.strip_prefix("volume/").unwrap_or(text))?;
+    state.volume_named(&name).ok_or_else(|| not_found("volume", name.as_str()))
+}
+
+/// The migration with that id.
+pub(super) fn migration_named<'s>(
+    state: &'s ClusterState,
+    text: &str,
+) -> Result<&'s cluster_model::Migration, Status> {
+    let text = text.strip_prefix("migration/").unwrap_or(text);
+    views::parse_migration(state, text).ok_or_else(|| not_found("migration", text))
+}
+
+/// Writes the methods that only hand on.
+macro_rules! hand_on {
+    ($($method:ident($request:ty) -> $reply:ty;)*) => {
+        #[tonic::async_trait]
+        impl Admin for AdminService {
+            $(
+                async fn $method(&self, request: Request<$request>) -> Result<Response<$reply>, Status> {
+                    let reply = AdminService::$method(self, request.into_inner()).await?;
+                    Ok(Response::new(reply))
+                }
+            )*
+
+            type VmConsoleStream = Answers<VmConsoleOutput>;
+            async fn vm_console(
+                &self,
+                request: Request<Streaming<VmConsoleInput>>,
+            ) -> Result<Response<Self::VmConsoleStream>, Status> {
+                Ok(Response::new(AdminService::vm_console(self, request.into_inner()).await?))
+            }
+
+            type MigrationWatchStream = Answers<MigrationView>;
+            async fn migration_watch(
+                &self,
+                request: Request<MigrationWatchRequest>,
+            ) -> Result<Response<Self::MigrationWatchStream>, Status> {
+                Ok(Response::new(AdminService::migration_watch(self, request.into_inner()).await?))
+            }
+
+            type EventsStream = Answers<EventView>;
+            async fn events(&self, request: Request<EventsRequest>) -> Result<Response<Self::EventsStream>, Status> {
+                Ok(Response::new(AdminService::events(self, request.into_inner()).await?))
+            }
+        }
+    };
+}
+
+hand_on! {
+    version(VersionRequest) -> VersionReply;
+    cluster_init(ClusterInitRequest) -> ClusterInitReply;
+    cluster_status(ClusterStatusRequest) -> ClusterStatusReply;
+    settings_get(SettingsGetRequest) -> SettingsReply;
+    settings_set(SettingsSetRequest) -> SettingsReply;
+    node_list(NodeListRequest) -> NodeListReply;
+    node_join(NodeJoinRequest) -> NodeJoinReply;
+    node_remove(NodeRemoveRequest) -> Done;
+    node_drain(NodeDrainRequest) -> DrainPlan;
+    node_drain_status(NodeDrainStatusRequest) -> DrainStatus;
+    node_uncordon(NodeUncordonRequest) -> NodeUncordonReply;
+    vm_create(VmCreateRequest) -> VmReply;
+    vm_list(VmListRequest) -> VmListReply;
+    vm_start(VmStartRequest) -> VmReply;
+    vm_stop(VmStopRequest) -> VmReply;
+    vm_delete(VmDeleteRequest) -> Done;
+    vm_migrate(VmMigrateRequest) -> VmMigrateReply;
+    volume_add(VolumeAddRequest) -> VolumeView;
+    volume_list(VolumeListRequest) -> VolumeListReply;
+    volume_remove(VolumeRemoveRequest) -> Done;
+    lease_list(LeaseListRequest) -> LeaseListReply;
+    migration_list(MigrationListRequest) -> MigrationListReply;
+    migration_cancel(MigrationCancelRequest) -> MigrationView;
+    why(WhyRequest) -> WhyReply;
+    balance_run(BalanceRunRequest) -> BalancePlan;
+    balance_status(BalanceStatusRequest) -> BalancePlan;
+    rule_set(RuleSetRequest) -> Done;
+    rule_list(RuleListRequest) -> RuleListReply;
+}

@@ -1,0 +1,97 @@
+//! Places where a test may kill, hang or fail a process; without the variable they do nothing.
+//!
+//! `BATON_FAILPOINTS="source.after_quiet=kill,run.before=hang"`; actions are `kill` (SIGKILL to the process
+//! itself), `hang` (for ever) and `error`. `BATON_FAILPOINTS=@/path/file` reads the same from a file each
+//! time a failpoint is reached, so that a test arms and disarms them while the process runs. A node's
+//! daemon and its monitors inherit one value; each looks for its own names.
+
+use std::collections::HashMap;
+use std::sync::OnceLock;
+
+/// The variable that arms them.
+pub const VARIABLE: &str = "BATON_FAILPOINTS";
+
+/// What an armed failpoint does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Action {
+    Kill,
+    Hang,
+    Error,
+}
+
+/// A failpoint armed with `error` was reached.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("failpoint {0}")]
+pub struct Tripped(pub &'static str);
+
+fn action(name: &str) -> Option<Action> {
+    static VALUE: OnceLock<Option<String>> = OnceLock::new();
+    let value = VALUE
+        .get_or_init(|| std::env::var(VARIABLE).ok())
+        .as_ref()?;
+    match value.strip_prefix('@') {
+        None => parse(value).get(name).copied(),
+        Some(path) => parse(std::fs::read_to_string(path).ok()?.trim())
+            .get(name)
+            .copied(),
+    }
+}
+
+fn parse(text: &str) -> HashMap<String, Action> {
+    let mut armed = HashMap::new();
+    for entry in text.split([',', '\n']).filter(|entry| !entry.is_empty()) {
+        let (name, action) = entry.split_once('=').unwrap_or((entry, ""));
+        let action = match action {
+            "kill" => Action::Kill,
+            "hang" => Action::Hang,
+            "error" => Action::Error,
+            other => {
+                tracing::error!(
+                    name,
+                    action = other,
+                    "unknown failpoint action: use kill, hang or error"
+                );
+                continue;
+            }
+        };
+        armed.insert(name.to_owned(), action);
+    }
+    armed
+}
+
+/// Passes the failpoint `name`.
+///
+/// # Errors
+/// When it is armed with `error`.
+pub async fn reach(name: &'static str) -> Result<(), Tripped> {
+    match action(name) {
+        None => Ok(()),
+        Some(Action::Error) => Err(Tripped(name)),
+        Some(Action::Hang) => {
+            tracing::warn!(name, "failpoint hangs");
+            std::future::pending().await
+        }
+        Some(Action::Kill) => {
+            tracing::warn!(name, "failpoint kills this process");
+            // SIGKILL cannot be refused; should it be late, nothing goes on here.
+            let _ =
+                nix::sys::signal::kill(nix::unistd::Pid::this(), nix::sys::signal::Signal::SIGKILL);
+            std::future::pending().await
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_are_read_and_nonsense_is_left_out() {
+        let armed = parse("a=kill,b=hang,,c=error,d=explode,e\nf=kill");
+        assert_eq!(armed.len(), 4);
+        assert_eq!(armed["a"], Action::Kill);
+        assert_eq!(armed["b"], Action::Hang);
+        assert_eq!(armed["c"], Action::Error);
+        assert_eq!(armed["f"], Action::Kill);
+    }
+}

@@ -1,0 +1,513 @@
+//! A cluster of real processes for a test: every link goes through a relay, every node can be killed,
+//! every guest leaves a witness, and nothing is left behind.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use clusterctl::client::{Connection, change};
+use clusterctl::local::{LocalCluster, Plan};
+use proto::admin::{
+    EventView, EventsRequest, GuestView, MigrationListRequest, MigrationView, NodeListRequest,
+    NodeView, VmCreateRequest, VmListRequest, VmMigrateRequest, VmStartRequest, VmStopRequest,
+    VmView,
+};
+use serde_json::json;
+
+use crate::relay::Relay;
+
+/// How long anything may take before a test says that it does not happen.
+pub const PATIENCE: Duration = Duration::from_secs(90);
+/// How often a condition is looked at.
+const LOOK: Duration = Duration::from_millis(25);
+
+/// What a test's cluster is like.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// How many nodes.
+    pub nodes: u8,
+    /// The fast lease profile.
+    pub fast: bool,
+    /// Memory that each node offers, MiB.
+    pub memory_mib: u64,
+}
+
+impl Default for Setup {
+    fn default() -> Setup {
+        Setup {
+            nodes: 3,
+            fast: true,
+            memory_mib: 2048,
+        }
+    }
+}
+
+/// A machine for a test.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    /// Its name.
+    pub name: String,
+    /// Memory, MiB.
+    pub memory_mib: u64,
+    /// What the guest dirties and checks, MiB.
+    pub working_set_mib: u32,
+    /// How fast it dirties it, MiB/s.
+    pub dirty_mib_s: u32,
+    /// Its disk; 0: none.
+    pub disk_bytes: u64,
+    /// Higher first.
+    pub priority: u16,
+}
+
+impl Machine {
+    /// A small machine with a disk.
+    pub fn small(name: &str) -> Machine {
+        Machine {
+            name: name.into(),
+            memory_mib: 128,
+            working_set_mib: 32,
+            dirty_mib_s: 10,
+            disk_bytes: 16 << 20,
+            priority: 500,
+        }
+    }
+}
+
+/// A running cluster; dropping it kills every process and removes its folder.
+pub struct TestCluster {
+    /// The processes.
+    pub local: LocalCluster,
+    /// Every link.
+    pub relay: Relay,
+    witnesses: PathBuf,
+    folder: Option<tempfile::TempDir>,
+}
+
+/// Each cluster of one test process gets addresses of its own.
+static NEXT: AtomicU8 = AtomicU8::new(0);
+
+impl TestCluster {
+    /// Starts one.
+    ///
+    /// # Errors
+    /// When a process does not start; the logs' place is in the message.
+    pub async fn start(setup: Setup) -> anyhow::Result<TestCluster> {
+        let folder = tempfile::Builder::new().prefix("baton-test-").tempdir()?;
+        let third = u8::try_from(std::process::id() % 250).unwrap_or(0);
+        let second = 100 + NEXT.fetch_add(1, Ordering::Relaxed) * 2;
+        let plan = Plan {
+            folder: folder.path().join("cluster"),
+            subnet: [127, second, third],
+            memory_mib: setup.memory_mib,
+            cpus: 4,
+            fast: setup.fast,
+            relay: Some([127, second + 1, third]),
+            failpoints: true,
+        };
+        let relay = Relay::start(&plan.relay_pairs(setup.nodes))
+            .await
+            .context("cannot start the relay")?;
+        let witnesses = folder.path().join("witnesses");
+        std::fs::create_dir_all(&witnesses)?;
+        match LocalCluster::up(plan, setup.nodes, |_| {}).await {
+            Ok(local) => Ok(TestCluster {
+                local,
+                relay,
+                witnesses,
+                folder: Some(folder),
+            }),
+            Err(error) => {
+                let kept = folder.keep();
+                bail!("{error} (kept: {})", kept.display())
+            }
+        }
+    }
+
+    /// The address of a node, or of the NFS server (`nfs`), as the relay knows it.
+    pub fn ip(&self, name: &str) -> IpAddr {
+        if name == "nfs" {
+            return self.local.nfs.address.ip();
+        }
+        self.local
+            .nodes
+            .iter()
+            .find(|node| node.name == name)
+            .map_or(IpAddr::from([127, 0, 0, 1]), |node| node.address.ip())
+    }
+
+    /// Cuts both ways between two parties.
+    pub fn cut(&self, a: &str, b: &str) {
+        self.relay.cut(self.ip(a), self.ip(b));
+    }
+
+    /// Cuts a node off from every other node, and from storage if asked.
+    pub fn isolate(&self, name: &str, storage_too: bool) {
+        for node in &self.local.nodes {
+            if node.name != name {
+                self.cut(name, &node.name);
+            }
+        }
+        if storage_too {
+            self.cut(name, "nfs");
+        }
+    }
+
+    /// A connection to a node that lives.
+    ///
+    /// # Errors
+    /// When none answers.
+    pub async fn api(&self) -> anyhow::Result<Connection> {
+        self.local.connect_any().await.map_err(anyhow::Error::from)
+    }
+
+    /// A connection to that node.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub async fn api_of(&self, name: &str) -> anyhow::Result<Connection> {
+        self.local
+            .connect(self.local.index_of(name)?)
+            .await
+            .map_err(anyhow::Error::from)
+    }
+
+    /// A node's direct address, for connections that do not go through the relay.
+    pub fn address_of(&self, name: &str) -> Option<SocketAddr> {
+        self.local
+            .nodes
+            .iter()
+            .find(|node| node.name == name)
+            .map(|node| node.address)
+    }
+
+    /// Arms failpoints in every process of a node, `name=action,…`; an empty text disarms them.
+    ///
+    /// # Errors
+    /// When the node's folder cannot be written.
+    pub fn arm(&self, node: &str, failpoints: &str) -> anyhow::Result<()> {
+        let at = self.local.index_of(node)?;
+        Ok(std::fs::write(
+            self.local.nodes[at].folder.join("failpoints"),
+            failpoints,
+        )?)
+    }
+
+    /// The highest number that a guest has flushed, as its monitors wrote it down.
+    ///
+    /// # Errors
+    /// When the witness cannot be read.
+    pub fn witness(&self, vm: &str) -> anyhow::Result<u64> {
+        let path = self.witnesses.join(vm);
+        if !path.exists() {
+            return Ok(0);
+        }
+        let text = std::fs::read_to_string(path)?;
+        Ok(text
+            .lines()
+            .filter_map(|line| line.split_whitespace().last()?.parse().ok())
+            .max()
+            .unwrap_or(0))
+    }
+
+    /// Creates a machine and waits until its guest has worked for a moment.
+    ///
+    /// # Errors
+    /// When it does not come to run.
+    pub async fn create(&self, machine: &Machine) -> anyhow::Result<VmView> {
+        self.create_on(machine, None).await
+    }
+
+    /// The same, on that node.
+    ///
+    /// # Errors
+    /// When it does not come to run there.
+    pub async fn create_on(&self, machine: &Machine, node: Option<&str>) -> anyhow::Result<VmView> {
+        let mut api = self.api().await?;
+        let disks = if machine.disk_bytes == 0 {
+            json!([])
+        } else {
+            json!([{ "volume": "vol-a", "path": format!("{}.raw", machine.name), "size_bytes": machine.disk_bytes }])
+        };
+        let spec = json!({
+            "vcpus": 1,
+            "memory_mib": machine.memory_mib,
+            "boot": { "self-check": { "working_set_mib": machine.working_set_mib, "dirty_mib_s": machine.dirty_mib_s } },
+            "disks": disks,
+            "priority": machine.priority,
+            "witness": self.witnesses.join(&machine.name),
+        });
+        let request = VmCreateRequest {
+            change: Some(change(None, "test")),
+            name: machine.name.clone(),
+            spec_json: spec.to_string(),
+            images: Default::default(),
+            start: true,
+        };
+        api.api.vm_create(request).await?;
+        self.wait_running(&machine.name).await?;
+        self.wait_progress(&machine.name).await?;
+        if let Some(node) = node {
+            if self.vm(&machine.name).await?.node != node {
+                let end = self.migrate(&machine.name, node).await?;
+                ensure!(
+                    end.state == "cut-over",
+                    "placing {} on {node}: {}",
+                    machine.name,
+                    end.reason
+                );
+                self.wait_progress(&machine.name).await?;
+            }
+        }
+        self.vm(&machine.name).await
+    }
+
+    /// A machine now.
+    ///
+    /// # Errors
+    /// When nobody knows it.
+    pub async fn vm(&self, name: &str) -> anyhow::Result<VmView> {
+        let mut api = self.api().await?;
+        let list = api
+            .api
+            .vm_list(VmListRequest { name: name.into() })
+            .await?
+            .into_inner()
+            .vms;
+        list.into_iter()
+            .next()
+            .with_context(|| format!("no machine {name}"))
+    }
+
+    /// The nodes now.
+    ///
+    /// # Errors
+    /// When nobody answers.
+    pub async fn nodes(&self) -> anyhow::Result<Vec<NodeView>> {
+        Ok(self
+            .api()
+            .await?
+            .api
+            .node_list(NodeListRequest {})
+            .await?
+            .into_inner()
+            .nodes)
+    }
+
+    /// The leader's name.
+    ///
+    /// # Errors
+    /// When there is none for a long time.
+    pub async fn leader(&self) -> anyhow::Result<String> {
+        self.wait("a leader", async || {
+            Ok(self
+                .nodes()
+                .await?
+                .into_iter()
+                .find(|node| node.leader)
+                .map(|node| node.name))
+        })
+        .await
+    }
+
+    /// Asks for a migration and waits for its end and its summary.
+    ///
+    /// # Errors
+    /// When it is refused, or does not end.
+    pub async fn migrate(&self, vm: &str, to: &str) -> anyhow::Result<MigrationView> {
+        let id = self.begin_migration(vm, to).await?;
+        self.wait_migration(&id).await
+    }
+
+    /// Asks for a migration; gives its id.
+    ///
+    /// # Errors
+    /// When it is refused.
+    pub async fn begin_migration(&self, vm: &str, to: &str) -> anyhow::Result<String> {
+        let request = VmMigrateRequest {
+            change: Some(change(None, "test")),
+            name: vm.into(),
+            to: to.into(),
+            ..VmMigrateRequest::default()
+        };
+        let reply = self
+            .api()
+            .await?
+            .api
+            .vm_migrate(request)
+            .await?
+            .into_inner();
+        Ok(reply.migration.context("the migration has no id")?.id)
+    }
+
+    /// Waits until a migration ended, and for what was measured if it was cut over.
+    ///
+    /// # Errors
+    /// When it does not end.
+    pub async fn wait_migration(&self, id: &str) -> anyhow::Result<MigrationView> {
+        self.wait(&format!("the end of {id}"), async || {
+            let list = self
+                .api()
+                .await?
+                .api
+                .migration_list(MigrationListRequest {
+                    all: true,
+                    vm: String::new(),
+                })
+                .await?
+                .into_inner()
+                .migrations;
+            let view = list
+                .into_iter()
+                .find(|view| view.id == id)
+                .context("it is gone")?;
+            let ended =
+                view.state == "aborted" || (view.state == "cut-over" && view.blackout_us > 0);
+            Ok(ended.then_some(view))
+        })
+        .await
+    }
+
+    /// Waits until a machine runs.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub async fn wait_running(&self, name: &str) -> anyhow::Result<VmView> {
+        self.wait(&format!("{name} running"), async || {
+            let vm = self.vm(name).await?;
+            Ok((vm.state == "running").then_some(vm))
+        })
+        .await
+    }
+
+    /// Waits until a guest has checked and flushed more than it had, and reports no error.
+    ///
+    /// # Errors
+    /// When the guest reports an error, or makes no progress.
+    pub async fn wait_progress(&self, name: &str) -> anyhow::Result<GuestView> {
+        let mut first: Option<GuestView> = None;
+        let guest = self
+            .wait(&format!("progress of {name}'s guest"), async || {
+                let vm = self.vm(name).await?;
+                let Some(guest) = vm.guest else {
+                    return Ok(None);
+                };
+                if guest.errors > 0 {
+                    return Ok(Some(guest));
+                }
+                let base = first.get_or_insert_with(|| guest.clone());
+                // A restarted guest counts from the beginning again.
+                if guest.steps < base.steps {
+                    *base = guest.clone();
+                }
+                let flushed = vm.disks.is_empty() || guest.flushed > base.flushed;
+                let went_on =
+                    guest.steps > base.steps && guest.memory_checks > base.memory_checks && flushed;
+                Ok(went_on.then_some(guest))
+            })
+            .await?;
+        ensure!(guest.errors == 0, "{name}'s guest reports: {}", guest.error);
+        Ok(guest)
+    }
+
+    /// Stops a machine and waits until it is.
+    ///
+    /// # Errors
+    /// When it does not stop.
+    pub async fn stop(&self, name: &str) -> anyhow::Result<()> {
+        let request = VmStopRequest {
+            change: Some(change(None, "test")),
+            name: name.into(),
+            force: false,
+        };
+        self.api().await?.api.vm_stop(request).await?;
+        self.wait(&format!("{name} stopped"), async || {
+            Ok((self.vm(name).await?.state == "stopped").then_some(()))
+        })
+        .await
+    }
+
+    /// Starts a machine and waits until it runs.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub async fn start_vm(&self, name: &str) -> anyhow::Result<VmView> {
+        let request = VmStartRequest {
+            change: Some(change(None, "test")),
+            name: name.into(),
+        };
+        self.api().await?.api.vm_start(request).await?;
+        self.wait_running(name).await
+    }
+
+    /// Everything that happened.
+    ///
+    /// # Errors
+    /// When nobody answers.
+    pub async fn events(&self) -> anyhow::Result<Vec<EventView>> {
+        let mut stream = self
+            .api()
+            .await?
+            .api
+            .events(EventsRequest::default())
+            .await?
+            .into_inner();
+        let mut events = Vec::new();
+        while let Some(event) = stream.message().await? {
+            events.push(event);
+        }
+        Ok(events)
+    }
+
+    /// Waits until a look finds something. A look that fails is tried again: nodes die in these tests.
+    ///
+    /// # Errors
+    /// After [`PATIENCE`], with the last look's error.
+    pub async fn wait<T>(
+        &self,
+        what: &str,
+        mut look: impl AsyncFnMut() -> anyhow::Result<Option<T>>,
+    ) -> anyhow::Result<T> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let found = look().await;
+            match found {
+                Ok(Some(value)) => return Ok(value),
+                Ok(None) if Instant::now() > deadline => {
+                    bail!("{what}: not within {} s", PATIENCE.as_secs())
+                }
+                Err(error) if Instant::now() > deadline => {
+                    return Err(
+                        error.context(format!("{what}: not within {} s", PATIENCE.as_secs()))
+                    );
+                }
+                _ => tokio::time::sleep(LOOK).await,
+            }
+        }
+    }
+
+    /// Leaves the folder behind for a look at the logs; says where.
+    pub fn keep_logs(&mut self) -> Option<PathBuf> {
+        self.folder.take().map(tempfile::TempDir::keep)
+    }
+}
+
+impl Drop for TestCluster {
+    fn drop(&mut self) {
+        if std::thread::panicking()
+            && let Some(kept) = self.keep_logs()
+        {
+            eprintln!("the cluster's logs: {}", kept.display());
+        }
+        for at in 0..self.local.nodes.len() {
+            self.local.kill_node(at);
+        }
+        for pid in clusterctl::local::processes_of(&self.local.nfs.folder) {
+            let _ = nix::sys::signal::kill(
+                nix::unistd::Pid::from_raw(pid),
+                nix::sys::signal::Signal::SIGKILL,
+            );
+        }
+    }
+}
