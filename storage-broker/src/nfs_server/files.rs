@@ -41,10 +41,37 @@ pub(super) struct Node {
     sync: Sync,
 }
 
-/// The right to write to a file, shared with other writers.
-pub(super) type WriteGate = OwnedRwLockReadGuard<()>;
+/// The right to write to a file, shared with other writers. What must happen inside the gate needs
+/// a reference to it, so that it cannot come after the gate has been left.
+#[derive(Debug)]
+pub(super) struct WriteGate {
+    node: Arc<Node>,
+    _inside: OwnedRwLockReadGuard<()>,
+}
+
 /// The right to change a file's attributes, with no writer inside.
-pub(super) type ChangeGate = OwnedRwLockWriteGuard<()>;
+#[derive(Debug)]
+pub(super) struct ChangeGate {
+    node: Arc<Node>,
+    _inside: OwnedRwLockWriteGuard<()>,
+}
+
+impl WriteGate {
+    fn demand(&self, caller: &Caller) -> Result<(), nfsstat3> {
+        self.node.attributes().demand(caller, WRITE)
+    }
+
+    fn write(&self, file: &File, data: &[u8], offset: u64) -> Result<(), nfsstat3> {
+        file.write_all_at(data, offset)
+            .map_err(|error| status_of(&error))
+    }
+}
+
+impl ChangeGate {
+    fn publish(&self, attributes: Attributes) {
+        *lock(&self.node.attributes) = attributes;
+    }
+}
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -80,13 +107,21 @@ impl Node {
     }
 
     /// Enters the gate beside other writers.
-    pub(super) async fn write_gate(&self) -> WriteGate {
-        self.gate.clone().read_owned().await
+    pub(super) async fn write_gate(self: &Arc<Self>) -> WriteGate {
+        let _inside = self.gate.clone().read_owned().await;
+        WriteGate {
+            node: self.clone(),
+            _inside,
+        }
     }
 
     /// Enters the gate alone.
-    pub(super) async fn change_gate(&self) -> ChangeGate {
-        self.gate.clone().write_owned().await
+    pub(super) async fn change_gate(self: &Arc<Self>) -> ChangeGate {
+        let _inside = self.gate.clone().write_owned().await;
+        ChangeGate {
+            node: self.clone(),
+            _inside,
+        }
     }
 
     /// The open file, if it is open.
@@ -185,23 +220,22 @@ impl Export {
     pub(super) fn write(
         &self,
         gate: WriteGate,
-        node: &Arc<Node>,
         caller: &Caller,
         offset: u64,
         data: &[u8],
         stable: stable_how,
     ) -> Result<Metadata, nfsstat3> {
-        node.attributes().demand(caller, WRITE)?;
+        gate.demand(caller)?;
         let end = offset.checked_add(data.len() as u64);
         if end.is_none_or(|end| i64::try_from(end).is_err()) {
             return Err(nfsstat3::NFS3ERR_FBIG);
         }
-        let file = self.open_file(node)?;
-        file.write_all_at(data, offset)
-            .map_err(|error| status_of(&error))?;
+        let file = self.open_file(&gate.node)?;
+        gate.write(&file, data, offset)?;
+        let node = gate.node.clone();
         drop(gate);
         if stable != stable_how::UNSTABLE {
-            self.sync(node, &file)?;
+            self.sync(&node, &file)?;
         }
         file.metadata().map_err(|error| status_of(&error))
     }
@@ -216,23 +250,26 @@ impl Export {
     }
 
     fn sync(&self, node: &Node, file: &File) -> Result<(), nfsstat3> {
-        node.sync.run(|| file.sync_data()).map_err(|error| {
-            // The kernel has dropped the data it could not write, acknowledged or not.
-            tracing::error!(%error, inode = node.identity.inode, "data could not be synced; clients will send again what they have not committed");
-            self.renew_verifier();
-            nfsstat3::NFS3ERR_IO
-        })
+        let sync = || {
+            file.sync_data().inspect_err(|error| {
+                // The kernel has dropped the data it could not write, acknowledged or not, and the
+                // next sync will succeed: its COMMIT must already find the new verifier.
+                tracing::error!(%error, inode = node.identity.inode, "data could not be synced; clients will send again what they have not committed");
+                self.renew_verifier();
+            })
+        };
+        node.sync.run(sync).map_err(|_| nfsstat3::NFS3ERR_IO)
     }
 
     /// SETATTR, alone inside the gate: checked, made durable, and only then seen.
     pub(super) fn set_attributes(
         &self,
-        gate: ChangeGate,
-        node: &Arc<Node>,
+        gate: &ChangeGate,
         caller: &Caller,
         wanted: &Change,
         guard: Option<nfstime3>,
     ) -> Result<(), nfsstat3> {
+        let node = &gate.node;
         let before = node.attributes();
         if let Some(guard) = guard {
             let metadata = self.metadata(node)?;
@@ -259,8 +296,7 @@ impl Export {
             ..node.record()
         };
         self.at_path(node, |_| self.journal.put(record))?;
-        *lock(&node.attributes) = after;
-        drop(gate);
+        gate.publish(after);
         Ok(())
     }
 
@@ -346,7 +382,40 @@ impl Sync {
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
+    use futures::FutureExt;
+
     use super::*;
+
+    #[tokio::test]
+    async fn a_change_waits_for_the_writers_inside_and_holds_up_those_after_it() {
+        let record = Record {
+            identity: Identity {
+                inode: 1,
+                born_ns: 1,
+            },
+            generation: 1,
+            attributes: Attributes {
+                uid: 1,
+                gid: 1,
+                mode: 0o060,
+                changed_ns: 1,
+            },
+            create_verifier: 0,
+        };
+        let node = Arc::new(Node::new(record, false));
+        let (first, second) = (node.write_gate().await, node.write_gate().await);
+        let mut change = std::pin::pin!(node.change_gate());
+        assert!(change.as_mut().now_or_never().is_none());
+        let mut later = std::pin::pin!(node.write_gate());
+        assert!(later.as_mut().now_or_never().is_none(), "it waits its turn");
+        drop(first);
+        assert!(change.as_mut().now_or_never().is_none());
+        drop(second);
+        let change = change.now_or_never().expect("nobody is inside");
+        assert!(later.as_mut().now_or_never().is_none());
+        drop(change);
+        assert!(later.now_or_never().is_some());
+    }
 
     #[test]
     fn those_who_wait_share_a_sync_that_began_after_they_asked() {

@@ -67,12 +67,14 @@ pub(super) async fn execute(
             let gate = node.write_gate().await;
             blocking(move || {
                 let count = data.len() as u32;
-                let result = match export.write(gate, &node, &caller, offset, &data, stable) {
+                // Taken before the data can be lost, so that a loss shows in the COMMIT.
+                let verf = nfs3::writeverf3(export.verifier());
+                let result = match export.write(gate, &caller, offset, &data, stable) {
                     Ok(metadata) => nfs3::WRITE3res::Ok(nfs3::WRITE3resok {
                         file_wcc: after(Nfs3Option::Some(export.wire(&node, &metadata))),
                         count,
                         committed: stable,
-                        verf: nfs3::writeverf3(export.verifier()),
+                        verf,
                     }),
                     Err(status) => write_failed(status, attributes(&export, &node)),
                 };
@@ -91,7 +93,7 @@ pub(super) async fn execute(
             };
             let gate = node.change_gate().await;
             blocking(move || {
-                let done = export.set_attributes(gate, &node, &caller, &change, guard);
+                let done = export.set_attributes(&gate, &caller, &change, guard);
                 reply(xid, &changed(done, attributes(&export, &node)))
             })
             .await
@@ -127,7 +129,7 @@ pub(super) async fn execute(
                     };
                     let (export, caller) = (export.clone(), caller.clone());
                     blocking(move || {
-                        let cut = export.set_attributes(gate, &node, &caller, &cut, None);
+                        let cut = export.set_attributes(&gate, &caller, &cut, None);
                         Ok(cut.map(|()| node))
                     })
                     .await?
