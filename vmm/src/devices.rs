@@ -13,6 +13,13 @@
 //! re-keying it is the machine's part, not the device's. Each device is made by
 //! `Device::new(&DeviceContext, …) -> Result<Arc<Device>, …>`; the machine puts it on its bus (see [`crate::layout`]).
 
+pub mod i8042;
+pub mod selfcheck;
+pub mod serial;
+#[cfg(test)]
+pub(crate) mod testing;
+pub mod virtio;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;

@@ -11,10 +11,9 @@ pub mod devices;
 pub mod failpoint;
 pub mod gate;
 pub mod guest;
-#[path = "../guest/abi.rs"]
-pub mod guest_abi;
 pub mod kvm;
 pub mod layout;
+pub mod machine;
 pub mod memory;
 pub mod permit;
 pub mod phase;

@@ -14,6 +14,7 @@ pub mod block;
 pub mod buffers;
 pub mod mmio;
 pub mod net;
+mod ready;
 #[cfg(test)]
 pub(crate) mod driver;
 

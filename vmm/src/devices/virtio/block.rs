@@ -203,10 +203,9 @@ impl Server {
     async fn run(&self, request: Request) -> (Request, Answer) {
         let command = Command::parse(&request, self.transport.memory(), self.sectors, self.read_only);
         let result: Result<Bytes, DiskError> = match command {
-            Ok(Command::Read { offset, bytes: 0 }) => {
-                tracing::debug!(device = self.transport.name(), offset, "a read of nothing");
-                Ok(Bytes::new())
-            }
+            // Nothing is always there.
+            Ok(Command::Read { bytes: 0, .. }) => Ok(Bytes::new()),
+            Ok(Command::Write { data, .. }) if data.is_empty() => Ok(Bytes::new()),
             Ok(Command::Read { offset, bytes }) => self.disk.read(offset, bytes).await,
             Ok(Command::Write { offset, data }) => self.disk.write(offset, data).await.map(|()| Bytes::new()),
             Ok(Command::Flush) => self.disk.flush().await.map(|()| Bytes::new()),

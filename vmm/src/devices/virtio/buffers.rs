@@ -116,8 +116,10 @@ impl Buffers {
 ///
 /// # Errors
 /// When the chain is no well-formed request; see [`ChainError`].
-pub fn collect(chain: DescriptorChain<GuestMemory>) -> Result<(Buffers, Buffers), ChainError> {
-    let memory = chain.memory().clone();
+pub fn collect(
+    chain: DescriptorChain<GuestMemory>,
+    memory: &GuestMemory,
+) -> Result<(Buffers, Buffers), ChainError> {
     let (mut readable, mut writable) = (Buffers::default(), Buffers::default());
     // The iterator ends in silence on whatever is wrong; then the last piece it gave said that another follows.
     let mut ended = false;

@@ -10,8 +10,6 @@ mod state;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::bitmap::AtomicBitmap;
@@ -19,6 +17,7 @@ use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::buffers::{Buffers, ChainError, collect};
+use super::ready::watch_event;
 use super::{FEATURE_EVENT_INDEX, FEATURE_VERSION_1, Tasks};
 use crate::devices::{DeviceContext, GuestMemory, IrqLine, WakeHub};
 
@@ -234,7 +233,7 @@ impl Transport {
                 }
             };
             let head = chain.head_index();
-            match collect(chain) {
+            match collect(chain, &self.memory) {
                 Ok((readable, writable)) => {
                     state.in_flight += 1;
                     return Some(Request { readable, writable, queue, head, epoch });
@@ -451,7 +450,7 @@ impl Transport {
 
 /// Turns an ioeventfd's events into kicks.
 async fn forward(transport: Arc<Transport>, queue: usize, event: EventFd) {
-    let event = match AsyncFd::with_interest(event, Interest::READABLE) {
+    let event = match watch_event(event) {
         Ok(event) => event,
         Err(error) => {
             // Without it the guest's notifications would be lost in silence.

@@ -1,0 +1,157 @@
+//! A tap: the host's end of the guest's network cable. `unsafe` for its ioctls.
+#![allow(unsafe_code)]
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use crate::devices::virtio::ready::watch_file;
+
+/// The longest name of an interface.
+const NAME_BYTES_MAX: usize = libc::IFNAMSIZ - 1;
+
+/// Adds a port to a bridge (linux/sockios.h).
+const SIOCBRADDIF: libc::c_ulong = 0x89a2;
+
+/// An open tap, for whole Ethernet frames.
+#[derive(Debug)]
+pub struct Tap {
+    file: AsyncFd<File>,
+}
+
+/// Why a tap cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum TapError {
+    /// Not a name.
+    #[error("{0:?} is no name for a network interface: 1 to {NAME_BYTES_MAX} letters, digits, dots, dashes")]
+    Name(String),
+    /// The host refused.
+    #[error("cannot {doing} {name}: {source}; it needs CAP_NET_ADMIN, and the tun module")]
+    Refused {
+        /// What was tried.
+        doing: &'static str,
+        /// On which interface.
+        name: String,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+impl Tap {
+    /// Opens the tap `name`, makes it where it is missing, plugs it into `bridge` and brings it up. Called on a tokio
+    /// runtime. A tap made here is gone when it is closed.
+    ///
+    /// # Errors
+    /// See [`TapError`].
+    pub fn open(name: &str, bridge: &str) -> Result<Self, TapError> {
+        let tap = Self::attach(name)?;
+        let interface = request(name)?;
+        let refused = |doing, source| TapError::Refused { doing, name: name.into(), source };
+        let control = socket().map_err(|source| refused("open a control socket for", source))?;
+        plug(&control, interface, bridge).map_err(|source| refused("plug into its bridge", source))?;
+        bring_up(&control, interface).map_err(|source| refused("bring up", source))?;
+        Ok(tap)
+    }
+
+    fn attach(name: &str) -> Result<Self, TapError> {
+        let mut interface = request(name)?;
+        let refused = |doing, source| TapError::Refused { doing, name: name.into(), source };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+            .open(Path::new("/dev/net/tun"))
+            .map_err(|source| refused("open /dev/net/tun for", source))?;
+        interface.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
+        // SAFETY: the descriptor is open and `interface` is a whole `ifreq`, which TUNSETIFF reads and fills.
+        let answer = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut interface) };
+        check(answer).map_err(|source| refused("make the tap", source))?;
+        Self::from_file(file).map_err(|source| refused("wait for", source))
+    }
+
+    /// A tap, or anything else that carries one frame a read and write, already open and not blocking.
+    ///
+    /// # Errors
+    /// When it cannot be waited for.
+    pub fn from_file(file: File) -> io::Result<Self> {
+        Ok(Self { file: watch_file(file)? })
+    }
+
+    /// Waits until a frame may be there.
+    ///
+    /// # Errors
+    /// When the runtime is gone.
+    pub async fn readable(&self) -> io::Result<()> {
+        // Left ready: only a read that finds nothing clears it.
+        self.file.readable().await.map(|mut ready| ready.retain_ready())
+    }
+
+    /// Reads one frame if there is one.
+    ///
+    /// # Errors
+    /// `WouldBlock` where there is none, and whatever the host says.
+    pub fn try_read(&self, frame: &mut [u8]) -> io::Result<usize> {
+        self.file.try_io(Interest::READABLE, |mut file| file.read(frame))
+    }
+
+    /// Writes one frame.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub async fn write(&self, frame: &[u8]) -> io::Result<()> {
+        self.file.async_io(Interest::WRITABLE, |mut file| file.write(frame)).await.map(|_| ())
+    }
+}
+
+fn request(name: &str) -> Result<libc::ifreq, TapError> {
+    let good = |byte: u8| byte.is_ascii_alphanumeric() || b".-_".contains(&byte);
+    if name.is_empty() || name.len() > NAME_BYTES_MAX || !name.bytes().all(good) {
+        return Err(TapError::Name(name.into()));
+    }
+    let mut interface = libc::ifreq {
+        ifr_name: [0; libc::IFNAMSIZ],
+        ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_ifindex: 0 },
+    };
+    for (to, from) in interface.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    Ok(interface)
+}
+
+fn socket() -> io::Result<OwnedFd> {
+    std::net::UdpSocket::bind((std::net::Ipv4Addr::LOCALHOST, 0)).map(OwnedFd::from)
+}
+
+fn plug(control: &OwnedFd, mut port: libc::ifreq, bridge: &str) -> io::Result<()> {
+    let mut interface = request(bridge).map_err(io::Error::other)?;
+    ioctl(control, libc::SIOCGIFINDEX as libc::c_ulong, &mut port)?;
+    // SAFETY: SIOCGIFINDEX has filled this member.
+    interface.ifr_ifru.ifru_ifindex = unsafe { port.ifr_ifru.ifru_ifindex };
+    match ioctl(control, SIOCBRADDIF, &mut interface) {
+        // It is plugged in already.
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(()),
+        other => other,
+    }
+}
+
+fn bring_up(control: &OwnedFd, mut interface: libc::ifreq) -> io::Result<()> {
+    ioctl(control, libc::SIOCGIFFLAGS as libc::c_ulong, &mut interface)?;
+    // SAFETY: SIOCGIFFLAGS has filled this member.
+    let flags = unsafe { interface.ifr_ifru.ifru_flags };
+    interface.ifr_ifru.ifru_flags = flags | libc::IFF_UP as libc::c_short;
+    ioctl(control, libc::SIOCSIFFLAGS as libc::c_ulong, &mut interface)
+}
+
+fn ioctl(control: &OwnedFd, number: libc::c_ulong, interface: &mut libc::ifreq) -> io::Result<()> {
+    // SAFETY: the descriptor is open, and every request used here reads or fills one `ifreq`.
+    check(unsafe { libc::ioctl(control.as_raw_fd(), number, std::ptr::from_mut(interface)) })
+}
+
+fn check(answer: libc::c_int) -> io::Result<()> {
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
