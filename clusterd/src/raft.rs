@@ -16,6 +16,7 @@ mod codec;
 mod disk;
 mod forward;
 mod handle;
+mod journal;
 mod latency;
 mod log;
 mod machine;

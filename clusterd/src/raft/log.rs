@@ -23,7 +23,7 @@ use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use tokio::sync::{mpsc, oneshot};
 
 use super::codec::{self, DecodeError, Reader};
-use super::disk::{Change, Contents, LogDisk, StoreError, VALUE_BYTES_MAX};
+use super::disk::{Change, Contents, Key, LogDisk, StoreError, VALUE_BYTES_MAX};
 use super::types::{Entry, LogId, TypeConfig, Vote};
 pub(super) use thread::LogThread;
 use thread::Job;
@@ -37,10 +37,6 @@ const DISK_READ_MAX: u64 = 64;
 /// Jobs that may wait for the log thread; more make openraft wait.
 const JOBS_MAX: usize = 4_096;
 
-const KEY_VOTE: &str = "vote";
-const KEY_COMMITTED: &str = "committed";
-const KEY_PURGED: &str = "purged";
-const KEY_NODE: &str = "node";
 
 /// The log as openraft and its replication tasks see it; clones share it.
 #[derive(Clone)]
@@ -145,7 +141,7 @@ impl LogStore {
             Some(_) => {}
             None => {
                 let value = codec::seal(&node.0.to_le_bytes());
-                disk.write(vec![Change::Meta { key: KEY_NODE, value }])
+                disk.write(vec![Change::Meta { key: Key::Node, value }])
                     .and_then(|()| disk.sync())
                     .map_err(|source| StoreError::Open { dir: dir.to_owned(), source })?;
             }
@@ -268,12 +264,11 @@ fn check(contents: Contents, snapshot: Option<LogId>) -> Result<(Memory, Option<
     for (key, sealed) in &contents.meta {
         let value = codec::unseal("small value", sealed)?;
         let mut reader = Reader::new("small value", value);
-        match std::str::from_utf8(key) {
-            Ok(KEY_VOTE) => memory.vote = Some(codec::take_vote(&mut reader)?),
-            Ok(KEY_COMMITTED) => memory.committed = codec::take_log_id(&mut reader)?,
-            Ok(KEY_PURGED) => memory.purged = codec::take_log_id(&mut reader)?,
-            Ok(KEY_NODE) => owner = Some(NodeId(reader.u64()?)),
-            _ => return Err(DecodeError::new("small value", format!("unknown key {key:?}"))),
+        match key {
+            Key::Vote => memory.vote = Some(codec::take_vote(&mut reader)?),
+            Key::Committed => memory.committed = codec::take_log_id(&mut reader)?,
+            Key::Purged => memory.purged = codec::take_log_id(&mut reader)?,
+            Key::Node => owner = Some(NodeId(reader.u64()?)),
         }
         reader.end()?;
     }
@@ -355,7 +350,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         let mut value = Vec::new();
         codec::put_vote(&mut value, vote);
         let (reply, answer) = oneshot::channel();
-        let change = Change::Meta { key: KEY_VOTE, value: codec::seal(&value) };
+        let change = Change::Meta { key: Key::Vote, value: codec::seal(&value) };
         self.send(Job::Durable { changes: vec![change], reply }).await?;
         answer.await.map_err(|_| thread::gone())??;
         lock(&self.memory).vote = Some(*vote);
@@ -367,7 +362,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         let mut value = Vec::new();
         codec::put_log_id(&mut value, committed.as_ref());
         // Not waited for: an older commit point only means that more is learnt again after a restart.
-        let change = Change::Meta { key: KEY_COMMITTED, value: codec::seal(&value) };
+        let change = Change::Meta { key: Key::Committed, value: codec::seal(&value) };
         self.send(Job::Lazy { changes: vec![change] }).await
     }
 
@@ -438,7 +433,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         let mut value = Vec::new();
         codec::put_log_id(&mut value, Some(&upto));
         let changes = vec![
-            Change::Meta { key: KEY_PURGED, value: codec::seal(&value) },
+            Change::Meta { key: Key::Purged, value: codec::seal(&value) },
             Change::RemoveThrough(upto.index),
         ];
         self.send(Job::Lazy { changes }).await

@@ -38,12 +38,11 @@ pub fn digest_json(value: &impl Serialize) -> u64 {
             Ok(())
         }
     }
-    let mut sink = std::io::BufWriter::with_capacity(64 * 1024, Sink(Xxh3::new()));
-    match serde_json::to_writer(&mut sink, value).map(|()| sink.into_inner()) {
-        Ok(Ok(sink)) => sink.0.digest(),
+    let mut sink = Sink(Xxh3::new());
+    match serde_json::to_writer(&mut sink, value) {
+        Ok(()) => sink.0.digest(),
         // The sink takes everything, so only a value that has no JSON comes here; it has no snapshot
         // either, and the error's text is as deterministic as the value.
-        Ok(Err(error)) => xxh3_64(error.to_string().as_bytes()),
         Err(error) => xxh3_64(error.to_string().as_bytes()),
     }
 }

@@ -17,7 +17,7 @@ use openraft::vote::RaftLeaderId;
 use openraft::StorageError;
 use serde::{Deserialize, Serialize};
 
-use super::super::disk::{Change, Contents, LogDisk, SledDisk, StoreError};
+use super::super::disk::{Change, Contents, Key, LogDisk, SledDisk, StoreError};
 use super::super::machine::Machine;
 use super::super::snapshot::SnapshotDir;
 use super::super::state::StateMachine;
@@ -64,7 +64,7 @@ struct Volatile {
 #[derive(Clone, Default)]
 struct Content {
     entries: BTreeMap<u64, Vec<u8>>,
-    meta: BTreeMap<String, Vec<u8>>,
+    meta: BTreeMap<Key, Vec<u8>>,
 }
 
 impl Volatile {
@@ -80,7 +80,7 @@ impl LogDisk for Volatile {
         let state = self.state.lock().unwrap();
         Ok(Contents {
             entries: state.0.entries.clone().into_iter().collect(),
-            meta: state.0.meta.clone().into_iter().map(|(key, value)| (key.into_bytes(), value)).collect(),
+            meta: state.0.meta.clone().into_iter().collect(),
         })
     }
 
@@ -91,7 +91,7 @@ impl LogDisk for Volatile {
                 Change::Put { index, value } => drop(content.entries.insert(index, value)),
                 Change::RemoveFrom(index) => drop(content.entries.split_off(&index)),
                 Change::RemoveThrough(index) => content.entries = content.entries.split_off(&(index + 1)),
-                Change::Meta { key, value } => drop(content.meta.insert(key.to_owned(), value)),
+                Change::Meta { key, value } => drop(content.meta.insert(key, value)),
             }
         }
         Ok(())
@@ -104,6 +104,10 @@ impl LogDisk for Volatile {
         let mut state = self.state.lock().unwrap();
         state.1 = state.0.clone();
         Ok(())
+    }
+
+    fn settle(&mut self) -> io::Result<bool> {
+        Ok(false)
     }
 
     fn read(&mut self, range: Range<u64>) -> io::Result<Vec<(u64, Vec<u8>)>> {
@@ -223,7 +227,7 @@ async fn a_damaged_misplaced_or_missing_entry_keeps_the_log_shut() {
         content.entries.insert(2, value);
     });
     damage("a committed entry gone from the end", &|content| drop(content.entries.remove(&4)));
-    damage("a damaged commit point", &|content| content.meta.get_mut("committed").unwrap()[0] ^= 1);
-    damage("no owner", &|content| drop(content.meta.remove("node")));
+    damage("a damaged commit point", &|content| content.meta.get_mut(&Key::Committed).unwrap()[0] ^= 1);
+    damage("no owner", &|content| drop(content.meta.remove(&Key::Node)));
     open(&disk.after_power_loss()).expect("the undamaged one opens");
 }

@@ -99,6 +99,7 @@ fn run(mut disk: impl LogDisk, mut jobs: mpsc::Receiver<Job>, durable: impl Fn(u
                     // The read must see what was asked for before it.
                     let read = guard(&mut failed, || {
                         disk.write(std::mem::take(&mut changes))?;
+                        disk.sync()?;
                         disk.read(range)
                     });
                     // The reader may have gone away.
@@ -117,6 +118,13 @@ fn run(mut disk: impl LogDisk, mut jobs: mpsc::Receiver<Job>, durable: impl Fn(u
             if must_sync { disk.sync() } else { Ok(()) }
         });
         answer(waiting, &written, &durable);
+        while !closing && jobs.is_empty() {
+            match guard(&mut failed, || disk.settle()) {
+                Ok(true) => {}
+                // A failure is remembered; the next job reports it.
+                Ok(false) | Err(_) => break,
+            }
+        }
     }
 }
 
@@ -139,7 +147,9 @@ fn answer(waiting: Vec<Waiting>, written: &io::Result<()>, durable: &impl Fn(u64
         Ok(()) => Ok(()),
         Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
     };
-    for waiting in waiting {
+    // Newest first: openraft keeps the newest only, so the older ones then wake nobody. In the order of
+    // the log each would wake it, and a second wake within a microsecond makes it sleep for a timer tick.
+    for waiting in waiting.into_iter().rev() {
         match waiting {
             Waiting::Append { end, callback } => {
                 if written.is_ok() {

@@ -1,0 +1,227 @@
+//! A small file in front of the store: what is in it survives a loss of power, after one write and one sync.
+//!
+//! ```text
+//! record   magic u32 | length u32 | generation u64 | sequence u64 | xxh3 u64 | payload | zeros to 4 KiB
+//! file     record 0 | record 1 | … | record n | older generations' records, or zeros
+//! ```
+//! sled alone needs two waits for the disk a commit (its own `sync_file_range`, then our `fdatasync`) and
+//! rewrites tree nodes under them; this needs one, in a file whose blocks exist already. Records begin at
+//! block boundaries, so that a torn write damages nothing that was acknowledged before. When the file is
+//! full its content has been moved to sled and it begins again with the next generation.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use xxhash_rust::xxh3::Xxh3;
+
+use super::codec::{DecodeError, Reader};
+use super::disk::sync_dir;
+
+/// Size of the file, bytes: some 2,000 commits between two moves to sled.
+pub(super) const JOURNAL_BYTES: u64 = 8 << 20;
+/// The largest payload of one record, bytes; more is split.
+pub(super) const RECORD_BYTES_MAX: usize = 1 << 20;
+const BLOCK: usize = 4096;
+const MAGIC: u32 = 0x4c4a_5442;
+const HEADER: usize = 4 + 4 + 8 + 8 + 8;
+
+/// The journal, open for one generation.
+pub(super) struct Journal {
+    file: File,
+    generation: u64,
+    sequence: u64,
+    position: u64,
+    /// Reused for each record.
+    buffer: Vec<u8>,
+}
+
+impl Journal {
+    /// Makes an empty journal with all its blocks written, so that later syncs change no metadata.
+    pub(super) fn create(path: &Path) -> io::Result<()> {
+        let temporary = path.with_extension("tmp");
+        let file = File::create(&temporary)?;
+        let zeros = vec![0; 1 << 20];
+        for at in (0..JOURNAL_BYTES).step_by(zeros.len()) {
+            file.write_all_at(&zeros, at)?;
+        }
+        file.sync_all()?;
+        std::fs::rename(&temporary, path)?;
+        sync_dir(path.parent().unwrap_or(Path::new(".")))
+    }
+
+    /// Opens the journal and gives the payloads of `generation`, in order.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or a record that was acknowledged is damaged: a torn one at the end was
+    /// not, one with a good successor was.
+    pub(super) fn open(path: &Path, generation: u64) -> io::Result<(Journal, Vec<Vec<u8>>)> {
+        let file = File::options().read(true).write(true).open(path)?;
+        let mut content = vec![0; JOURNAL_BYTES as usize];
+        file.read_exact_at(&mut content, 0)?;
+        let mut payloads = Vec::new();
+        let mut position = 0;
+        while let Some(record) = parse(&content[position..])
+            .filter(|record| record.generation == generation && record.sequence == payloads.len() as u64)
+        {
+            payloads.push(record.payload.to_vec());
+            position += blocks(record.payload.len());
+        }
+        let end = payloads.len() as u64;
+        for at in (position..content.len()).step_by(BLOCK) {
+            if parse(&content[at..])
+                .is_some_and(|record| record.generation == generation && record.sequence >= end)
+            {
+                let why = format!("record {end} is damaged and a later one is not");
+                return Err(io::Error::new(io::ErrorKind::InvalidData, DecodeError::new("journal", why)));
+            }
+        }
+        let journal =
+            Journal { file, generation, sequence: end, position: position as u64, buffer: Vec::new() };
+        Ok((journal, payloads))
+    }
+
+    /// Begins again at the front: everything of older generations is void.
+    pub(super) fn restart(&mut self, generation: u64) {
+        self.generation = generation;
+        self.sequence = 0;
+        self.position = 0;
+    }
+
+    /// This journal's generation.
+    pub(super) fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// Whether a record with such a payload still fits.
+    pub(super) fn fits(&self, payload_bytes: usize) -> bool {
+        self.position + blocks(payload_bytes) as u64 <= JOURNAL_BYTES
+    }
+
+    /// Writes a record that fits; [`Journal::sync`] makes it durable.
+    pub(super) fn append(&mut self, payload: &[u8]) -> io::Result<()> {
+        let length = u32::try_from(payload.len())
+            .ok()
+            .filter(|_| payload.len() <= RECORD_BYTES_MAX && self.fits(payload.len()))
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the journal's record is too large"))?;
+        self.buffer.clear();
+        self.buffer.extend_from_slice(&MAGIC.to_le_bytes());
+        self.buffer.extend_from_slice(&length.to_le_bytes());
+        self.buffer.extend_from_slice(&self.generation.to_le_bytes());
+        self.buffer.extend_from_slice(&self.sequence.to_le_bytes());
+        let checksum = checksum(&self.buffer, payload);
+        self.buffer.extend_from_slice(&checksum.to_le_bytes());
+        self.buffer.extend_from_slice(payload);
+        self.buffer.resize(blocks(payload.len()), 0);
+        self.file.write_all_at(&self.buffer, self.position)?;
+        self.position += self.buffer.len() as u64;
+        self.sequence += 1;
+        Ok(())
+    }
+
+    /// Returns when every record written survives a loss of power.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+}
+
+struct Record<'a> {
+    generation: u64,
+    sequence: u64,
+    payload: &'a [u8],
+}
+
+/// The record at the front of `bytes`, if a whole one is there.
+fn parse(bytes: &[u8]) -> Option<Record<'_>> {
+    let mut reader = Reader::new("journal", bytes);
+    if reader.u32().ok()? != MAGIC {
+        return None;
+    }
+    let length = reader.u32().ok()? as usize;
+    let (generation, sequence, expected) = (reader.u64().ok()?, reader.u64().ok()?, reader.u64().ok()?);
+    let payload = reader.bytes(length).ok()?;
+    let covered = &bytes[..HEADER - 8];
+    (length <= RECORD_BYTES_MAX && checksum(covered, payload) == expected)
+        .then_some(Record { generation, sequence, payload })
+}
+
+fn checksum(header: &[u8], payload: &[u8]) -> u64 {
+    let mut hash = Xxh3::new();
+    hash.update(header);
+    hash.update(payload);
+    hash.digest()
+}
+
+/// Bytes that a record takes in the file.
+fn blocks(payload_bytes: usize) -> usize {
+    (HEADER + payload_bytes).next_multiple_of(BLOCK)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn new() -> (tempfile::TempDir, std::path::PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal");
+        Journal::create(&path).unwrap();
+        (dir, path)
+    }
+
+    fn flip(path: &Path, at: u64) {
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at).unwrap();
+        file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+    }
+
+    #[test]
+    fn records_read_back_in_order_and_older_generations_are_void() {
+        let (_dir, path) = new();
+        let (mut journal, records) = Journal::open(&path, 1).unwrap();
+        assert!(records.is_empty());
+        for n in 0..10u8 {
+            journal.append(&vec![n; 3_000 * usize::from(n)]).unwrap();
+        }
+        journal.sync().unwrap();
+        let (_, records) = Journal::open(&path, 1).unwrap();
+        assert_eq!(records.len(), 10);
+        assert_eq!(records[7], vec![7; 21_000]);
+        assert!(Journal::open(&path, 2).unwrap().1.is_empty());
+        journal.restart(2);
+        journal.append(b"new").unwrap();
+        assert_eq!(Journal::open(&path, 2).unwrap().1, [b"new".to_vec()]);
+    }
+
+    #[test]
+    fn a_torn_record_at_the_end_was_not_acknowledged_and_a_damaged_one_before_it_was() {
+        let (_dir, path) = new();
+        let (mut journal, _) = Journal::open(&path, 1).unwrap();
+        for n in 0..3u8 {
+            journal.append(&[n; 10]).unwrap();
+        }
+        // Record 2 begins in the third block.
+        flip(&path, 2 * BLOCK as u64 + HEADER as u64 + 5);
+        assert_eq!(Journal::open(&path, 1).unwrap().1.len(), 2);
+        flip(&path, 2 * BLOCK as u64 + HEADER as u64 + 5);
+        flip(&path, BLOCK as u64 + HEADER as u64 + 5);
+        assert!(Journal::open(&path, 1).is_err());
+    }
+
+    #[test]
+    fn a_full_journal_takes_nothing_more() {
+        let (_dir, path) = new();
+        let (mut journal, _) = Journal::open(&path, 1).unwrap();
+        let payload = vec![1; RECORD_BYTES_MAX];
+        let mut written = 0;
+        while journal.fits(payload.len()) {
+            journal.append(&payload).unwrap();
+            written += 1;
+        }
+        assert_eq!(written, 7);
+        assert!(journal.append(&payload).is_err());
+        assert!(journal.append(&vec![1; RECORD_BYTES_MAX + 1]).is_err());
+        assert_eq!(Journal::open(&path, 1).unwrap().1.len(), 7);
+    }
+}
