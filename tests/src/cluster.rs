@@ -32,6 +32,8 @@ pub struct Setup {
     pub fast: bool,
     /// Memory that each node offers, MiB.
     pub memory_mib: u64,
+    /// Whether every link goes through a relay and can be cut.
+    pub relay: bool,
 }
 
 impl Default for Setup {
@@ -40,6 +42,7 @@ impl Default for Setup {
             nodes: 3,
             fast: true,
             memory_mib: 2048,
+            relay: true,
         }
     }
 }
@@ -103,10 +106,15 @@ impl TestCluster {
             memory_mib: setup.memory_mib,
             cpus: 4,
             fast: setup.fast,
-            relay: Some([127, second + 1, third]),
+            relay: setup.relay.then_some([127, second + 1, third]),
             failpoints: true,
         };
-        let relay = Relay::start(&plan.relay_pairs(setup.nodes))
+        let pairs = if setup.relay {
+            plan.relay_pairs(setup.nodes)
+        } else {
+            Vec::new()
+        };
+        let relay = Relay::start(&pairs)
             .await
             .context("cannot start the relay")?;
         let witnesses = folder.path().join("witnesses");

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod cluster;
+pub mod figures;
 pub mod relay;
 
 /// Whether machines can run here; prints the reason as a skip if not.
