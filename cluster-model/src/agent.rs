@@ -39,6 +39,8 @@
 //! never ran), never thawed under the token it had.
 
 mod act;
+#[cfg(test)]
+mod tests;
 mod view;
 
 pub use act::Act;
@@ -97,7 +99,12 @@ enum Standing<'s> {
     Ahead,
 }
 
-fn standing(state: &ClusterState, me: NodeId, monitor: &MonitorView) -> Standing<'static> {
+fn standing(
+    state: &ClusterState,
+    me: NodeId,
+    monitor: &MonitorView,
+    incoming: Option<&Migration>,
+) -> Standing<'static> {
     let applied = state.applied.0;
     let Some(vm) = state.vms.get(&monitor.vm) else {
         return if monitor.vm.0 > applied {
@@ -121,8 +128,14 @@ fn standing(state: &ClusterState, me: NodeId, monitor: &MonitorView) -> Standing
         }
     }
     let ownership = &vm.ownership;
-    if image > ownership.token {
+    if image > state.token_last {
         Standing::Ahead
+    } else if image > ownership.token {
+        // Granted to nobody, so reserved for a migration; it waits for its source, or came too late.
+        match incoming {
+            Some(_) => Standing::Incoming,
+            None => Standing::Void("its token was reserved for a migration that ended"),
+        }
     } else if ownership.owner != Some(me) {
         Standing::Void("the machine is not this node's under that token")
     } else if image < ownership.image {
@@ -145,7 +158,7 @@ fn decide_machine(
     let mut strays = false;
     let mut ahead = false;
     for &monitor in monitors {
-        match standing(state, view.me, monitor) {
+        match standing(state, view.me, monitor, incoming) {
             Standing::Live { image } => {
                 // Two live ones are a flow's accident; the one that got further is the machine.
                 let rank = |image: Token, monitor: &MonitorView| {
@@ -272,7 +285,7 @@ fn receive(
             let how = monitor.failure.as_deref().unwrap_or("no reason given");
             return abort(format!("the destination's monitor failed: {how}"));
         }
-        // Built, and not listening yet.
+        // Built; its source has not called yet.
         MonitorPhase::Ready => return None,
         MonitorPhase::Running
         | MonitorPhase::Frozen

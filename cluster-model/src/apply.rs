@@ -24,6 +24,23 @@ pub(crate) struct Entry<'e> {
     sequence: u32,
 }
 
+/// From this token on the cluster warns that the counter nears its end: a sixteenth of it is left.
+const TOKENS_WARN_AT: u32 = Token::LIMIT - Token::LIMIT / 16;
+/// The longest detail of an event, bytes: it may quote what a monitor or a guest said.
+pub(crate) const DETAIL_BYTES_MAX: usize = 2_048;
+
+/// A text cut to at most `bytes_max` bytes, at a character.
+pub(crate) fn clip(mut text: String, bytes_max: usize) -> String {
+    if text.len() > bytes_max {
+        let cut = (0..=bytes_max)
+            .rev()
+            .find(|&at| text.is_char_boundary(at))
+            .unwrap_or(0);
+        text.truncate(cut);
+    }
+    text
+}
+
 pub(crate) type Applied = Result<Outcome, Rejection>;
 
 impl ClusterState {
@@ -39,12 +56,29 @@ impl ClusterState {
             at_ms: envelope.at_ms,
             sequence: 0,
         };
+        let tokens_before = self.token_last;
         let reply = match self.carry_out(&mut entry, &envelope.command) {
             Ok(outcome) => Reply::Done { index, outcome },
             Err(rejection) => Reply::Rejected(rejection),
         };
+        self.warn_of_the_last_tokens(&mut entry, tokens_before);
         self.remember(envelope, reply.clone());
         reply
+    }
+
+    /// Says once that the counter nears its end.
+    fn warn_of_the_last_tokens(&mut self, entry: &mut Entry<'_>, before: Token) {
+        if before.0 < TOKENS_WARN_AT && self.token_last.0 >= TOKENS_WARN_AT {
+            let left = Token::LIMIT - self.token_last.0;
+            self.note(
+                entry,
+                Severity::Warn,
+                vec![Object::Cluster],
+                "cluster.tokens-low",
+                format!("{left} of 2^30 fencing tokens are left; plan to move into a new cluster"),
+                None,
+            );
+        }
     }
 
     fn remember(&mut self, envelope: &Envelope, reply: Reply) {
@@ -217,7 +251,7 @@ impl ClusterState {
             severity,
             objects,
             kind: kind.to_owned(),
-            detail,
+            detail: clip(detail, DETAIL_BYTES_MAX),
             why,
         }));
         entry.sequence += 1;

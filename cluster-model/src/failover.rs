@@ -6,6 +6,7 @@
 
 use std::collections::BTreeSet;
 
+use crate::apply::{DETAIL_BYTES_MAX, clip};
 use crate::command::Command;
 use crate::event::{Object, Severity, Why};
 use crate::fleet::{Count, Fleet, Observed};
@@ -49,7 +50,7 @@ pub fn plan(state: &ClusterState, observed: &Observed) -> Vec<Command> {
                 fleet.promise_start(vm, choice.node);
             }
             Err(no_place) => {
-                let detail = format!("{} waits: {no_place}", vm.name);
+                let detail = clip(format!("{} waits: {no_place}", vm.name), DETAIL_BYTES_MAX);
                 if last_note(state, vm.id) != Some(&detail) {
                     commands.push(Command::Note {
                         objects: vec![Object::Vm(vm.id)],

@@ -22,6 +22,8 @@ pub mod queue;
 pub mod settings;
 pub mod state;
 pub mod supervise;
+#[cfg(test)]
+mod testing;
 
 pub use agent::{
     Act, FlowKind, MonitorMigration, MonitorPhase, MonitorView, NodeView, PermitRefusal, Side,

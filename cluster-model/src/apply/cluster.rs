@@ -8,8 +8,8 @@ use crate::event::{Object, Severity, Why};
 use crate::ids::{Incarnation, Name, NodeId, VmId, VolumeId};
 use crate::settings::Settings;
 use crate::state::{
-    ClusterInfo, ClusterState, Drain, Duty, LOSSES_MAX, Liveness, Node, NodeFacts, NodeRole,
-    OwnershipCause, Rule, Volume,
+    ClusterInfo, ClusterState, Drain, Duty, LOSSES_MAX, Liveness, MigrationCause, MigrationState,
+    Node, NodeFacts, NodeRole, OwnershipCause, Rule, Volume,
 };
 use crate::{ABSENT_MS_MAX, FIRST_NODE};
 
@@ -19,6 +19,8 @@ const NODES_MAX: usize = 1_000;
 const RULES_MAX: usize = 10_000;
 /// The longest text that a person may give as a reason, bytes.
 const REASON_BYTES_MAX: usize = 1_024;
+/// The longest address or identity of a volume, bytes.
+const URL_BYTES_MAX: usize = 2_048;
 /// Losses older than this do not count towards quarantine, ms.
 const LOSS_WINDOW_MS: u64 = 3_600_000;
 /// Added to the broker's uid and a node's number to make the node's uid.
@@ -250,7 +252,7 @@ impl ClusterState {
         if known.incarnation != incarnation {
             return Err(Rejection::OtherIncarnation { node });
         }
-        if known.liveness == Liveness::Lost {
+        if matches!(known.liveness, Liveness::Lost | Liveness::Quarantined) {
             return Ok(Outcome::Nothing);
         }
         let name = known.name.clone();
@@ -434,7 +436,16 @@ impl ClusterState {
         reason: &str,
         stuck: bool,
     ) -> Applied {
+        self.running_drain(node)?;
         let label = self.vm_label(vm);
+        if self.vm(vm)?.ownership.owner != Some(node) {
+            return Err(Rejection::DrainState {
+                node,
+                is: format!("no longer where {label} is"),
+                hint: "look again: clusterctl vm show".into(),
+            });
+        }
+        let reason = &super::clip(reason.to_owned(), REASON_BYTES_MAX);
         let tries_max = self.settings.drain_tries_max;
         let drain = self.running_drain(node)?;
         let failures = drain.failures.entry(vm).or_default();
@@ -516,6 +527,19 @@ impl ClusterState {
             known.liveness = Liveness::Lost;
         }
         self.drains.remove(&node);
+        // What the drain had queued stays; what is under way already goes on to its end.
+        let queued: Vec<_> = self
+            .migrations
+            .values()
+            .filter(|migration| {
+                migration.state == MigrationState::Queued
+                    && migration.cause == MigrationCause::Drain(node)
+            })
+            .map(|migration| migration.id)
+            .collect();
+        for migration in queued {
+            self.end_migration_aborted(entry, migration, "the drain was ended by uncordon");
+        }
         self.note(
             entry,
             Severity::Info,
@@ -543,6 +567,12 @@ impl ClusterState {
         }
         for node in &volume.nodes {
             self.node(*node)?;
+        }
+        if volume.url.len() > URL_BYTES_MAX || volume.uuid.len() > URL_BYTES_MAX {
+            return Err(Rejection::TooLarge {
+                what: "volume address (bytes)".into(),
+                max: URL_BYTES_MAX as u64,
+            });
         }
         let id = volume.id;
         self.note(

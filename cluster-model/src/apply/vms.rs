@@ -537,6 +537,7 @@ impl ClusterState {
                 .count();
             if recent >= crashes_max {
                 let reason = format!("it ended {recent} times within ten minutes; last: {detail}");
+                let reason = super::clip(reason, super::DETAIL_BYTES_MAX);
                 known.held = Some(reason.clone());
                 held = Some(reason);
             }
