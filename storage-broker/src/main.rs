@@ -1,4 +1,6 @@
-//! The storage broker's command: the daemon beside `clusterd`.
+//! The storage broker's command: the daemon beside `clusterd`, and the embedded NFS server.
+
+use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use storage_broker::{daemon, nfs_server};
@@ -21,14 +23,25 @@ enum Command {
 }
 
 #[tokio::main]
-async fn main() -> anyhow::Result<()> {
+async fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()),
         )
         .with_writer(std::io::stderr)
         .init();
-    match Cli::parse().command {
+    match run(Cli::parse().command).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Each error names its cause itself.
+            eprintln!("storage-broker: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(command: Command) -> anyhow::Result<()> {
+    match command {
         Command::Serve(args) => {
             let mut terminate = signal(SignalKind::terminate())?;
             let mut interrupt = signal(SignalKind::interrupt())?;
