@@ -29,12 +29,17 @@
 
 mod clock;
 mod error;
+mod frame;
 mod machine;
 mod net;
 mod options;
+mod pace;
 mod pages;
 pub mod policy;
+mod receive;
+mod send;
 mod stats;
+mod wire;
 
 pub use clock::monotonic_ns;
 pub use error::{FrameError, HostError, ReceiveError, SendError, SendFailed};
@@ -45,6 +50,8 @@ pub use net::{Acceptor, BoxStream, Connector, Stream, TcpAcceptor, TcpConnector}
 pub use options::{Credentials, ReceiveOptions, SendOptions, Ticket};
 pub use pages::{CHUNK_PAGES, PAGE_SIZE, Region};
 pub use policy::{FixedCosts, Policy};
+pub use receive::receive;
+pub use send::send;
 pub use stats::{
     ReceiveStage, ReceiveStatus, Received, RoundStats, SendStage, SendStatus, SendTimings, Sent,
 };

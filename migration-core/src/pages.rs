@@ -26,11 +26,6 @@ impl Region {
         self.pages.div_ceil(64) as usize
     }
 
-    /// Chunks, the last one maybe short.
-    pub(crate) fn chunks(&self) -> u64 {
-        self.pages.div_ceil(CHUNK_PAGES)
-    }
-
     /// A bitmap with every page set, and no bit beyond the last page.
     pub(crate) fn full_bitmap(&self) -> Vec<u64> {
         let mut bits = vec![u64::MAX; self.bitmap_words()];

@@ -261,10 +261,11 @@ proptest! {
         match verdict {
             Verdict::Stop(_) => {
                 prop_assert!(real_us <= ceiling_us + slack_us, "{real_us} us after {rounds}");
-                // A quarter is what a round must take to pay, so geometric leftovers of up to
-                // three more such rounds stay on the table; never the whole ceiling.
-                prop_assert!(real_us <= best_us * 4 + slack_us + 2_000,
-                    "stopped at {real_us} us where {best_us} us could be had");
+                // Where each round takes a quarter at least, only the last few are left on the table.
+                if load <= 0.7 {
+                    prop_assert!(real_us <= best_us * 2 + slack_us + 2_000,
+                        "stopped at {real_us} us where {best_us} us could be had");
+                }
             }
             Verdict::GiveUp(_) => prop_assert!(best_us + slack_us >= ceiling_us,
                 "gave up though {best_us} us was possible"),

@@ -1,0 +1,7 @@
+//! Whole migrations between two machines without a hypervisor.
+
+mod cuts;
+mod door;
+mod fake;
+mod rig;
+mod whole;
