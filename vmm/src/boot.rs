@@ -55,6 +55,9 @@ pub enum BootError {
     /// The command line is too long or holds what it must not.
     #[error("the kernel command line cannot be used: {0}")]
     Cmdline(String),
+    /// The self-checking guest cannot be started so.
+    #[error(transparent)]
+    Guest(#[from] crate::guest::GuestParamsError),
     /// Guest memory refused a write, which the layout rules out.
     #[error("cannot write the guest's boot data: {0}")]
     Memory(#[from] vm_memory::GuestMemoryError),

@@ -23,3 +23,8 @@ pub fn monotonic_ns() -> u64 {
 pub fn realtime_ns() -> u64 {
     read(ClockId::CLOCK_REALTIME)
 }
+
+/// Processor time of this process, all threads together, nanoseconds.
+pub fn process_cpu_ns() -> u64 {
+    read(ClockId::CLOCK_PROCESS_CPUTIME_ID)
+}

@@ -43,7 +43,8 @@ pub struct Gate {
 
 #[derive(Debug, Default)]
 struct Inner {
-    open: bool,
+    /// The permit that the guest runs under; the gate is open exactly while there is one.
+    permit: Option<RunPermit>,
     deadline_ns: u64,
 }
 
@@ -104,17 +105,17 @@ impl Gate {
         }
         inner.deadline_ns = inner.deadline_ns.max(permit.deadline_ns());
         self.arm(inner.deadline_ns);
-        if !inner.open {
-            inner.open = true;
+        let mut now = clock::monotonic_ns();
+        if inner.permit.replace(permit).is_none() {
             for disk in &self.disks {
                 disk.release();
             }
             for device in &self.devices {
                 device.resume();
             }
+            now = clock::monotonic_ns();
+            self.vcpus.let_go();
         }
-        let now = clock::monotonic_ns();
-        self.vcpus.let_go();
         Ok(now)
     }
 
@@ -123,7 +124,7 @@ impl Gate {
         let mut inner = self.lock();
         // A deadline already passed is not saved by an extension that came first to the lock: the
         // timer's thread closes the gate, and only a permit opens it.
-        let passed = inner.open && clock::boottime_ns() >= inner.deadline_ns;
+        let passed = inner.permit.is_some() && clock::boottime_ns() >= inner.deadline_ns;
         if !passed || self.on_lapse == OnLapse::RunUntilFenced {
             inner.deadline_ns = inner.deadline_ns.max(deadline_ns);
             self.arm(inner.deadline_ns);
@@ -135,15 +136,24 @@ impl Gate {
         self.lock().deadline_ns
     }
 
-    /// Stops the vCPUs and leaves the disks as they are, so that they can drain; answers when the
-    /// last one stopped (CLOCK_MONOTONIC ns). Followed by [`Gate::hold`].
+    /// Whether the guest is let go.
+    pub fn is_open(&self) -> bool {
+        self.lock().permit.is_some()
+    }
+
+    /// Stops the vCPUs and leaves the disks as they are, so that they can drain; [`Gate::hold`] follows.
+    ///
+    /// The permit comes back, so that who gives up what it stopped the guest for can use it again,
+    /// while its lease lasts; with the time when the last vCPU stopped (CLOCK_MONOTONIC ns).
+    /// `None`: the gate was closed already.
     ///
     /// # Errors
-    /// When a vCPU does not stop in time.
-    pub fn stop_vcpus(&self) -> Result<u64, PauseTimedOut> {
+    /// When a vCPU does not stop in time; the permit is gone then.
+    pub fn stop_vcpus(&self) -> Result<(Option<RunPermit>, u64), PauseTimedOut> {
         let mut inner = self.lock();
-        inner.open = false;
-        self.vcpus.pause(PAUSE_TIMEOUT)
+        let permit = inner.permit.take().map(|permit| permit.renewed(inner.deadline_ns));
+        let stopped_ns = self.vcpus.pause(PAUSE_TIMEOUT)?;
+        Ok((permit, stopped_ns))
     }
 
     /// Holds the disks.
@@ -163,7 +173,7 @@ impl Gate {
     }
 
     fn close_locked(&self, inner: &mut Inner) -> Result<u64, PauseTimedOut> {
-        inner.open = false;
+        inner.permit = None;
         // The disks first: a vCPU that is slow to stop writes no more.
         self.hold();
         self.vcpus.pause(PAUSE_TIMEOUT)
@@ -187,7 +197,7 @@ impl Gate {
     /// Closes the gate if the deadline has passed and it is open.
     fn lapse(&self) -> Option<Lapsed> {
         let mut inner = self.lock();
-        let due = inner.open && clock::boottime_ns() >= inner.deadline_ns;
+        let due = inner.permit.is_some() && clock::boottime_ns() >= inner.deadline_ns;
         if !due || self.on_lapse == OnLapse::RunUntilFenced {
             return None;
         }

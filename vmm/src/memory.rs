@@ -71,19 +71,9 @@ pub fn allocate(mib: u64) -> Result<GuestMemory, MemoryError> {
     Ok(Arc::new(memory))
 }
 
-/// Fills in all pages now, so that an incoming migration does not fault on each; a refusal (an
-/// older host) costs those faults and nothing else.
-pub fn populate(memory: &GuestMemory) {
-    for region in memory.iter() {
-        if let Err(error) = advise(region.as_ptr(), region.len() as usize, libc::MADV_POPULATE_WRITE) {
-            tracing::debug!(%error, "guest memory is not filled in ahead");
-        }
-    }
-}
-
 fn advise(start: *mut u8, length: usize, advice: libc::c_int) -> io::Result<()> {
     // SAFETY: the range is a whole mapping that `GuestMemoryMmap` owns and keeps mapped while its
-    // caller borrows it; both kinds of advice used here keep the contents.
+    // caller borrows it; the advice keeps the contents.
     let answer = unsafe { libc::madvise(start.cast(), length, advice) };
     if answer == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

@@ -101,6 +101,11 @@ impl RunPermit {
         self.log_index
     }
 
+    /// The same right under a renewed lease.
+    pub(crate) fn renewed(self, deadline_ns: u64) -> RunPermit {
+        RunPermit { deadline_ns: self.deadline_ns.max(deadline_ns), ..self }
+    }
+
     /// Until when, CLOCK_BOOTTIME nanoseconds.
     pub fn deadline_ns(&self) -> u64 {
         self.deadline_ns

@@ -3,11 +3,12 @@
 //! ```text
 //!            permit              lease lapsed
 //!   READY ────────────► RUNNING ─────────────► FROZEN ── permit ──► RUNNING
-//!                        │  │ │ disk refused
-//!   INCOMING             │  │ └──────────────► REFUSED ── re-key, permit ──► RUNNING
-//!     │ arrived          │  │ said quiet
-//!     ▼                  │  └────────────────► QUIET ──── re-key, permit ──► RUNNING
-//!   COMPLETE ── permit ──┘
+//!                       ▲  │  │  disk refused
+//!   INCOMING            │  │  └──────────────► REFUSED ── re-key, permit ──► RUNNING
+//!     │ arrived         │  │ stopping for the cutover
+//!     ▼                 │  ▼
+//!   COMPLETE ── permit ─┤ STOPPING ── said quiet ──► QUIET ── re-key, permit ──► RUNNING
+//!                       └──┘ given up: FROZEN, or RUNNING by the permit it had
 //!   any ── shut down ──► STOPPED      any ── failed ──► FAILED
 //! ```
 //!
@@ -29,7 +30,9 @@ pub enum Phase {
         /// The disks have it; a permit may follow.
         rekeyed: bool,
     },
-    /// Source of a migration, stopped for the cutover.
+    /// Source of a migration: vCPUs stopped, disks draining; nothing is promised yet.
+    Stopping,
+    /// Source of a migration, stopped for the cutover by its own promise.
     Quiet {
         /// The log has said abort and the disks have a fresh token; a permit may follow.
         rekeyed: bool,
@@ -55,8 +58,12 @@ pub enum Event {
     DiskRefused,
     /// All disks have taken up a fresh token.
     Rekeyed,
-    /// Stopped for the cutover, drained.
+    /// The vCPUs are being stopped for the cutover.
+    StopForCutover,
+    /// The promise is given: *quiet* is about to be sent.
     SaidQuiet,
+    /// The cutover was given up before *quiet*.
+    GaveUp,
     /// The memory and the devices' state are here and verified.
     Arrived,
     /// The guest ended, or was stopped.
@@ -81,23 +88,24 @@ impl Phase {
     /// # Errors
     /// When the event must not happen in this phase.
     pub fn after(self, event: Event) -> Result<Phase, NotNow> {
-        use Phase::{Complete, Failed, Frozen, Incoming, Quiet, Ready, Refused, Running, Stopped};
+        use Phase::{
+            Complete, Failed, Frozen, Incoming, Quiet, Ready, Refused, Running, Stopped, Stopping,
+        };
         let refused = Err(NotNow { phase: self, event });
         match event {
             Event::Permitted => match self {
                 Ready | Frozen | Complete | Running => Ok(Running),
                 Refused { rekeyed: true } | Quiet { rekeyed: true } => Ok(Running),
                 Refused { rekeyed: false } | Quiet { rekeyed: false } => refused,
-                Incoming | Stopped | Failed => refused,
+                Stopping | Incoming | Stopped | Failed => refused,
             },
             Event::LeaseLapsed => match self {
                 Running => Ok(Frozen),
-                Ready | Frozen | Refused { .. } | Quiet { .. } | Incoming | Complete | Stopped | Failed => {
-                    Ok(self)
-                }
+                Ready | Frozen | Refused { .. } | Stopping | Quiet { .. } | Incoming | Complete | Stopped
+                | Failed => Ok(self),
             },
             Event::DiskRefused => match self {
-                Running | Frozen | Ready | Refused { .. } => Ok(Refused { rekeyed: false }),
+                Running | Frozen | Ready | Stopping | Refused { .. } => Ok(Refused { rekeyed: false }),
                 Quiet { .. } => Ok(Quiet { rekeyed: false }),
                 // A destination's disks are not its own yet: what they say counts once it runs.
                 Incoming | Complete | Stopped | Failed => Ok(self),
@@ -106,30 +114,37 @@ impl Phase {
                 Ready | Frozen | Incoming | Complete => Ok(self),
                 Refused { .. } => Ok(Refused { rekeyed: true }),
                 Quiet { .. } => Ok(Quiet { rekeyed: true }),
-                Running | Stopped | Failed => refused,
+                Running | Stopping | Stopped | Failed => refused,
+            },
+            Event::StopForCutover => match self {
+                Running => Ok(Stopping),
+                Ready | Frozen | Refused { .. } | Stopping | Quiet { .. } | Incoming | Complete | Stopped
+                | Failed => refused,
             },
             Event::SaidQuiet => match self {
-                Running => Ok(Quiet { rekeyed: false }),
-                Ready | Frozen | Refused { .. } | Quiet { .. } | Incoming | Complete | Stopped | Failed => {
-                    refused
-                }
+                // A refusal may come between the drain and the promise: the promise is given all the same.
+                Stopping | Refused { .. } => Ok(Quiet { rekeyed: false }),
+                Ready | Running | Frozen | Quiet { .. } | Incoming | Complete | Stopped | Failed => refused,
+            },
+            Event::GaveUp => match self {
+                Stopping => Ok(Frozen),
+                Ready | Running | Frozen | Refused { .. } | Quiet { .. } | Incoming | Complete | Stopped
+                | Failed => Ok(self),
             },
             Event::Arrived => match self {
                 Incoming => Ok(Complete),
-                Ready | Running | Frozen | Refused { .. } | Quiet { .. } | Complete | Stopped | Failed => {
-                    refused
-                }
+                Ready | Running | Frozen | Refused { .. } | Stopping | Quiet { .. } | Complete | Stopped
+                | Failed => refused,
             },
             Event::ShutDown => match self {
-                Ready | Running | Frozen | Refused { .. } | Stopped => Ok(Stopped),
+                Ready | Running | Frozen | Stopping | Refused { .. } | Stopped => Ok(Stopped),
                 // What these hold is not theirs to flush: a source said quiet, a destination never ran.
                 Quiet { .. } | Incoming | Complete | Failed => refused,
             },
             Event::Failed => match self {
                 Stopped => Ok(Stopped),
-                Ready | Running | Frozen | Refused { .. } | Quiet { .. } | Incoming | Complete | Failed => {
-                    Ok(Failed)
-                }
+                Ready | Running | Frozen | Refused { .. } | Stopping | Quiet { .. } | Incoming | Complete
+                | Failed => Ok(Failed),
             },
         }
     }
@@ -143,7 +158,8 @@ impl Phase {
     pub fn to_wire(self) -> wire::Phase {
         match self {
             Phase::Ready => wire::Phase::Ready,
-            Phase::Running => wire::Phase::Running,
+            // Still in its own right, and back to running if the cutover is given up.
+            Phase::Running | Phase::Stopping => wire::Phase::Running,
             Phase::Frozen => wire::Phase::Frozen,
             Phase::Refused { .. } => wire::Phase::Refused,
             Phase::Quiet { .. } => wire::Phase::Quiet,
@@ -163,6 +179,7 @@ impl std::fmt::Display for Phase {
             Phase::Frozen => "frozen",
             Phase::Refused { rekeyed: false } => "refused by its storage",
             Phase::Refused { rekeyed: true } => "re-keyed",
+            Phase::Stopping => "stopping for its cutover",
             Phase::Quiet { rekeyed: false } => "quiet",
             Phase::Quiet { rekeyed: true } => "quiet and re-keyed",
             Phase::Incoming => "incoming",
@@ -180,7 +197,9 @@ impl std::fmt::Display for Event {
             Event::LeaseLapsed => "a lapse",
             Event::DiskRefused => "a refusal",
             Event::Rekeyed => "a re-key",
+            Event::StopForCutover => "to stop for a cutover",
             Event::SaidQuiet => "to say quiet",
+            Event::GaveUp => "to give a cutover up",
             Event::Arrived => "an arrival",
             Event::ShutDown => "to stop",
             Event::Failed => "a failure",
@@ -192,12 +211,13 @@ impl std::fmt::Display for Event {
 mod tests {
     use super::*;
 
-    const PHASES: [Phase; 11] = [
+    const PHASES: [Phase; 12] = [
         Phase::Ready,
         Phase::Running,
         Phase::Frozen,
         Phase::Refused { rekeyed: false },
         Phase::Refused { rekeyed: true },
+        Phase::Stopping,
         Phase::Quiet { rekeyed: false },
         Phase::Quiet { rekeyed: true },
         Phase::Incoming,
@@ -206,12 +226,14 @@ mod tests {
         Phase::Failed,
     ];
 
-    const EVENTS: [Event; 8] = [
+    const EVENTS: [Event; 10] = [
         Event::Permitted,
         Event::LeaseLapsed,
         Event::DiskRefused,
         Event::Rekeyed,
+        Event::StopForCutover,
         Event::SaidQuiet,
+        Event::GaveUp,
         Event::Arrived,
         Event::ShutDown,
         Event::Failed,
@@ -219,7 +241,9 @@ mod tests {
 
     #[test]
     fn the_table_is_the_one_drawn() {
-        use Phase::{Complete, Failed, Frozen, Incoming, Quiet, Ready, Refused, Running, Stopped};
+        use Phase::{
+            Complete, Failed, Frozen, Incoming, Quiet, Ready, Refused, Running, Stopped, Stopping,
+        };
         let table = [
             (Ready, Event::Permitted, Running),
             (Running, Event::LeaseLapsed, Frozen),
@@ -229,7 +253,10 @@ mod tests {
             (Refused { rekeyed: false }, Event::Rekeyed, Refused { rekeyed: true }),
             (Refused { rekeyed: true }, Event::DiskRefused, Refused { rekeyed: false }),
             (Refused { rekeyed: true }, Event::Permitted, Running),
-            (Running, Event::SaidQuiet, Quiet { rekeyed: false }),
+            (Running, Event::StopForCutover, Stopping),
+            (Stopping, Event::SaidQuiet, Quiet { rekeyed: false }),
+            (Stopping, Event::GaveUp, Frozen),
+            (Stopping, Event::DiskRefused, Refused { rekeyed: false }),
             (Quiet { rekeyed: false }, Event::Rekeyed, Quiet { rekeyed: true }),
             (Quiet { rekeyed: true }, Event::Permitted, Running),
             (Incoming, Event::Arrived, Complete),

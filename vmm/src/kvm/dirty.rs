@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use kvm_bindings::{KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1};
 use vm_memory::bitmap::AtomicBitmap;
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iowr_nr;
 
@@ -33,19 +33,6 @@ pub struct DirtyLog {
     vm: Arc<Vm>,
 }
 
-/// The dirty pages of one region of RAM, a bit each, the lowest bit of the first word first.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RegionBitmap {
-    /// The region's number, in the order of addresses: KVM's slot.
-    pub slot: u32,
-    /// Its first page.
-    pub first_page: u64,
-    /// Its pages.
-    pub pages: u64,
-    /// The bits.
-    pub words: Vec<u64>,
-}
-
 impl DirtyLog {
     /// Begins to log. All pages count as dirty at first.
     ///
@@ -56,52 +43,40 @@ impl DirtyLog {
         Ok(DirtyLog { vm })
     }
 
-    /// What is dirty, devices' writes included.
+    /// The dirty pages of a slot (a region of RAM, counted in the order of addresses), devices' writes
+    /// included: a bit each, the lowest of the first word first. No bit beyond the slot's end is set.
     ///
     /// # Errors
-    /// When KVM does not say.
-    pub fn fetch(&self) -> Result<Vec<RegionBitmap>, KvmError> {
-        let mut regions = Vec::new();
-        for (slot, region) in self.vm.memory().iter().enumerate() {
-            let slot = slot as u32;
-            // The devices' bits first: what a device writes from now on is in the next fetch.
-            let bitmap: &AtomicBitmap = region.get_mmap_bitmap();
-            let devices = bitmap.get_and_reset();
-            let mut words = self
-                .vm
-                .fd()
-                .get_dirty_log(slot, region.len() as usize)
-                .map_err(asked("the dirty log"))?;
-            for (word, device) in words.iter_mut().zip(devices) {
-                *word |= device;
-            }
-            let pages = region.len() / PAGE_BYTES;
-            // Bits beyond the end mean nothing and are not left to be misread.
-            if let Some(last) = words.last_mut()
-                && pages % PAGES_PER_WORD != 0
-            {
-                *last &= (1 << (pages % PAGES_PER_WORD)) - 1;
-            }
-            let first_page = region.start_addr().raw_value() / PAGE_BYTES;
-            regions.push(RegionBitmap { slot, first_page, pages, words });
+    /// When KVM does not say, or there is no such slot.
+    pub fn fetch(&self, slot: u32) -> Result<Vec<u64>, KvmError> {
+        let region = self.region(slot)?;
+        // The devices' bits first: what a device writes from now on is in the next fetch.
+        let devices = region.bitmap_of_devices().get_and_reset();
+        let kvm = self.vm.fd().get_dirty_log(slot, region.len() as usize);
+        let mut words = kvm.map_err(asked("the dirty log"))?;
+        for (word, device) in words.iter_mut().zip(devices) {
+            *word |= device;
         }
-        Ok(regions)
+        let used = region.len() / PAGE_BYTES % PAGES_PER_WORD;
+        if let Some(last) = words.last_mut()
+            && used != 0
+        {
+            *last &= (1 << used) - 1;
+        }
+        Ok(words)
     }
 
-    /// Clears pages `word × 64 ..` of a slot as far as `bits` says, so that the next write to them is logged.
+    /// Clears the pages of a slot that are set in `bits`, whose first bit is `first_page`, so that the
+    /// next write to them is logged.
     ///
     /// # Errors
-    /// When KVM refuses.
-    pub fn clear(&self, slot: u32, first_word: u64, bits: &[u64]) -> Result<(), KvmError> {
+    /// When KVM refuses, or `first_page` is not a multiple of [`PAGES_PER_WORD`].
+    pub fn clear(&self, slot: u32, first_page: u64, bits: &[u64]) -> Result<(), KvmError> {
         if !self.vm.has_manual_dirty_log() || bits.is_empty() {
             // Without the capability fetching has cleared it all.
             return Ok(());
         }
-        let Some(region) = self.vm.memory().iter().nth(slot as usize) else {
-            return Ok(());
-        };
-        let first_page = first_word * PAGES_PER_WORD;
-        let left = (region.len() / PAGE_BYTES).saturating_sub(first_page);
+        let left = (self.region(slot)?.len() / PAGE_BYTES).saturating_sub(first_page);
         let num_pages = left.min(bits.len() as u64 * PAGES_PER_WORD) as u32;
         let request = kvm_clear_dirty_log {
             slot,
@@ -113,6 +88,11 @@ impl DirtyLog {
         let answer = unsafe { ioctl_with_ref(self.vm.fd(), KVM_CLEAR_DIRTY_LOG(), &request) };
         if answer == 0 { Ok(()) } else { Err(asked("to clear the dirty log")(kvm_ioctls::Error::last())) }
     }
+
+    fn region(&self, slot: u32) -> Result<&GuestRegionMmap<AtomicBitmap>, KvmError> {
+        let missing = || asked("a memory slot")(kvm_ioctls::Error::new(libc::ENOENT));
+        self.vm.memory().iter().nth(slot as usize).ok_or_else(missing)
+    }
 }
 
 impl Drop for DirtyLog {
@@ -123,13 +103,13 @@ impl Drop for DirtyLog {
     }
 }
 
-/// The full bitmap of a region, which the `GuestMemoryRegion` trait shows only in slices.
-trait MmapBitmap {
-    fn get_mmap_bitmap(&self) -> &AtomicBitmap;
+/// The whole bitmap of a region, which the `GuestMemoryRegion` trait shows only in slices.
+trait DeviceBitmap {
+    fn bitmap_of_devices(&self) -> &AtomicBitmap;
 }
 
-impl MmapBitmap for vm_memory::GuestRegionMmap<AtomicBitmap> {
-    fn get_mmap_bitmap(&self) -> &AtomicBitmap {
+impl DeviceBitmap for GuestRegionMmap<AtomicBitmap> {
+    fn bitmap_of_devices(&self) -> &AtomicBitmap {
         use std::ops::Deref;
         self.deref().bitmap()
     }

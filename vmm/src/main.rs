@@ -1,0 +1,99 @@
+//! `vmm`: runs one virtual machine, as its machine file says and as its control socket allows.
+
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, ensure};
+use clap::Parser;
+use tokio::signal::unix::{SignalKind, signal};
+use vmm::control::Control;
+use vmm::monitor::Monitor;
+use vmm::spec::ValidatedSpec;
+use vmm::telemetry;
+
+/// Runs one virtual machine on KVM.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// The machine file (JSON).
+    #[arg(long)]
+    config: PathBuf,
+    /// The Unix socket to be told things on.
+    #[arg(long)]
+    control: PathBuf,
+    /// Wait for the machine to arrive, as the machine file's `incoming` says.
+    #[arg(long)]
+    incoming: bool,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("vmm: cannot start: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let ended = runtime.block_on(run(arguments));
+    // Whatever still waits for a server or a client is of no use any more.
+    runtime.shutdown_background();
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vmm: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let spec = ValidatedSpec::read(&arguments.config)?;
+    ensure!(
+        arguments.incoming == spec.incoming().is_some(),
+        "--incoming goes with an `incoming` in the machine file, and only with it"
+    );
+    let telemetry = telemetry::start(spec.file());
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let socket = proto::unix::listen(&arguments.control)
+        .await
+        .with_context(|| format!("cannot listen on {}", arguments.control.display()))?;
+    let monitor = Monitor::start(spec).await?;
+    monitor.receive().await?;
+    let server = tonic::transport::Server::builder()
+        .add_service(Control::new(monitor.clone()))
+        .serve_with_incoming_shutdown(socket, monitor.ended().clone().cancelled_owned());
+    let mut server = tokio::spawn(server);
+    tracing::info!(control = %arguments.control.display(), "ready");
+    loop {
+        tokio::select! {
+            served = &mut server => {
+                served??;
+                break;
+            }
+            () = monitor.ended().cancelled() => break,
+            _ = hangup.recv() => tracing::info!("hangup ignored"),
+            _ = interrupt.recv() => { terminated(&monitor).await; break }
+            _ = terminate.recv() => { terminated(&monitor).await; break }
+        }
+    }
+    monitor.end().await;
+    // The last answers go out; a watcher that keeps its stream does not hold the process.
+    let _ = tokio::time::timeout(telemetry::GOODBYE_MAX, server).await;
+    telemetry.stop();
+    Ok(())
+}
+
+/// SIGTERM: the machine is stopped as it would be by request.
+async fn terminated(monitor: &Arc<Monitor>) {
+    tracing::info!("told to terminate: stopping the machine");
+    if let Err(error) = monitor.stop(None, false).await {
+        tracing::warn!(%error, "the machine was not stopped in order");
+    }
+    monitor.ended().cancel();
+}

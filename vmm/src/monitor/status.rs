@@ -1,0 +1,74 @@
+//! The status that the control service shows.
+
+use proto::monitor as wire;
+
+use super::Monitor;
+use crate::clock;
+use crate::devices::selfcheck;
+
+impl Monitor {
+    /// How the monitor stands now.
+    pub fn status(&self) -> wire::MonitorStatus {
+        let file = self.spec.file();
+        let machine = &self.platform.machine;
+        let usage = self.usage();
+        let state = self.lock();
+        wire::MonitorStatus {
+            vm_id: file.vm_id.0,
+            vm_name: file.vm_name.clone(),
+            token: state.highest_token.0,
+            nonce: self.nonce,
+            phase: state.phase.to_wire().into(),
+            failure: state.failure.clone(),
+            pid: std::process::id(),
+            lease_deadline_ns: machine.gate().deadline_ns(),
+            migration: state.migration.as_ref().map(super::migration::Migration::progress),
+            guest: Some(self.platform.selfcheck.as_ref().map_or_else(Default::default, |port| guest(port))),
+            usage: Some(usage),
+            version: env!("CARGO_PKG_VERSION").into(),
+            incoming_addresses: state.incoming_addresses.clone(),
+            said_quiet: state.said_quiet,
+            writes_unanswered: machine.disks().iter().any(|disk| disk.writes_unanswered()),
+        }
+    }
+
+    fn usage(&self) -> wire::Usage {
+        let mut usage = wire::Usage {
+            cpu_ns: clock::process_cpu_ns(),
+            memory_resident_bytes: resident_bytes().unwrap_or(0),
+            ..Default::default()
+        };
+        for disk in self.platform.machine.disks() {
+            let disk = disk.statistics();
+            usage.disk_read_bytes += disk.read_bytes;
+            usage.disk_written_bytes += disk.written_bytes;
+            let p999 = u64::try_from(disk.write_latency_p999.as_micros()).unwrap_or(u64::MAX);
+            usage.write_latency_p999_us = usage.write_latency_p999_us.max(p999);
+        }
+        usage
+    }
+}
+
+fn guest(port: &selfcheck::SelfCheck) -> wire::GuestReport {
+    let report = port.report();
+    let Some(last) = report.last else {
+        return wire::GuestReport::default();
+    };
+    wire::GuestReport {
+        present: true,
+        steps: last.steps,
+        flushed: last.flushed,
+        memory_checks: last.memory_checks,
+        disk_checks: last.disk_checks,
+        errors: report.errors(),
+        error: report.error().unwrap_or_default(),
+        longest_gap_ns: last.gap_ever_ns,
+        found_at_boot: report.found_at_boot().unwrap_or(0),
+    }
+}
+
+/// Pages in memory, from the kernel's own count.
+fn resident_bytes() -> Option<u64> {
+    let counts = std::fs::read_to_string("/proc/self/statm").ok()?;
+    counts.split_whitespace().nth(1)?.parse::<u64>().ok()?.checked_mul(crate::layout::PAGE_BYTES)
+}

@@ -1,0 +1,165 @@
+//! A machine on real KVM: it counts, pauses, freezes by its own deadline, and goes on elsewhere.
+
+mod common;
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use common::{COUNTER, counting, kvm, permit, with_code};
+use vm_memory::{Bytes, GuestAddress};
+use vmm::clock;
+use vmm::devices::MachineEvent;
+use vmm::machine::SaveError;
+
+const LONG: Duration = Duration::from_secs(60);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_runs_only_after_a_permit_and_stops_in_milliseconds() {
+    if !kvm("a_guest_runs_only_after_a_permit_and_stops_in_milliseconds") {
+        return;
+    }
+    let counting = counting(1, false);
+    let gate = counting.machine.gate();
+    assert!(!gate.is_open());
+    assert_eq!(counting.counter.last.load(Ordering::SeqCst), 0);
+    gate.run(permit(LONG)).unwrap();
+    let mut slowest = Duration::ZERO;
+    let mut seen = 0;
+    for _ in 0..50 {
+        seen = counting.counter.wait_beyond(seen);
+        let begun = Instant::now();
+        let (again, stopped_ns) = gate.stop_vcpus().unwrap();
+        slowest = slowest.max(begun.elapsed());
+        assert!(stopped_ns <= clock::monotonic_ns());
+        seen = counting.counter.last.load(Ordering::SeqCst);
+        gate.run(again.expect("the permit comes back")).unwrap();
+    }
+    assert_eq!(counting.counter.skipped.load(Ordering::SeqCst), 0, "no count is lost or doubled");
+    assert!(slowest < Duration::from_millis(500), "a pause took {slowest:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_paused_guest_does_not_move_and_its_memory_and_registers_agree() {
+    if !kvm("a_paused_guest_does_not_move_and_its_memory_and_registers_agree") {
+        return;
+    }
+    let counting = counting(1, false);
+    counting.machine.gate().run(permit(LONG)).unwrap();
+    counting.counter.wait_beyond(100);
+    assert!(matches!(counting.machine.save(), Err(SaveError::Running)));
+    counting.machine.gate().close().unwrap();
+    let said = counting.counter.last.load(Ordering::SeqCst);
+    let first = counting.machine.save().unwrap();
+    let in_memory: u64 = counting.machine.memory().read_obj(GuestAddress(COUNTER)).unwrap();
+    assert!(in_memory == said || in_memory == said + 1, "{in_memory} in memory, {said} said");
+    let second = counting.machine.save().unwrap();
+    assert_eq!(format!("{:?}", first.devices), format!("{:?}", second.devices));
+    assert_eq!(counting.counter.last.load(Ordering::SeqCst), said);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_freezes_at_its_deadline_by_itself_and_thaws_by_a_permit_alone() {
+    if !kvm("a_guest_freezes_at_its_deadline_by_itself_and_thaws_by_a_permit_alone") {
+        return;
+    }
+    let mut counting = counting(1, false);
+    let gate = counting.machine.gate().clone();
+    let begun = Instant::now();
+    gate.run(permit(Duration::from_millis(300))).unwrap();
+    counting.counter.wait_beyond(0);
+    let lapsed = tokio::time::timeout(LONG, counting.lapses.recv()).await.unwrap().unwrap();
+    assert!(begun.elapsed() >= Duration::from_millis(300));
+    assert!(lapsed.stopped.is_ok());
+    assert!(!gate.is_open());
+    let frozen_at = counting.counter.last.load(Ordering::SeqCst);
+    gate.extend(clock::boottime_ns() + LONG.as_nanos() as u64);
+    assert!(!gate.is_open(), "an extension does not thaw");
+    assert!(counting.machine.gate().vcpus().are_parked());
+    assert_eq!(counting.counter.last.load(Ordering::SeqCst), frozen_at);
+    gate.run(permit(LONG)).unwrap();
+    counting.counter.wait_beyond(frozen_at);
+    assert_eq!(counting.counter.skipped.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_renewed_lease_does_not_lapse() {
+    if !kvm("a_renewed_lease_does_not_lapse") {
+        return;
+    }
+    let mut counting = counting(1, false);
+    let gate = counting.machine.gate().clone();
+    gate.run(permit(Duration::from_millis(400))).unwrap();
+    gate.extend(clock::boottime_ns() + LONG.as_nanos() as u64);
+    let lapse = tokio::time::timeout(Duration::from_millis(900), counting.lapses.recv()).await;
+    assert!(lapse.is_err(), "it lapsed: {lapse:?}");
+    assert!(gate.is_open());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_saved_machine_goes_on_in_another_with_its_clock_ahead() {
+    if !kvm("a_saved_machine_goes_on_in_another_with_its_clock_ahead") {
+        return;
+    }
+    let first = counting(1, false);
+    first.machine.gate().run(permit(LONG)).unwrap();
+    first.counter.wait_beyond(1000);
+    first.machine.gate().close().unwrap();
+    let state = first.machine.save().unwrap();
+    let clock_before = first.machine.vm().clock_ns().unwrap();
+    let bytes = state.to_bytes();
+    let mut memory = vec![0; 16 << 20];
+    first.machine.memory().read_slice(&mut memory, GuestAddress(0)).unwrap();
+    let count = first.counter.last.load(Ordering::SeqCst);
+    drop(first);
+
+    let second = counting(1, true);
+    second.machine.memory().write_slice(&memory, GuestAddress(0)).unwrap();
+    let state = vmm::state::MachineState::from_bytes(&bytes).unwrap();
+    second.machine.restore(&state).unwrap();
+    assert!(second.machine.vm().clock_ns().unwrap() >= clock_before, "the guest's clock went back");
+    second.machine.gate().run(permit(LONG)).unwrap();
+    second.counter.wait_beyond(count + 1000);
+    assert_eq!(second.counter.skipped.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_state_is_refused_by_a_machine_of_another_shape() {
+    if !kvm("a_state_is_refused_by_a_machine_of_another_shape") {
+        return;
+    }
+    let one = counting(1, false);
+    let state = one.machine.save().unwrap();
+    let two = counting(2, true);
+    assert!(two.machine.restore(&state).unwrap_err().to_string().contains("vCPUs"));
+    let mut other = state.clone();
+    other.devices[0].kind = "adder".into();
+    let target = counting(1, true);
+    assert!(target.machine.restore(&other).unwrap_err().to_string().contains("adder"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_faults_is_told_of() {
+    if !kvm("a_guest_that_faults_is_told_of") {
+        return;
+    }
+    // A jump to where nothing is mapped; without an IDT that is a triple fault.
+    const FAULT: &[u8] = &[0x48, 0xc7, 0xc0, 0x00, 0x00, 0x00, 0x80, 0xff, 0xe0];
+    let mut faulting = with_code(FAULT, 1, false);
+    faulting.machine.gate().run(permit(LONG)).unwrap();
+    let event = tokio::time::timeout(LONG, faulting.events.recv()).await.unwrap();
+    assert_eq!(event, Some(MachineEvent::ShutDown));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn several_vcpus_stop_together_and_application_processors_wait() {
+    if !kvm("several_vcpus_stop_together_and_application_processors_wait") {
+        return;
+    }
+    let counting = counting(4, false);
+    counting.machine.gate().run(permit(LONG)).unwrap();
+    counting.counter.wait_beyond(100);
+    counting.machine.gate().close().unwrap();
+    assert!(counting.machine.gate().vcpus().are_parked());
+    let state = counting.machine.save().unwrap();
+    assert_eq!(state.cpus.len(), 4);
+}
