@@ -38,6 +38,14 @@ const CODE_SELECTOR: u16 = 0x08;
 const DATA_SELECTOR: u16 = 0x10;
 const TASK_SELECTOR: u16 = 0x18;
 
+/// The task state segment: its I/O permission bitmap lets CPL3 use every port. IOPL 3 says the same, but
+/// KVM's software emulation of it (PVM) forgets IOPL and asks the bitmap.
+const TASK_ADDRESS: u64 = 0x1000;
+const TASK_BITMAP_POINTER: u64 = 0x66;
+const TASK_BITMAP: u16 = 0x68;
+/// A bit a port, and a byte of ones behind them (Intel SDM, volume 1, "I/O Permission Bit Map").
+const TASK_LIMIT: u32 = TASK_BITMAP as u32 + 0x1_0000 / 8;
+
 /// CR0: PE, MP, ET, NE, WP, AM, PG.
 const CR0_PAGING: u64 = 0x8005_0033;
 /// CR0: PE, ET.
@@ -94,7 +102,16 @@ pub fn apply(vcpu: &VcpuFd, memory: &GuestMemory, start: &Start) -> Result<(), B
     };
     let code = segment(CODE_SELECTOR, 0xb, dpl, long);
     let data = kvm_segment { db: 1, l: 0, ..segment(DATA_SELECTOR, 0x3, dpl, false) };
-    let task = kvm_segment { s: 0, type_: 0xb, limit: 0x67, g: 0, db: 0, dpl: 0, ..segment(TASK_SELECTOR, 0, 0, false) };
+    let task = kvm_segment {
+        base: TASK_ADDRESS,
+        limit: TASK_LIMIT,
+        s: 0,
+        g: 0,
+        db: 0,
+        ..segment(TASK_SELECTOR, 0xb, 0, false)
+    };
+    memory.write_obj(TASK_BITMAP, GuestAddress(TASK_ADDRESS + TASK_BITMAP_POINTER))?;
+    memory.write_obj(0xffu8, GuestAddress(TASK_ADDRESS + u64::from(TASK_LIMIT)))?;
     // Two words for the task: in 64-bit mode a system descriptor has 16 bytes.
     let table = [0, descriptor(&code), descriptor(&data), descriptor(&task), 0];
     for (index, entry) in table.iter().enumerate() {
