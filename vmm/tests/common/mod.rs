@@ -1,6 +1,8 @@
 //! A machine with a guest of twelve bytes of code, for tests of the monitor itself.
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+pub mod process;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
