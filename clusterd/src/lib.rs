@@ -1,6 +1,37 @@
 //! The node daemon: the replicated log, and what a node does with it.
+//!
+//! ```text
+//!  node        uninitialised or member; what the admin API works with
+//!  ├ raft, net         the log; the one place where nodes connect
+//!  ├ heartbeat, leader the node's lease, from both sides
+//!  ├ agent             makes this host agree with the log
+//!  │  ├ monitors, broker, machine_file, process   its means
+//!  │  └ permit         the one way by which a guest runs
+//!  ├ controllers       what the leader does by itself
+//!  └ peer_service      what other nodes ask
+//! ```
 
 #![forbid(unsafe_code)]
 
+pub mod admin;
+pub mod agent;
+pub mod broker;
+pub mod clock;
+pub mod config;
+pub mod controllers;
+pub mod failpoint;
+pub mod heartbeat;
+mod late;
+pub mod leader;
+pub mod machine_file;
+pub mod member;
+pub mod metrics;
+pub mod monitors;
 pub mod net;
+pub mod node;
+pub mod peer_service;
+pub mod permit;
+pub mod process;
 pub mod raft;
+pub mod report;
+pub mod telemetry;

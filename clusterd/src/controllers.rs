@@ -1,0 +1,51 @@
+//! What the leader does by itself: it looks at the state, plans with the pure planners, and proposes.
+//!
+//! A controller keeps nothing between two looks but timers, and acts only through the log. Its request ids
+//! name the decision and the entry it was taken at, so two nodes that both take themselves for the leader
+//! and decide the same ask for the same thing once.
+
+mod membership;
+mod planners;
+
+pub use membership::run as membership;
+pub use planners::run as planners;
+
+use std::sync::Arc;
+
+use cluster_model::{ClusterState, Command, RequestId};
+
+use crate::member::Member;
+
+/// Whether this node leads, with a state that holds everything its predecessors committed.
+///
+/// `led` is the term for which that was made sure of before.
+async fn leads(member: &Member, led: &mut u64) -> bool {
+    let leadership = member.raft.leadership().borrow().clone();
+    if !leadership.is_me {
+        return false;
+    }
+    if *led != leadership.term {
+        if member.raft.read_index().await.is_err() {
+            return false;
+        }
+        *led = leadership.term;
+    }
+    true
+}
+
+/// Proposes a controller's command, decided in `state`.
+async fn propose(
+    member: &Arc<Member>,
+    state: &ClusterState,
+    controller: &str,
+    what: String,
+    command: Command,
+) {
+    let request = RequestId(format!("{controller}/{what}/@{}", state.applied.0));
+    let actor = format!("controller/{controller}");
+    match member.propose(&actor, request, command).await {
+        Ok((index, _)) => tracing::info!(controller, what, entry = %index, "decided"),
+        // Somebody was faster, or the state has moved on: the next look sees it.
+        Err(error) => tracing::info!(controller, what, %error, "not decided"),
+    }
+}

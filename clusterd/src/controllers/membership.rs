@@ -1,0 +1,130 @@
+//! Makes the Raft group follow the log's list of nodes: lets new ones in, chooses voters, drops removed ones.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use cluster_model::membership::{RaftView, plan};
+use cluster_model::{Command, NodeId, Object, Severity};
+
+use super::{leads, propose};
+use crate::member::Member;
+use crate::raft::{MembershipError, RaftStatus};
+
+/// Followers come and go without an entry that says so.
+const LOOK: Duration = Duration::from_millis(500);
+/// How long a new voter may take to catch up before it is looked at anew.
+const CATCH_UP: Duration = Duration::from_secs(2);
+/// A follower this many entries behind answers in time.
+const LAG_MAX: u64 = 1_000;
+/// A node whose last report is older does not answer.
+const REPORT_AGE_MAX_MS: u64 = 5_000;
+
+/// Changes the group while this node leads.
+pub async fn run(member: Arc<Member>) {
+    let mut state = member.raft.state();
+    let mut led = 0;
+    loop {
+        tokio::select! {
+            changed = state.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep(LOOK) => {}
+        }
+        state.mark_unchanged();
+        if !leads(&member, &mut led).await {
+            continue;
+        }
+        if let Err(error) = step(&member).await {
+            tracing::info!(%error, "the Raft group was not changed");
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+}
+
+async fn step(member: &Arc<Member>) -> Result<(), MembershipError> {
+    let state = member.state();
+    if state.cluster.is_none() {
+        return Ok(());
+    }
+    let raft = member.raft.metrics();
+    for (id, node) in &state.nodes {
+        if !raft.members.contains_key(id) {
+            member
+                .raft
+                .add_learner(*id, node.name.as_str(), &node.address)
+                .await?;
+            tracing::info!(node = %id, name = %node.name, "let into the Raft group");
+        }
+    }
+    for id in raft.members.keys() {
+        if !state.nodes.contains_key(id) && *id != member.node {
+            member.raft.remove(*id).await?;
+            tracing::info!(node = %id, "taken out of the Raft group");
+        }
+    }
+    let view = view(member, &raft);
+    let Some(change) = plan(&state, &view) else {
+        return Ok(());
+    };
+    let promoted: Vec<NodeId> = change.voters.difference(&view.voters).copied().collect();
+    let demoted: Vec<NodeId> = view.voters.difference(&change.voters).copied().collect();
+    // New votes before old ones go: the group is never smaller than both plans say.
+    for node in &promoted {
+        member.raft.promote(*node, CATCH_UP).await?;
+    }
+    for node in &demoted {
+        member.raft.demote(*node).await?;
+    }
+    let note = Command::Note {
+        objects: promoted
+            .iter()
+            .chain(&demoted)
+            .map(|node| Object::Node(*node))
+            .collect(),
+        severity: Severity::Info,
+        kind: "raft.voters".to_owned(),
+        detail: format!(
+            "voters: {}",
+            change
+                .voters
+                .iter()
+                .map(|&node| state.node_label(node))
+                .collect::<Vec<_>>()
+                .join(", ")
+        ),
+        why: change.why,
+    };
+    propose(member, &state, "membership", "voters".to_owned(), note).await;
+    Ok(())
+}
+
+fn view(member: &Member, raft: &RaftStatus) -> RaftView {
+    let voters: BTreeSet<NodeId> = raft
+        .members
+        .iter()
+        .filter(|(_, status)| status.voter)
+        .map(|(id, _)| *id)
+        .collect();
+    let reports = member.leader.reports().borrow().clone();
+    let now_ms = member.clock.wall_ms();
+    let answers = |id: &NodeId| {
+        reports
+            .get(id)
+            .is_some_and(|report| now_ms.saturating_sub(report.received_ms) <= REPORT_AGE_MAX_MS)
+    };
+    let following = raft
+        .members
+        .iter()
+        .filter(|(id, status)| {
+            **id == member.node
+                || (status.matched.is_some()
+                    && status.lag.is_some_and(|lag| lag <= LAG_MAX)
+                    && answers(id))
+        })
+        .map(|(id, _)| *id)
+        .collect();
+    RaftView {
+        leader: member.node,
+        voters,
+        following,
+    }
+}

@@ -1,0 +1,158 @@
+//! Starts, queued migrations, overdue ones, drains and balance: one look after another.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use cluster_model::queue::Next;
+use cluster_model::{
+    ClusterState, Command, Desired, MigrationState, Observed, balance, drain, failover, queue,
+    supervise,
+};
+
+use super::{leads, propose};
+use crate::member::Member;
+use crate::report;
+
+/// Time alone makes some plans due.
+const LOOK: Duration = Duration::from_millis(500);
+/// Proposals of one plan that are under way at once.
+const TOGETHER: usize = 16;
+
+/// Plans and proposes while this node leads.
+pub async fn run(member: Arc<Member>) {
+    let mut state = member.raft.state();
+    let mut leadership = member.raft.leadership();
+    let mut led = 0;
+    // The first balance comes an interval after this node began to lead.
+    let mut balanced_at = tokio::time::Instant::now();
+    loop {
+        tokio::select! {
+            changed = state.changed() => if changed.is_err() { return },
+            changed = leadership.changed() => {
+                if changed.is_err() { return }
+                balanced_at = tokio::time::Instant::now();
+            }
+            () = tokio::time::sleep(LOOK) => {}
+        }
+        if !leads(&member, &mut led).await {
+            state.mark_unchanged();
+            leadership.mark_unchanged();
+            continue;
+        }
+        let now = state.borrow_and_update().clone();
+        let observed = report::observed(&member.leader.reports().borrow());
+        let mut due = plans(&now, &observed, member.clock.wall_ms());
+        let interval = Duration::from_secs(u64::from(now.settings.balance_interval_s));
+        if now.settings.balance_auto && balanced_at.elapsed() >= interval {
+            balanced_at = tokio::time::Instant::now();
+            let plan = balance::plan(&now, &observed, member.clock.wall_ms());
+            due.extend(plan.moves.iter().map(|one| {
+                let what = format!("{}/{}", one.vm, one.to);
+                ("balance", what, one.command())
+            }));
+        }
+        carry_out(&member, &now, due).await;
+    }
+}
+
+type Due = Vec<(&'static str, String, Command)>;
+
+fn plans(state: &ClusterState, observed: &Observed, now_ms: u64) -> Due {
+    let mut due = Due::new();
+    if state
+        .vms
+        .values()
+        .any(|vm| vm.desired == Desired::Running && vm.ownership.owner.is_none())
+    {
+        let commands = failover::plan(state, observed);
+        due.extend(
+            commands
+                .into_iter()
+                .map(|command| ("failover", what(&command), command)),
+        );
+    }
+    due.extend(queue::next(state, observed).into_iter().map(|next| {
+        let command = match next {
+            Next::Start { migration, expects } => Command::StartMigration {
+                migration,
+                expects,
+                ticket: ticket(),
+            },
+            Next::Abort { migration, reason } => Command::AbortMigration { migration, reason },
+        };
+        ("migrations", what(&command), command)
+    }));
+    let aborts = supervise::aborts(state, now_ms);
+    due.extend(
+        aborts
+            .into_iter()
+            .map(|command| ("supervision", what(&command), command)),
+    );
+    let drains = drain::next(state, observed);
+    due.extend(
+        drains
+            .into_iter()
+            .map(|command| ("drain", what(&command), command)),
+    );
+    due
+}
+
+async fn carry_out(member: &Arc<Member>, state: &ClusterState, due: Due) {
+    for batch in due.chunks(TOGETHER) {
+        let proposals = batch.iter().map(|(controller, what, command)| {
+            count(state, command);
+            propose(member, state, controller, what.clone(), command.clone())
+        });
+        futures::future::join_all(proposals).await;
+    }
+}
+
+/// The decision in a request id: what and about what.
+fn what(command: &Command) -> String {
+    match command {
+        Command::StartVm { vm, expects, .. } => format!("start/{vm}/{expects}"),
+        Command::StartMigration { migration, .. } => format!("start/{migration}"),
+        Command::AbortMigration { migration, .. } => format!("abort/{migration}"),
+        Command::QueueMigration { vm, to, .. } => format!("queue/{vm}/{to}"),
+        Command::DrainTrouble { node, vm, .. } => format!("trouble/{node}/{vm}"),
+        Command::EndDrain { node } => format!("end/{node}"),
+        Command::Note { objects, kind, .. } => format!("note/{kind}/{objects:?}"),
+        other => format!("{:?}", std::mem::discriminant(other)),
+    }
+}
+
+/// 32 random bytes in hex.
+fn ticket() -> String {
+    let bytes: [u8; 32] = rand::random();
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn count(state: &ClusterState, command: &Command) {
+    match command {
+        Command::StartMigration { .. } => {
+            metrics::counter!("clusterd_migration_started_total").increment(1);
+        }
+        Command::AbortMigration { migration, .. } => {
+            let queued = state
+                .migrations
+                .get(migration)
+                .is_some_and(|known| known.state == MigrationState::Queued);
+            let phase = if queued { "queued" } else { "active" };
+            metrics::counter!("clusterd_migration_aborts_total", "phase" => phase).increment(1);
+        }
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_ticket_is_32_bytes_in_hex_and_another() {
+        let (a, b) = (ticket(), ticket());
+        assert_eq!(a.len(), 64);
+        assert!(a.bytes().all(|byte| byte.is_ascii_hexdigit()));
+        assert_ne!(a, b);
+    }
+}

@@ -1,0 +1,3 @@
+//! Failpoints: see [`proto::failpoint`].
+
+pub use proto::failpoint::{Tripped, reach};

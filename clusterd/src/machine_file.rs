@@ -1,0 +1,139 @@
+//! The machine file: what a monitor is told to be. The monitor checks it again (`vmm`'s `spec`).
+
+use std::net::{IpAddr, SocketAddr};
+
+use cluster_model::state::{Boot, OnIsolation};
+use cluster_model::{ClusterState, MigrationId, NodeId, Token, Vm, VmId};
+use serde::Serialize;
+
+use crate::broker::{self, BrokerError};
+
+/// The file's contents, field by field what `vmm` reads.
+#[derive(Debug, Serialize)]
+struct MachineFile<'s> {
+    vm_id: VmId,
+    vm_name: &'s str,
+    node_id: NodeId,
+    node_uid: u32,
+    node_address: Option<IpAddr>,
+    token: Token,
+    memory_mib: u64,
+    vcpus: u32,
+    boot: &'s Boot,
+    disks: Vec<MachineDisk<'s>>,
+    nics: Vec<MachineNic<'s>>,
+    witness: Option<&'s str>,
+    on_isolation: OnIsolation,
+    incoming: Option<Incoming>,
+}
+
+#[derive(Debug, Serialize)]
+struct MachineDisk<'s> {
+    volume: String,
+    path: &'s str,
+    cluster_id: String,
+    broker_uid: u32,
+    fence_class: String,
+    size_bytes: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct MachineNic<'s> {
+    tap: String,
+    bridge: &'s str,
+    mac: &'s str,
+}
+
+/// What a destination waits for.
+#[derive(Clone, Serialize)]
+pub struct Incoming {
+    /// The migration.
+    pub migration_id: MigrationId,
+    /// Its ticket, in hex.
+    pub ticket: String,
+    /// Where the memory stream is accepted.
+    pub listen: Vec<SocketAddr>,
+}
+
+impl std::fmt::Debug for Incoming {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Incoming")
+            .field("migration_id", &self.migration_id)
+            .field("ticket", &"(secret)")
+            .field("listen", &self.listen)
+            .finish()
+    }
+}
+
+/// Where the machine is to run.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// This node.
+    pub node: NodeId,
+    /// The address its connections come from.
+    pub address: IpAddr,
+}
+
+/// Writes the machine file of `vm` for a monitor on this node under `token`.
+///
+/// # Errors
+/// When the record names a volume that there is not.
+pub fn write(
+    state: &ClusterState,
+    vm: &Vm,
+    token: Token,
+    place: Place,
+    incoming: Option<Incoming>,
+) -> Result<Vec<u8>, BrokerError> {
+    let disks = vm
+        .spec
+        .disks
+        .iter()
+        .zip(broker::files(state, vm)?)
+        .map(|(disk, file)| {
+            let volume = file.volume.unwrap_or_default();
+            MachineDisk {
+                volume: volume.url,
+                path: &disk.path,
+                cluster_id: volume.cluster_id,
+                broker_uid: volume.broker_uid,
+                fence_class: volume.fence_class,
+                size_bytes: disk.size_bytes,
+            }
+        })
+        .collect();
+    let nics = vm
+        .spec
+        .nics
+        .iter()
+        .enumerate()
+        .map(|(number, nic)| MachineNic {
+            tap: tap_name(vm.id, number),
+            bridge: &nic.bridge,
+            mac: &nic.mac,
+        })
+        .collect();
+    let file = MachineFile {
+        vm_id: vm.id,
+        vm_name: vm.name.as_str(),
+        node_id: place.node,
+        node_uid: state.nodes.get(&place.node).map_or(0, |node| node.uid),
+        node_address: (!place.address.is_unspecified()).then_some(place.address),
+        token,
+        memory_mib: vm.spec.memory_mib,
+        vcpus: vm.spec.vcpus,
+        boot: &vm.spec.boot,
+        disks,
+        nics,
+        witness: vm.spec.witness.as_deref(),
+        on_isolation: vm.spec.on_isolation,
+        incoming,
+    };
+    // Plain data with text keys: it always has a JSON form.
+    Ok(serde_json::to_vec_pretty(&file).unwrap_or_default())
+}
+
+/// The tap device of a machine's network interface: the same on every node, at most 15 bytes.
+pub fn tap_name(vm: VmId, number: usize) -> String {
+    format!("bt{:x}n{number}", vm.0 & 0xff_ffff_ffff)
+}

@@ -1,0 +1,707 @@
+//! A node: what it serves from its first moment, how it comes to belong to a cluster, and its planned stop.
+//!
+//! ```text
+//!  uninitialised ──init_cluster──► member of a new cluster
+//!        └────────join──────────► member of the cluster that lets it in
+//! ```
+//! Which of them it is stands in `<data>/node.json`. [`NodeHandle`] is what the admin API works with.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use cluster_model::{
+    ClusterInfo, ClusterState, Command, FIRST_NODE, Incarnation, LogIndex, MigrationId, Name,
+    NodeId, Outcome, RequestId, Settings, VmId,
+};
+use proto::monitor::MigrationProgress;
+use proto::peer::peer_client::PeerClient;
+use proto::peer::raft_server::RaftServer;
+use proto::peer::{JoinRequest, ObservedRequest, SourceProgressRequest};
+use serde::{Deserialize, Serialize};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+use tonic::transport::Channel;
+
+use crate::broker::Broker;
+use crate::clock::Clock;
+use crate::config::Config;
+use crate::late::Late;
+use crate::member::{CommandError, LeaseView, Member};
+use crate::monitors::{Monitor, Monitors};
+use crate::net::{self, Dialer};
+use crate::raft::{self, ProposeError, RaftService, StartError};
+use crate::report::Reports;
+use crate::{agent, controllers, heartbeat, leader, peer_service};
+
+/// How long a node that makes or joins a cluster waits for itself to be in the log.
+const BEGIN_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a question to another node may take.
+const ASK_TIMEOUT: Duration = Duration::from_secs(5);
+/// A planned stop: as long as the log may wait for `clusterd` to come back.
+const ABSENCE: Duration = Duration::from_millis(cluster_model::ABSENT_MS_MAX as u64);
+/// How long the steps of a planned stop may take together.
+const STOP_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long another node may take to take over the lead.
+const TRANSFER_TIMEOUT: Duration = Duration::from_secs(3);
+/// The uids that own disk files: above people and services, below the range of tokens' groups.
+const BROKER_UIDS: std::ops::Range<u32> = 0x2000_0000..0x3000_0000;
+
+/// What a node keeps of itself beside its log.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Identity {
+    node: NodeId,
+    name: Name,
+    /// Whether its log was made: from then on it is never made anew under this number.
+    has_log: bool,
+}
+
+/// Why a node does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// Its folder cannot be used.
+    #[error("cannot use the data directory {}: {source}", path.display())]
+    DataDir {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Another daemon uses the folder.
+    #[error("another clusterd uses {}; stop it first", path.display())]
+    Locked {
+        /// Which.
+        path: PathBuf,
+    },
+    /// What it keeps of itself is damaged.
+    #[error("{} is damaged: {why}; restore it, or remove this node and let it join anew", path.display())]
+    Identity {
+        /// Which file.
+        path: PathBuf,
+        /// How.
+        why: String,
+    },
+    /// It cannot be reached.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// Where.
+        address: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// Its log does not start.
+    #[error(transparent)]
+    Raft(#[from] StartError),
+    /// Metrics cannot be served.
+    #[error(transparent)]
+    Metrics(#[from] crate::metrics::MetricsError),
+}
+
+/// Why a node does not come to belong to a cluster.
+#[derive(Debug, thiserror::Error)]
+pub enum BeginError {
+    /// It belongs to one already.
+    #[error(
+        "this node already belongs to a cluster (as {node}); to move it, remove it there and empty its data directory"
+    )]
+    AlreadyMember {
+        /// As whom.
+        node: NodeId,
+    },
+    /// The settings cannot be.
+    #[error(transparent)]
+    Settings(#[from] cluster_model::SettingsError),
+    /// It did not start.
+    #[error(transparent)]
+    Node(#[from] NodeError),
+    /// The log did not take it.
+    #[error(transparent)]
+    Command(#[from] CommandError),
+    /// The member asked does not answer.
+    #[error("{member} did not let this node in: {why}")]
+    Refused {
+        /// Which member.
+        member: String,
+        /// What it says.
+        why: String,
+    },
+    /// The log did not come.
+    #[error("this node was let in, but the cluster's log did not reach it within {} s; can members reach {address}?", BEGIN_TIMEOUT.as_secs())]
+    NoLog {
+        /// Where this node says it is.
+        address: String,
+    },
+}
+
+/// Why soft state is not known.
+#[derive(Debug, thiserror::Error)]
+pub enum AskError {
+    /// This node is in no cluster.
+    #[error("this node belongs to no cluster yet; try: clusterctl cluster init")]
+    NotMember,
+    /// Nobody leads.
+    #[error("nobody is known to lead the cluster at the moment")]
+    NoLeader,
+    /// The other node does not answer.
+    #[error("{address} does not answer: {why}")]
+    Silent {
+        /// Which.
+        address: String,
+        /// Why.
+        why: String,
+    },
+}
+
+/// A running node.
+#[derive(Debug)]
+pub struct Node {
+    handle: NodeHandle,
+    serving: tokio::task::JoinHandle<()>,
+    stop_serving: CancellationToken,
+    _lock: std::fs::File,
+}
+
+/// What the admin API and the peer service work with. Clones are the same node.
+#[derive(Clone, Debug)]
+pub struct NodeHandle {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    config: Config,
+    clock: Clock,
+    dialer: Dialer,
+    member: watch::Sender<Option<Arc<Member>>>,
+    raft_service: Late<RaftServer<RaftService<ClusterState>>>,
+    /// One beginning at a time.
+    beginning: tokio::sync::Mutex<()>,
+    tasks: Mutex<JoinSet<()>>,
+}
+
+impl Node {
+    /// Starts a node: serves, and takes up its place in its cluster if it has one. `more` may add services
+    /// to what it serves beside those for peers.
+    ///
+    /// # Errors
+    /// See [`NodeError`].
+    pub async fn start(
+        config: Config,
+        more: impl FnOnce(&NodeHandle, Routes) -> Routes,
+    ) -> Result<Node, NodeError> {
+        let data_dir = config.data_dir.clone();
+        let in_dir = |source| NodeError::DataDir {
+            path: data_dir.clone(),
+            source,
+        };
+        std::fs::create_dir_all(&data_dir).map_err(in_dir)?;
+        let lock = std::fs::File::create(data_dir.join("lock")).map_err(in_dir)?;
+        if lock.try_lock().is_err() {
+            return Err(NodeError::Locked { path: data_dir });
+        }
+        let identity = read_identity(&data_dir)?;
+        let listener =
+            TcpListener::bind(config.listen)
+                .await
+                .map_err(|source| NodeError::Listen {
+                    address: config.listen.to_string(),
+                    source,
+                })?;
+        let handle = NodeHandle {
+            shared: Arc::new(Shared {
+                dialer: Dialer::new(config.source_address()),
+                clock: Clock::default(),
+                member: watch::channel(None).0,
+                raft_service: Late::default(),
+                beginning: tokio::sync::Mutex::default(),
+                tasks: Mutex::default(),
+                config,
+            }),
+        };
+        let routes = Routes::new(peer_service::service(handle.clone()))
+            .add_service(handle.shared.raft_service.clone());
+        let routes = more(&handle, routes);
+        let stop_serving = CancellationToken::new();
+        let stop = stop_serving.clone().cancelled_owned();
+        let serving = tokio::spawn(async move {
+            if let Err(error) = net::serve(listener, routes, stop).await {
+                tracing::error!(%error, "this node can no longer be reached");
+            }
+        });
+        let node = Node {
+            handle,
+            serving,
+            stop_serving,
+            _lock: lock,
+        };
+        if let Some(address) = node.handle.shared.config.metrics_listen {
+            let served = crate::metrics::serve(address, node.handle.clone()).await?;
+            node.handle.spawn(served);
+        }
+        if let Some(identity) = identity {
+            node.handle.become_member(identity).await?;
+        } else {
+            tracing::info!("this node belongs to no cluster yet: it waits for init or join");
+        }
+        Ok(node)
+    }
+
+    /// What works with this node.
+    pub fn handle(&self) -> NodeHandle {
+        self.handle.clone()
+    }
+
+    /// A planned stop: the log is told of the absence, the guests run on, somebody else leads.
+    pub async fn stop(self) {
+        let member = self.handle.member();
+        if let Some(member) = &member {
+            let leave = self.handle.leave(member);
+            if tokio::time::timeout(STOP_TIMEOUT, leave).await.is_err() {
+                tracing::warn!("the stop was not announced in time; guests may pause");
+            }
+        }
+        self.end(member).await;
+    }
+
+    /// Stops at once, as a crash would: nothing is announced. For tests.
+    pub async fn crash(self) {
+        let member = self.handle.member();
+        self.handle.abort_tasks();
+        self.end(member).await;
+    }
+
+    async fn end(self, member: Option<Arc<Member>>) {
+        self.handle.abort_tasks();
+        self.stop_serving.cancel();
+        let _ = self.serving.await;
+        if let Some(member) = member {
+            member.raft.shutdown().await;
+        }
+    }
+}
+
+impl NodeHandle {
+    /// What this node was started with.
+    pub fn config(&self) -> &Config {
+        &self.shared.config
+    }
+
+    /// Its clocks.
+    pub fn clock(&self) -> &Clock {
+        &self.shared.clock
+    }
+
+    /// Its way to other nodes.
+    pub fn dialer(&self) -> &Dialer {
+        &self.shared.dialer
+    }
+
+    /// Its membership, once it belongs to a cluster.
+    pub fn member(&self) -> Option<Arc<Member>> {
+        self.shared.member.borrow().clone()
+    }
+
+    /// The newest state applied here; empty before the node belongs to a cluster.
+    pub fn state(&self) -> Arc<ClusterState> {
+        self.member()
+            .map(|member| member.state())
+            .unwrap_or_default()
+    }
+
+    /// Proposes a command for `actor`; done once for one `request`.
+    ///
+    /// # Errors
+    /// See [`CommandError`].
+    pub async fn propose(
+        &self,
+        actor: &str,
+        request: RequestId,
+        command: Command,
+    ) -> Result<(LogIndex, Outcome), CommandError> {
+        let member = self.member().ok_or(CommandError::Rejected(
+            cluster_model::Rejection::NotInitialised,
+        ))?;
+        member.propose(actor, request, command).await
+    }
+
+    /// Makes a cluster of this node alone.
+    ///
+    /// # Errors
+    /// See [`BeginError`].
+    pub async fn init_cluster(
+        &self,
+        actor: &str,
+        name: Name,
+        settings: Settings,
+    ) -> Result<ClusterInfo, BeginError> {
+        settings.validate()?;
+        let _one = self.shared.beginning.lock().await;
+        if let Some(member) = self.member() {
+            // An earlier try may have got this far.
+            if member.state().cluster.is_some() || member.node != FIRST_NODE {
+                return Err(BeginError::AlreadyMember { node: member.node });
+            }
+        }
+        let member = match self.member() {
+            Some(member) => member,
+            None => {
+                let identity = self.identity(FIRST_NODE);
+                self.become_member(identity).await?
+            }
+        };
+        let config = &self.shared.config;
+        member
+            .raft
+            .bootstrap(config.name.as_str(), &config.advertise)
+            .await
+            .map_err(CommandError::from)?;
+        let id = uuid::Uuid::new_v4().to_string();
+        let command = Command::InitCluster {
+            id: id.clone(),
+            name,
+            broker_uid: rand::random_range(BROKER_UIDS),
+            node_name: config.name.clone(),
+            address: config.advertise.clone(),
+        };
+        member
+            .propose(actor, RequestId(format!("init/{id}")), command)
+            .await?;
+        if settings != Settings::default() {
+            let request = RequestId(format!("init/{id}/settings"));
+            member
+                .propose(actor, request, Command::SetSettings { settings })
+                .await?;
+        }
+        let state = member.state();
+        state
+            .cluster
+            .clone()
+            .ok_or_else(|| CommandError::Rejected(cluster_model::Rejection::NotInitialised).into())
+    }
+
+    /// Joins the cluster that the node at `address` belongs to.
+    ///
+    /// # Errors
+    /// See [`BeginError`].
+    pub async fn join(
+        &self,
+        address: &str,
+        role: &str,
+        secret: &str,
+    ) -> Result<(NodeId, ClusterInfo), BeginError> {
+        let _one = self.shared.beginning.lock().await;
+        if let Some(member) = self.member() {
+            return Err(BeginError::AlreadyMember { node: member.node });
+        }
+        let config = &self.shared.config;
+        let refused = |why: String| BeginError::Refused {
+            member: address.to_owned(),
+            why,
+        };
+        let channel = self
+            .shared
+            .dialer
+            .channel(address)
+            .map_err(|error| refused(error.to_string()))?;
+        let request = JoinRequest {
+            name: config.name.to_string(),
+            address: config.advertise.clone(),
+            secret: secret.to_owned(),
+            role: role.to_owned(),
+            facts: Vec::new(),
+        };
+        let asked = tokio::time::timeout(
+            crate::member::PROPOSE_TIMEOUT + ASK_TIMEOUT,
+            PeerClient::new(channel).join(request),
+        )
+        .await;
+        let reply = match asked {
+            Ok(Ok(reply)) => reply.into_inner(),
+            Ok(Err(status)) => return Err(refused(status.message().to_owned())),
+            Err(_) => return Err(refused("it does not answer".to_owned())),
+        };
+        if !reply.refused.is_empty() {
+            return Err(refused(reply.refused));
+        }
+        let node = NodeId(reply.node_id);
+        let member = self.become_member(self.identity(node)).await?;
+        let mut state = member.raft.state();
+        let there =
+            state.wait_for(|state| state.cluster.is_some() && state.nodes.contains_key(&node));
+        let no_log = || BeginError::NoLog {
+            address: config.advertise.clone(),
+        };
+        let state = tokio::time::timeout(BEGIN_TIMEOUT, there)
+            .await
+            .map_err(|_| no_log())?
+            .map_err(|_| no_log())?
+            .clone();
+        let cluster = state.cluster.clone().ok_or_else(no_log)?;
+        Ok((node, cluster))
+    }
+
+    /// What nodes reported to the leader lately.
+    ///
+    /// # Errors
+    /// See [`AskError`].
+    pub async fn reports(&self) -> Result<Reports, AskError> {
+        let member = self.member().ok_or(AskError::NotMember)?;
+        let leadership = member.raft.leadership().borrow().clone();
+        if leadership.is_me {
+            return Ok(member.leader.reports().borrow().clone());
+        }
+        let address = leadership.address.ok_or(AskError::NoLeader)?;
+        let mut client = PeerClient::new(self.channel(&address)?)
+            .max_decoding_message_size(net::MESSAGE_BYTES_MAX);
+        let reply = ask(&address, client.observed(ObservedRequest {})).await?;
+        if !reply.not_leader.is_empty() {
+            return Err(AskError::NoLeader);
+        }
+        serde_json::from_slice(&reply.observed)
+            .map(Arc::new)
+            .map_err(|error| AskError::Silent {
+                address,
+                why: error.to_string(),
+            })
+    }
+
+    /// How a migration stands, asked of its source's monitor; `None` when the source knows nothing of it
+    /// (it is queued, or it ended long ago).
+    ///
+    /// # Errors
+    /// See [`AskError`].
+    pub async fn migration_progress(
+        &self,
+        id: MigrationId,
+    ) -> Result<Option<MigrationProgress>, AskError> {
+        let state = self.state();
+        let source = state
+            .migrations
+            .get(&id)
+            .and_then(|migration| state.nodes.get(&migration.from));
+        let Some(source) = source else {
+            return Ok(None);
+        };
+        let mut client = PeerClient::new(self.channel(&source.address)?);
+        let request = SourceProgressRequest { migration_id: id.0 };
+        let reply = ask(&source.address, client.source_progress(request)).await?;
+        Ok(serde_json::from_slice(&reply.progress).ok())
+    }
+
+    /// This node's monitor of a machine that it owns, for its console.
+    pub fn monitor_of(&self, vm: VmId) -> Option<Monitor> {
+        let member = self.member()?;
+        let state = member.state();
+        let owned = state.vms.get(&vm)?.ownership.owner == Some(member.node);
+        let table = member.monitors.table().borrow().clone();
+        table
+            .values()
+            .filter(|monitor| owned && monitor.vm() == vm)
+            .max_by_key(|monitor| monitor.token())
+            .cloned()
+    }
+
+    /// The channel to the node that owns a machine, to pass a request on to it.
+    ///
+    /// # Errors
+    /// When its address cannot be.
+    pub fn owner_channel(&self, vm: VmId) -> Result<Option<Channel>, AskError> {
+        let state = self.state();
+        let owner = state
+            .vms
+            .get(&vm)
+            .and_then(|vm| vm.ownership.owner)
+            .and_then(|owner| state.nodes.get(&owner));
+        owner.map(|owner| self.channel(&owner.address)).transpose()
+    }
+
+    fn channel(&self, address: &str) -> Result<Channel, AskError> {
+        self.shared
+            .dialer
+            .channel(address)
+            .map_err(|error| AskError::Silent {
+                address: address.to_owned(),
+                why: error.to_string(),
+            })
+    }
+
+    fn identity(&self, node: NodeId) -> Identity {
+        Identity {
+            node,
+            name: self.shared.config.name.clone(),
+            has_log: false,
+        }
+    }
+
+    /// Takes up this node's place: its log, its monitors, and the tasks that keep them in agreement.
+    async fn become_member(&self, mut identity: Identity) -> Result<Arc<Member>, NodeError> {
+        let shared = &self.shared;
+        let config = &shared.config;
+        let data_dir = &config.data_dir;
+        let failed = |source| NodeError::DataDir {
+            path: data_dir.clone(),
+            source,
+        };
+        write_identity(data_dir, &identity).map_err(failed)?;
+        let mut options = raft::Options::new(identity.node, data_dir.join("raft"));
+        options.create = !identity.has_log;
+        let broker = Broker::new(
+            config.broker.clone(),
+            data_dir,
+            config.source_address(),
+            shared.clock.clone(),
+        );
+        let (raft, monitors) = tokio::join!(
+            raft::start::<ClusterState>(options, shared.dialer.clone()),
+            Monitors::recover(config.vmm.clone(), data_dir)
+        );
+        let raft = raft?;
+        let monitors = monitors.map_err(failed)?;
+        if !identity.has_log {
+            identity.has_log = true;
+            write_identity(data_dir, &identity).map_err(failed)?;
+        }
+        shared.raft_service.set(raft.service());
+        let member = Arc::new(Member {
+            node: identity.node,
+            incarnation: incarnation(),
+            config: config.clone(),
+            clock: shared.clock.clone(),
+            dialer: shared.dialer.clone(),
+            raft,
+            broker,
+            monitors,
+            lease: watch::channel(LeaseView::default()).0,
+            session_since: watch::channel(None).0,
+            leader: leader::Leader::default(),
+            measured: Mutex::default(),
+        });
+        tracing::info!(node = %member.node, name = %config.name, address = config.advertise, "this node is a member");
+        self.spawn(heartbeat::register(member.clone()));
+        self.spawn(heartbeat::renew(member.clone()));
+        self.spawn(leader::declare_lost(member.clone()));
+        self.spawn(agent::run(member.clone()));
+        self.spawn(controllers::planners(member.clone()));
+        self.spawn(controllers::membership(member.clone()));
+        let for_broker = member.clone();
+        self.spawn(async move {
+            // Ready before the first machine needs it.
+            if let Err(error) = for_broker.broker.ensure().await {
+                tracing::warn!(%error, "no storage broker yet");
+            }
+        });
+        shared.member.send_replace(Some(member.clone()));
+        Ok(member)
+    }
+
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let mut tasks = self
+            .shared
+            .tasks
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        tasks.spawn(task);
+    }
+
+    fn abort_tasks(&self) {
+        let mut tasks = self
+            .shared
+            .tasks
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *tasks = JoinSet::new();
+    }
+
+    /// The steps of a planned stop.
+    async fn leave(&self, member: &Arc<Member>) {
+        self.abort_tasks();
+        match heartbeat::announce_absence(member, ABSENCE).await {
+            Ok(()) => tracing::info!(absence_s = ABSENCE.as_secs(), "absence announced"),
+            Err(error) => tracing::warn!(%error, "the absence was not announced; guests may pause"),
+        }
+        if !member.raft.is_leader() {
+            return;
+        }
+        let status = member.raft.metrics();
+        let successor = status
+            .members
+            .iter()
+            .filter(|(id, status)| **id != member.node && status.voter)
+            .max_by_key(|(_, status)| status.matched)
+            .map(|(id, _)| *id);
+        if let Some(successor) = successor {
+            match member
+                .raft
+                .transfer_leadership(successor, TRANSFER_TIMEOUT)
+                .await
+            {
+                Ok(()) => tracing::info!(to = %successor, "the lead is handed over"),
+                Err(error) => tracing::warn!(%error, "the lead was not handed over"),
+            }
+        }
+    }
+}
+
+async fn ask<T>(
+    address: &str,
+    call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+) -> Result<T, AskError> {
+    let silent = |why: String| AskError::Silent {
+        address: address.to_owned(),
+        why,
+    };
+    match tokio::time::timeout(ASK_TIMEOUT, call).await {
+        Ok(Ok(reply)) => Ok(reply.into_inner()),
+        Ok(Err(status)) => Err(silent(status.message().to_owned())),
+        Err(_) => Err(silent("no answer in time".to_owned())),
+    }
+}
+
+/// Which life of its host this is: from the kernel's boot id.
+fn incarnation() -> Incarnation {
+    let boot_id = std::fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    // 0 means "never registered".
+    Incarnation(xxhash_rust::xxh3::xxh3_64(boot_id.trim_ascii()).max(1))
+}
+
+fn identity_path(data_dir: &Path) -> PathBuf {
+    data_dir.join("node.json")
+}
+
+fn read_identity(data_dir: &Path) -> Result<Option<Identity>, NodeError> {
+    let path = identity_path(data_dir);
+    let text = match std::fs::read(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(NodeError::DataDir { path, source }),
+    };
+    serde_json::from_slice(&text)
+        .map(Some)
+        .map_err(|error| NodeError::Identity {
+            path,
+            why: error.to_string(),
+        })
+}
+
+/// Written whole or not at all.
+fn write_identity(data_dir: &Path, identity: &Identity) -> io::Result<()> {
+    use std::io::Write;
+    let path = identity_path(data_dir);
+    let new = path.with_extension("new");
+    let mut file = std::fs::File::create(&new)?;
+    file.write_all(&serde_json::to_vec_pretty(identity)?)?;
+    file.sync_all()?;
+    std::fs::rename(&new, &path)?;
+    std::fs::File::open(data_dir)?.sync_all()
+}
+
+impl From<ProposeError> for BeginError {
+    fn from(error: ProposeError) -> BeginError {
+        BeginError::Command(error.into())
+    }
+}

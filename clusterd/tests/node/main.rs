@@ -1,0 +1,4 @@
+//! Whole nodes in one process, with real monitors and brokers where a test runs machines.
+
+mod formation;
+mod rig;

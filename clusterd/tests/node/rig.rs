@@ -1,0 +1,154 @@
+//! Nodes of a test: each with a folder and a loopback address of its own.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::Duration;
+
+use clap::Parser;
+use cluster_model::{ClusterState, Name, NodeId, Settings};
+use clusterd::config::{Cli, Config};
+use clusterd::node::{Node, NodeHandle};
+
+/// No condition of these tests takes longer on a loaded machine.
+pub const PATIENCE: Duration = Duration::from_secs(40);
+
+/// A test's nodes.
+pub struct Rig {
+    pub folder: tempfile::TempDir,
+    subnet: (u8, u8),
+    programs: (PathBuf, PathBuf),
+    pub nodes: Vec<Option<Node>>,
+}
+
+/// Addresses that no other test of this machine uses at the same time.
+fn subnet() -> (u8, u8) {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed) as u32 + std::process::id() * 4;
+    ((100 + number / 250 % 100) as u8, (number % 250) as u8)
+}
+
+impl Rig {
+    /// No node yet; monitors and brokers are these programs.
+    pub fn new(vmm: &Path, broker: &Path) -> Rig {
+        clusterd::telemetry::init();
+        Rig {
+            folder: tempfile::Builder::new().prefix("bn").tempdir().unwrap(),
+            subnet: subnet(),
+            programs: (vmm.to_owned(), broker.to_owned()),
+            nodes: Vec::new(),
+        }
+    }
+
+    /// A rig whose nodes never start a machine.
+    pub fn without_machines() -> Rig {
+        Rig::new(Path::new("/bin/false"), Path::new("/bin/false"))
+    }
+
+    pub fn ip(&self, number: usize) -> IpAddr {
+        let (second, third) = self.subnet;
+        Ipv4Addr::new(127, second, third, 10 + number as u8).into()
+    }
+
+    pub fn address(&self, number: usize) -> SocketAddr {
+        SocketAddr::new(self.ip(number), 7440)
+    }
+
+    fn config(&self, number: usize) -> Config {
+        let data_dir = self.folder.path().join(format!("n{number}"));
+        let flags = [
+            "clusterd".to_owned(),
+            format!("--data-dir={}", data_dir.display()),
+            format!("--name=n{number}"),
+            format!("--listen={}", self.address(number)),
+            "--memory-mib=1024".to_owned(),
+            "--cpus=4".to_owned(),
+            format!("--vmm={}", self.programs.0.display()),
+            format!("--broker={}", self.programs.1.display()),
+        ];
+        Cli::try_parse_from(flags).unwrap().load().unwrap()
+    }
+
+    /// Starts node `number` (from 1).
+    pub async fn start(&mut self, number: usize) -> NodeHandle {
+        let node = Node::start(self.config(number), |_, routes| routes)
+            .await
+            .unwrap();
+        let handle = node.handle();
+        self.nodes
+            .resize_with(self.nodes.len().max(number), || None);
+        self.nodes[number - 1] = Some(node);
+        handle
+    }
+
+    pub fn take(&mut self, number: usize) -> Node {
+        self.nodes[number - 1].take().unwrap()
+    }
+
+    pub fn handle(&self, number: usize) -> NodeHandle {
+        self.nodes[number - 1].as_ref().unwrap().handle()
+    }
+
+    /// A cluster of `count` nodes, all of them up and voting.
+    pub async fn cluster(&mut self, count: usize, settings: Settings) {
+        let first = self.start(1).await;
+        first
+            .init_cluster("test", Name::new("lab").unwrap(), settings)
+            .await
+            .unwrap();
+        let member = self.address(1).to_string();
+        for number in 2..=count {
+            let node = self.start(number).await;
+            node.join(&member, "voter", "").await.unwrap();
+        }
+        for number in 1..=count {
+            self.until(number, "every node is up", |state| {
+                state.nodes.len() == count
+                    && state
+                        .nodes
+                        .values()
+                        .all(|node| node.liveness == cluster_model::Liveness::Up)
+            })
+            .await;
+        }
+    }
+
+    /// Waits until node `number`'s replica shows something.
+    pub async fn until(&self, number: usize, what: &str, holds: impl Fn(&ClusterState) -> bool) {
+        let member = self.handle(number).member().unwrap();
+        let mut state = member.raft.state();
+        let seen = state.wait_for(|state| holds(state));
+        let seen = tokio::time::timeout(PATIENCE, seen).await.is_ok();
+        assert!(
+            seen,
+            "n{number} never saw that {what}: {:#?}",
+            member.state().nodes
+        );
+    }
+
+    pub fn node_id(&self, number: usize) -> NodeId {
+        self.handle(number).member().unwrap().node
+    }
+
+    /// Ends whatever runs in the folders of the nodes.
+    fn end_processes(&self) {
+        for pid in clusterd::process::of_folder(self.folder.path()) {
+            clusterd::process::kill(pid, self.folder.path());
+        }
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        self.end_processes();
+    }
+}
+
+/// Waits for a condition that nothing announces.
+pub async fn eventually(what: &str, holds: impl Fn() -> bool) {
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(tokio::time::Instant::now() < deadline, "never: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
