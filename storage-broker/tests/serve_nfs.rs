@@ -1,0 +1,188 @@
+//! `storage-broker serve-nfs` as a process: killed at any moment it forgets nothing that it answered.
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use cluster_model::ids::Token;
+use futures::stream::{FuturesUnordered, StreamExt};
+use storage_broker::dialer::Dialer;
+use storage_broker::fence::{DISK_MODE, claimant, data_credential};
+use storage_broker::nfs::client::SetAttributes;
+use storage_broker::nfs::{FileHandle, NfsClient, Stable, mount};
+use storage_broker::volume::VolumeUrl;
+
+const BROKER_UID: u32 = 50_000;
+const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A server in a process of its own; killed when dropped.
+struct Process {
+    child: Child,
+    url: String,
+}
+
+impl Process {
+    fn start(root: &Path, listen: &str) -> Process {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_storage-broker"))
+            .args(["serve-nfs", "--export", "/vm", "--listen", listen, "--root"])
+            .arg(root)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut url = String::new();
+        let mut stdout = BufReader::new(child.stdout.take().unwrap());
+        stdout.read_line(&mut url).unwrap();
+        let url = url.trim().to_owned();
+        Process { child, url }
+    }
+
+    /// Kills it with SIGKILL and starts it anew on the same port.
+    fn crash_and_restart(mut self, root: &Path) -> Process {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        let listen = self.url.trim_start_matches("nfs://").replace("/vm", "");
+        Process::start(root, &listen)
+    }
+
+    async fn connect(&self) -> NfsClient {
+        let VolumeUrl::Nfs(url) = self.url.parse().unwrap() else {
+            panic!("not NFS: {:?}", self.url)
+        };
+        mount(&url, &Dialer::default(), CALL_TIMEOUT).await.unwrap()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Errors mean that it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+async fn disk(client: &NfsClient, name: &str, size_bytes: u64) -> FileHandle {
+    let owner = claimant(BROKER_UID, Token(1));
+    let attributes = SetAttributes {
+        mode: Some(DISK_MODE),
+        gid: Some(Token(1).gid()),
+        size_bytes: Some(size_bytes),
+    };
+    client
+        .create(owner, client.root(), name, attributes)
+        .await
+        .unwrap()
+}
+
+async fn claim(client: &NfsClient, file: &FileHandle, token: Token) -> bool {
+    let group = SetAttributes {
+        gid: Some(token.gid()),
+        ..SetAttributes::default()
+    };
+    let claim = client.setattr(claimant(BROKER_UID, token), file, group);
+    claim.await.is_ok()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_acknowledged_token_is_forgotten_however_often_the_server_is_killed() {
+    const DISKS: usize = 4;
+    let root = tempfile::tempdir().unwrap();
+    let mut server = Process::start(root.path(), "127.0.0.1:0");
+    let client = server.connect().await;
+    let mut files = Vec::new();
+    for number in 0..DISKS {
+        files.push(disk(&client, &format!("disk{number}"), 4096).await);
+    }
+    let mut next = Token(2);
+    for round in 0..8 {
+        let client = server.connect().await;
+        let (claimed, mut claims) = tokio::sync::mpsc::unbounded_channel();
+        let tasks: Vec<_> = files
+            .iter()
+            .map(|file| {
+                let (client, file, claimed) = (client.clone(), file.clone(), claimed.clone());
+                tokio::spawn(async move {
+                    let (mut sent, mut acknowledged) = (next, Token(0));
+                    while claim(&client, &file, sent).await {
+                        acknowledged = sent;
+                        sent = Token(sent.0 + 1);
+                        // The main task has no interest any more only while the test ends.
+                        let _ = claimed.send(());
+                    }
+                    (acknowledged, sent)
+                })
+            })
+            .collect();
+        // Killed in the middle of the claims, after another number of them each time.
+        for _ in 0..20 + 7 * round {
+            claims.recv().await.unwrap();
+        }
+        server = server.crash_and_restart(root.path());
+        let client = server.connect().await;
+        for (file, task) in files.iter().zip(tasks) {
+            let (acknowledged, sent) = task.await.unwrap();
+            let owner = claimant(BROKER_UID, next);
+            let attributes = client.getattr(owner, file).await.unwrap();
+            assert_eq!((attributes.uid, attributes.mode), (BROKER_UID, DISK_MODE));
+            let token = Token(attributes.gid - Token(0).gid());
+            // The last claim was sent and not answered: it may hold or not.
+            assert!(
+                acknowledged <= token && token <= sent,
+                "round {round}: {acknowledged} was acknowledged, {sent} sent, {token} found"
+            );
+            next = next.max(Token(sent.0 + 1));
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_second_server_of_the_same_directory_says_why_it_does_not_start() {
+    let root = tempfile::tempdir().unwrap();
+    let _server = Process::start(root.path(), "127.0.0.1:0");
+    let second = Command::new(env!("CARGO_BIN_EXE_storage-broker"))
+        .args(["serve-nfs", "--listen", "127.0.0.1:0", "--root"])
+        .arg(root.path())
+        .output()
+        .unwrap();
+    assert!(!second.status.success());
+    let said = String::from_utf8_lossy(&second.stderr);
+    assert!(said.contains("already served by another server"), "{said}");
+}
+
+/// Not a benchmark: that the server serves calls side by side and shares syncs between them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn synced_writes_in_flight_together_are_faster_than_one_after_the_other() {
+    const SIZE: u64 = 16 << 20;
+    let root = tempfile::tempdir().unwrap();
+    let server = Process::start(root.path(), "127.0.0.1:0");
+    let client = server.connect().await;
+    let file = disk(&client, "disk", SIZE).await;
+    let holder = data_credential(BROKER_UID, Token(1));
+    let whole = Bytes::from(vec![1; 1 << 20]);
+    for offset in (0..SIZE).step_by(1 << 20) {
+        let write = client.write(holder, &file, offset, &whole, Stable::UNSTABLE);
+        write.await.unwrap();
+    }
+    client.commit(holder, &file).await.unwrap();
+    let rate = async |depth: usize| {
+        let data = Bytes::from(vec![2; 4096]);
+        let begun = Instant::now();
+        let mut blocks = 0..1000_u64;
+        let write = |block: u64| {
+            let offset = block * 7919 % (SIZE / 4096) * 4096;
+            client.write(holder, &file, offset, &data, Stable::FILE_SYNC)
+        };
+        let mut flight: FuturesUnordered<_> = blocks.by_ref().take(depth).map(write).collect();
+        while let Some(reply) = flight.next().await {
+            assert!(reply.unwrap().committed);
+            flight.extend(blocks.next().map(write));
+        }
+        1000.0 / begun.elapsed().as_secs_f64()
+    };
+    let (one, eight, many) = (rate(1).await, rate(8).await, rate(32).await);
+    println!(
+        "4 KiB FILE_SYNC writes a second: {one:.0} one by one, {eight:.0} by 8, {many:.0} by 32"
+    );
+    assert!(eight > one, "{eight:.0} by 8, {one:.0} one by one");
+}
