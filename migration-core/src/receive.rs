@@ -13,8 +13,8 @@ mod door;
 mod intake;
 
 use crate::clock::monotonic_ns;
-use crate::error::{FrameError, ReceiveError};
-use crate::frame::{ChannelTotals, Final, Frame, Kind, RoundMark, encode_error};
+use crate::error::ReceiveError;
+use crate::frame::{ChannelTotals, Final, Frame, Kind, encode_error};
 use crate::machine::MigrationSink;
 use crate::net::Acceptor;
 use crate::options::{Credentials, ReceiveOptions};
@@ -141,7 +141,7 @@ impl<S: MigrationSink + ?Sized> Driver<S> {
                 biased;
                 Some(visitor) = self.visitors.recv() => self.admit(visitor?),
                 Some((channel, report)) = self.reports.recv() => {
-                    self.note(channel, report?).await?;
+                    self.note(channel, report?);
                 }
                 _ = tick.tick() => self.publish(),
                 () = tokio::time::sleep_until(deadline), if bounded => return Err(self.too_late()),
@@ -173,35 +173,31 @@ impl<S: MigrationSink + ?Sized> Driver<S> {
             &mut self.tasks,
         );
         self.channels.insert(channel, opened);
+        self.begin();
     }
 
-    async fn note(&mut self, channel: u16, arrived: Arrived) -> Result<(), ReceiveError> {
+    /// Lets the source begin, once the regions fit and every channel is open, whichever came last.
+    fn begin(&mut self) {
+        if self.set_up && self.channels.len() == usize::from(self.announced) {
+            self.answer(0, Frame::new(Kind::Ready, &[]));
+            self.status.send_modify(|status| {
+                status.stage = ReceiveStage::Incoming;
+                status.round = 1;
+            });
+        }
+    }
+
+    fn note(&mut self, channel: u16, arrived: Arrived) {
         match arrived {
-            Arrived::Setup if self.channels.len() < usize::from(self.announced) => {
-                let what = "not all channels are open";
-                let source = FrameError::Unexpected {
-                    kind: Kind::Setup.label(),
-                    what,
-                };
-                return Err(ReceiveError::Protocol { channel, source });
-            }
             Arrived::Setup => {
                 self.set_up = true;
-                self.answer(0, Frame::new(Kind::Ready, &[])).await;
-                self.status.send_modify(|status| {
-                    status.stage = ReceiveStage::Incoming;
-                    status.round = 1;
-                });
+                self.begin();
             }
             Arrived::RoundEnd(mark, totals) => {
                 if mark.last {
                     self.ended.insert(channel, totals);
                 } else {
-                    let mark = RoundMark {
-                        last: false,
-                        ..mark
-                    };
-                    self.answer(channel, mark.encode(Kind::RoundAck)).await;
+                    self.answer(channel, mark.encode(Kind::RoundAck));
                     self.status
                         .send_modify(|status| status.round = status.round.max(mark.round + 1));
                 }
@@ -219,7 +215,6 @@ impl<S: MigrationSink + ?Sized> Driver<S> {
                 self.last = Some((last, state));
             }
         }
-        Ok(())
     }
 
     /// *Final* and the device state, once every channel has ended too.
@@ -275,7 +270,7 @@ impl<S: MigrationSink + ?Sized> Driver<S> {
             Ok(_) => Frame::new(Kind::Complete, &[]),
             Err(error) => encode_error(&error.to_string()),
         };
-        self.answer(0, goodbye).await;
+        self.answer(0, goodbye);
         // No more visitors, no more reports: readers throw away what still comes, so that the goodbye
         // is not lost to a reset, until the source closes or the bound has passed.
         self.visitors.close();
@@ -299,7 +294,7 @@ impl<S: MigrationSink + ?Sized> Driver<S> {
         })
     }
 
-    async fn answer(&self, channel: u16, frame: Frame) {
+    fn answer(&self, channel: u16, frame: Frame) {
         if let Some(channel) = self.channels.get(&channel) {
             // Full only when the source does not read; its silence is noticed elsewhere.
             let _ = channel.answers.try_send(frame);

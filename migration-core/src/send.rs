@@ -78,8 +78,6 @@ struct Driver<S: ?Sized> {
     heard: mpsc::Receiver<Result<Heard, SendError>>,
     channels: Vec<Channel>,
     tasks: JoinSet<()>,
-    /// Ends the reading threads of a failed attempt.
-    stop: Arc<AtomicBool>,
     /// Held by every reading thread; `ended` ends with the last of them.
     alive: Option<mpsc::Sender<Infallible>>,
     ended: mpsc::Receiver<Infallible>,
@@ -120,6 +118,7 @@ impl<S: MigrationSource + ?Sized> Driver<S> {
                 counters: Arc::new(Counters::default()),
                 heard: sender,
                 heartbeat: options.heartbeat,
+                stop: Arc::new(AtomicBool::new(false)),
             },
             source,
             options,
@@ -129,7 +128,6 @@ impl<S: MigrationSource + ?Sized> Driver<S> {
             heard,
             channels: Vec::new(),
             tasks: JoinSet::new(),
-            stop: Arc::new(AtomicBool::new(false)),
             alive: Some(alive),
             ended,
             ready: false,
@@ -364,7 +362,7 @@ impl<S: MigrationSource + ?Sized> Driver<S> {
     /// Ends the attempt: goodbye, threads, dirty log, status.
     async fn close(mut self, result: Result<(), SendError>) -> Result<Sent, SendFailed> {
         if let Err(cause) = &result {
-            self.stop.store(true, Ordering::Relaxed);
+            self.common.stop.store(true, Ordering::Relaxed);
             self.goodbye(cause).await;
         }
         // Writers first, so that a thread that waits for room in a queue wakes up.
@@ -438,7 +436,7 @@ impl<S: MigrationSource + ?Sized> Driver<S> {
                 batch_pages,
                 outgoing: channel.outgoing.clone(),
                 buffers,
-                stop: Arc::clone(&self.stop),
+                stop: Arc::clone(&self.common.stop),
             };
             let alive = self.alive.clone();
             scans.spawn_blocking(move || {

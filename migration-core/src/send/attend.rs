@@ -77,40 +77,50 @@ impl<S: MigrationSource + ?Sized> Driver<S> {
                 }
                 Ok(())
             }
-            Some(Ok(Heard::Complete)) if self.status.borrow().stage == SendStage::FinalSent => {
-                self.complete = true;
-                self.status.send_modify(|status| {
-                    status.stage = SendStage::Complete;
-                    status.timings.complete_ns = monotonic_ns();
-                });
-                Ok(())
-            }
-            Some(Ok(Heard::Complete)) => Err(SendError::Protocol {
-                channel: 0,
-                source: FrameError::Unexpected {
-                    kind: Kind::Complete.label(),
-                    what: "not everything was sent",
-                },
-            }),
-            Some(Err(error)) => Err(self.better_reason(error).await),
+            Some(Ok(Heard::Complete)) => self.note_complete(),
+            Some(Err(error)) => self.weigh(error).await,
             // This side holds a sender itself, so the queue cannot end.
             None => Ok(()),
         }
     }
 
-    /// A connection that breaks often breaks because the destination gave up; prefer its own words.
-    async fn better_reason(&mut self, error: SendError) -> SendError {
-        if !matches!(error, SendError::Connection { .. }) {
-            return error;
+    fn note_complete(&mut self) -> Result<(), SendError> {
+        if self.status.borrow().stage != SendStage::FinalSent {
+            let what = "not everything was sent";
+            let source = FrameError::Unexpected {
+                kind: Kind::Complete.label(),
+                what,
+            };
+            return Err(SendError::Protocol { channel: 0, source });
         }
-        let reason = async {
+        self.complete = true;
+        self.status.send_modify(|status| {
+            status.stage = SendStage::Complete;
+            status.timings.complete_ns = monotonic_ns();
+        });
+        Ok(())
+    }
+
+    /// A connection often breaks because the destination is done, for better or worse, and closes them
+    /// all; its own word for it may still be on its way on channel 0.
+    async fn weigh(&mut self, error: SendError) -> Result<(), SendError> {
+        if !matches!(error, SendError::Connection { .. }) {
+            return Err(error);
+        }
+        let word = async {
             loop {
-                if let Some(Err(better @ SendError::Destination(_))) = self.heard.recv().await {
-                    return better;
+                match self.heard.recv().await {
+                    Some(Err(better @ SendError::Destination(_))) => return Err(better),
+                    Some(Ok(Heard::Complete)) => return Ok(()),
+                    _ => {}
                 }
             }
         };
-        timeout(REASON_WAIT, reason).await.unwrap_or(error)
+        match timeout(REASON_WAIT, word).await {
+            Ok(Ok(())) => self.note_complete(),
+            Ok(Err(better)) => Err(better),
+            Err(_) => Err(error),
+        }
     }
 
     fn check_progress(&mut self) -> Result<(), SendError> {

@@ -7,7 +7,7 @@ use crate::net::Connector;
 use crate::options::{Credentials, SendOptions};
 use crate::pace::Pace;
 use crate::wire::{FrameReader, FrameWriter, split};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
@@ -18,6 +18,9 @@ const QUEUE_FRAMES: usize = 2;
 
 /// Buffers of a channel: those in the queue, the one being filled, the one being written.
 const BUFFERS: usize = QUEUE_FRAMES + 2;
+
+/// How long a writer that waits for its turn does not look up.
+const NAP_MAX: Duration = Duration::from_millis(20);
 
 /// What may wait for the driver at most; it listens always, so this is never reached but by a mad peer, who then waits.
 pub const EVENTS_MAX: usize = 64;
@@ -73,6 +76,8 @@ pub struct Common {
     pub counters: Arc<Counters>,
     pub heard: mpsc::Sender<Result<Heard, SendError>>,
     pub heartbeat: Duration,
+    /// Set when the attempt is over: memory that still waits is not worth sending.
+    pub stop: Arc<AtomicBool>,
 }
 
 /// The driver's end of a channel.
@@ -185,6 +190,9 @@ impl Writing {
         let memory = matches!(frame.kind(), Kind::Pages | Kind::Zero);
         if memory {
             self.wait_turn(frame.wire_bytes()).await?;
+            if self.common.stop.load(Ordering::Relaxed) {
+                return Ok(());
+            }
             self.totals.add(pages, zero_pages, frame.payload_sum());
         }
         let written = self.writer.write(&mut frame).await?;
@@ -212,13 +220,16 @@ impl Writing {
             pace.take(bytes, monotonic_ns())
         };
         let mut rest = Duration::from_nanos(wait_ns);
-        while rest > self.common.heartbeat {
-            tokio::time::sleep(self.common.heartbeat).await;
-            rest -= self.common.heartbeat;
-            self.beat().await?;
-        }
-        if !rest.is_zero() {
-            tokio::time::sleep(rest).await;
+        let mut silent = Duration::ZERO;
+        while !rest.is_zero() && !self.common.stop.load(Ordering::Relaxed) {
+            let nap = rest.min(NAP_MAX);
+            tokio::time::sleep(nap).await;
+            rest -= nap;
+            silent += nap;
+            if silent >= self.common.heartbeat {
+                silent = Duration::ZERO;
+                self.beat().await?;
+            }
         }
         Ok(())
     }

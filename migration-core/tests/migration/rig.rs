@@ -27,7 +27,7 @@ pub fn credentials() -> Credentials {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cut {
     Never,
-    /// After so many bytes from the source; these arrive.
+    /// After so many bytes from the source; these arrive, and the attempt to write more fails.
     Sent(u64),
     /// After so many bytes from the destination; these arrive.
     Heard(u64),
@@ -105,9 +105,6 @@ impl AsyncWrite for Wire {
             .unwrap()
             .sent
             .extend_from_slice(&part[..written]);
-        if self.cut == Cut::Sent(self.sent) {
-            self.inner = None;
-        }
         Poll::Ready(Ok(written))
     }
 
