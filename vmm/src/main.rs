@@ -72,11 +72,13 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     tracing::info!(control = %arguments.control.display(), "ready");
     loop {
         tokio::select! {
+            biased;
+            () = monitor.ended().cancelled() => break,
             served = &mut server => {
                 served??;
-                break;
+                monitor.end().await;
+                anyhow::bail!("the control socket has closed");
             }
-            () = monitor.ended().cancelled() => break,
             _ = hangup.recv() => tracing::info!("hangup ignored"),
             _ = interrupt.recv() => { terminated(&monitor).await; break }
             _ = terminate.recv() => { terminated(&monitor).await; break }
