@@ -8,6 +8,7 @@ mod cluster;
 mod error;
 mod events;
 mod migrations;
+mod node_backend;
 mod nodes;
 mod plans;
 mod service;
@@ -17,4 +18,5 @@ mod vms;
 mod volumes;
 
 pub use backend::{Backend, BackendError, ConsoleChunks};
+pub use node_backend::NodeBackend;
 pub use service::AdminService;

@@ -19,7 +19,6 @@ pub mod broker;
 pub mod clock;
 pub mod config;
 pub mod controllers;
-pub mod failpoint;
 pub mod heartbeat;
 mod late;
 pub mod leader;

@@ -4,12 +4,11 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use cluster_model::{ClusterState, Envelope, NodeId, NodeRole, Reply, VmId};
-use proto::broker::broker_client::BrokerClient;
 use tokio::sync::{mpsc, watch};
 use tonic::Status;
-use tonic::transport::Channel;
 
 use super::soft::Soft;
+use crate::broker::Broker;
 use crate::raft::RaftStatus;
 
 /// Output of a console, or why it ended.
@@ -54,7 +53,7 @@ pub trait Backend: Send + Sync + 'static {
     /// Joins the cluster that answers at `member`.
     async fn join(&self, member: &str, role: NodeRole) -> Result<NodeId, BackendError>;
     /// This node's storage broker.
-    async fn broker(&self) -> Result<BrokerClient<Channel>, BackendError>;
+    fn broker(&self) -> Result<Broker, BackendError>;
     /// The serial console of a machine, wherever it runs; what arrives on `typed` is sent to it.
     async fn console(&self, vm: VmId, typed: mpsc::Receiver<Vec<u8>>) -> Result<ConsoleChunks, BackendError>;
 }

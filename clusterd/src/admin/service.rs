@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use cluster_model::{ClusterState, Command, Envelope, LogIndex, Name, Node, Outcome, RequestId, Volume};
 use futures::Stream;
-use proto::admin::admin_server::Admin;
+use proto::admin::admin_server::{Admin, AdminServer};
 use proto::admin::*;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -31,6 +31,12 @@ impl AdminService {
     /// The API of that node.
     pub fn new(backend: Arc<dyn Backend>) -> AdminService {
         AdminService { backend }
+    }
+
+    /// The API of a running node, ready to be served.
+    pub fn of(node: crate::node::NodeHandle) -> AdminServer<AdminService> {
+        let backend = super::NodeBackend::new(node);
+        AdminServer::new(AdminService::new(Arc::new(backend)))
     }
 
     /// The replicated state as applied here.

@@ -7,7 +7,6 @@ use proto::admin::{
     Check, Done, VmConsoleInput, VmConsoleOutput, VmCreateRequest, VmDeleteRequest, VmListReply, VmListRequest,
     VmMigrateReply, VmMigrateRequest, VmReply, VmStartRequest, VmStopRequest,
 };
-use proto::broker::DeleteDiskRequest;
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
@@ -109,27 +108,13 @@ impl AdminService {
         // could be started.
         let (index, _) = self.propose(&change, Command::DeleteVm { vm: vm.id }).await?;
         if !request.keep_disks && vm.disks_made {
-            let cluster = state.cluster.clone().ok_or(super::BackendError::NoCluster)?;
-            let mut broker = self.backend.broker().await?;
-            for disk in &vm.spec.disks {
-                let Some(volume) = state.volume_named(&disk.volume) else { continue };
-                let request = DeleteDiskRequest {
-                    volume: Some(proto::broker::Volume {
-                        url: volume.url.clone(),
-                        cluster_id: cluster.id.clone(),
-                        broker_uid: cluster.broker_uid,
-                        fence_class: volume.fence.as_str().into(),
-                    }),
-                    path: disk.path.clone(),
-                    token: vm.ownership.token.0,
-                };
-                if let Err(error) = broker.delete_disk(request).await {
-                    return Err(status(
-                        error.code(),
-                        "E-DISK",
-                        format!("{} is forgotten, but its disk {}:{} is still there: {}", vm.name, disk.volume, disk.path, error.message()),
-                    ));
-                }
+            let broker = self.backend.broker()?;
+            if let Err(error) = broker.delete_disks(&state, &vm).await {
+                return Err(status(
+                    Code::FailedPrecondition,
+                    "E-DISK",
+                    format!("{} is forgotten, but its disks are still there: {error}", vm.name),
+                ));
             }
         }
         Ok(Done { log_index: index.0 })

@@ -30,15 +30,15 @@ impl AdminService {
                 format!("there is a volume named `{volume_name}` already ({}); choose another name", known.url),
             ));
         }
-        let mut broker = self.backend.broker().await?;
+        let broker = self.backend.broker()?;
         let probe = broker
             .probe_volume(ProbeVolumeRequest {
                 url: request.url.clone(),
                 cluster_id: cluster.id.clone(),
                 broker_uid: cluster.broker_uid,
             })
-            .await?
-            .into_inner();
+            .await
+            .map_err(|error| broker_failed(&error))?;
         check_probe(&request.url, &cluster.id, &probe)?;
         let mut view = VolumeView {
             name: volume_name.to_string(),
@@ -61,8 +61,8 @@ impl AdminService {
                 }),
                 volume_uuid: uuid::Uuid::new_v4().to_string(),
             })
-            .await?
-            .into_inner();
+            .await
+            .map_err(|error| broker_failed(&error))?;
         let fence = FenceClass::parse(&adopted.fence_class).ok_or_else(|| {
             status(Code::Internal, "E-FAILED", format!("the broker certified an unknown fence class `{}`", adopted.fence_class))
         })?;
@@ -89,12 +89,12 @@ impl AdminService {
     pub(super) async fn volume_list(&self, _: VolumeListRequest) -> Result<VolumeListReply, Status> {
         let state = self.cluster_state()?;
         let cluster = state.cluster.clone().ok_or(super::BackendError::NoCluster)?;
-        let broker = self.backend.broker().await.ok();
+        let broker = self.backend.broker().ok();
         let views = state.volumes.values().map(|volume| {
             let (broker, cluster) = (broker.clone(), cluster.clone());
             let mut view = views::volume(&state, volume);
             async move {
-                let Some(mut broker) = broker else {
+                let Some(broker) = broker else {
                     view.state = "unknown".into();
                     return view;
                 };
@@ -103,7 +103,7 @@ impl AdminService {
                     cluster_id: cluster.id,
                     broker_uid: cluster.broker_uid,
                 };
-                match broker.probe_volume(probe).await.map(tonic::Response::into_inner) {
+                match broker.probe_volume(probe).await {
                     Ok(probe) if probe.reachable => {
                         view.state = if probe.writable { "healthy" } else { "read-only" }.into();
                         view.free_bytes = probe.free_bytes;
@@ -115,7 +115,7 @@ impl AdminService {
                     }
                     Err(error) => {
                         view.state = "unknown".into();
-                        view.report = error.message().to_owned();
+                        view.report = error.to_string();
                     }
                 }
                 view
@@ -143,6 +143,10 @@ impl AdminService {
             .collect();
         Ok(LeaseListReply { leases })
     }
+}
+
+fn broker_failed(error: &crate::broker::BrokerError) -> Status {
+    status(Code::FailedPrecondition, "E-VOLUME", error.to_string())
 }
 
 /// Refuses a volume that cannot be this cluster's.

@@ -1,0 +1,192 @@
+//! A node behind the admin API.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use cluster_model::{ClusterState, Envelope, Name, NodeId, NodeRole, Reply, Settings, VmId};
+use proto::admin::VmConsoleInput;
+use proto::admin::admin_client::AdminClient;
+use proto::monitor::ConsoleInput;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Status, Streaming};
+
+use super::backend::{Backend, BackendError, ConsoleChunks};
+use super::soft::{Soft, SoftNode};
+use crate::broker::Broker;
+use crate::member::PROPOSE_TIMEOUT;
+use crate::node::{BeginError, NodeHandle};
+use crate::raft::RaftStatus;
+use crate::report::{NodeReport, Reporter};
+
+/// How long an entry that the leader applied may take to be applied here.
+const APPLY_TIMEOUT: Duration = Duration::from_secs(8);
+/// How long a linearizable read may take before the answer is that there is no quorum.
+const CONFIRM_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long the leader may take to tell the nodes' soft state.
+const REPORTS_TIMEOUT: Duration = Duration::from_secs(1);
+/// Chunks of console output that wait for a slow reader.
+const CONSOLE_QUEUE: usize = 64;
+
+/// That node.
+pub struct NodeBackend {
+    node: NodeHandle,
+    /// Shown as the state of a node that is in no cluster yet.
+    empty: watch::Sender<Arc<ClusterState>>,
+}
+
+impl NodeBackend {
+    /// That node.
+    pub fn new(node: NodeHandle) -> NodeBackend {
+        NodeBackend { node, empty: watch::channel(Arc::default()).0 }
+    }
+
+    fn begin_failed(error: BeginError) -> BackendError {
+        match error {
+            BeginError::AlreadyMember { node } => BackendError::InCluster(format!("as {node}")),
+            other => BackendError::Failed(other.to_string()),
+        }
+    }
+}
+
+/// A report as views want it.
+fn soft_node(report: &NodeReport, now_ms: u64, heartbeat_ms: u64) -> SoftNode {
+    let age_ms = now_ms.saturating_sub(report.at_ms);
+    let left = |ms: u64| i64::try_from(ms).unwrap_or(i64::MAX);
+    SoftNode {
+        monitors: report.monitors.clone(),
+        lease_left_ms: Some(left(report.lease_left_ms) - left(age_ms)),
+        lease_slack_ms: report.lease_slack_ms.map(left),
+        cpu_load: f64::from(report.cpu_permille) / 1_000.0,
+        isolated: age_ms > heartbeat_ms.saturating_mul(3),
+    }
+}
+
+#[async_trait]
+impl Backend for NodeBackend {
+    fn name(&self) -> String {
+        self.node.config().name.to_string()
+    }
+
+    fn wall_ms(&self) -> u64 {
+        self.node.clock().wall_ms()
+    }
+
+    fn state(&self) -> watch::Receiver<Arc<ClusterState>> {
+        self.node.member().map_or_else(|| self.empty.subscribe(), |member| member.raft.state())
+    }
+
+    fn raft(&self) -> Option<RaftStatus> {
+        self.node.member().map(|member| member.raft.metrics())
+    }
+
+    async fn soft(&self) -> Soft {
+        let now_ms = self.wall_ms();
+        let heartbeat_ms = u64::from(self.node.state().settings.heartbeat_ms);
+        let mut soft = Soft::default();
+        if let Ok(Ok(reports)) = tokio::time::timeout(REPORTS_TIMEOUT, self.node.reports()).await {
+            soft.nodes =
+                reports.iter().map(|(&id, report)| (id, soft_node(report, now_ms, heartbeat_ms))).collect();
+        }
+        // What this node knows of itself is newer than what the leader was told.
+        if let Some(member) = self.node.member() {
+            let report = Reporter::default().report(&member);
+            let mut own = soft_node(&report, now_ms, heartbeat_ms);
+            if let Some(told) = soft.nodes.get(&member.node) {
+                own.cpu_load = told.cpu_load;
+            }
+            soft.nodes.insert(member.node, own);
+        }
+        soft
+    }
+
+    async fn propose(&self, envelope: Envelope) -> Result<Reply, BackendError> {
+        let member = self.node.member().ok_or(BackendError::NoCluster)?;
+        let applied = member
+            .raft
+            .propose_or_forward(&envelope, PROPOSE_TIMEOUT)
+            .await
+            .map_err(|error| BackendError::NoQuorum(error.to_string()))?;
+        member
+            .raft
+            .wait_applied(applied.index, APPLY_TIMEOUT)
+            .await
+            .map_err(|error| BackendError::NoQuorum(error.to_string()))?;
+        Ok(applied.reply)
+    }
+
+    async fn confirm(&self) -> Result<(), BackendError> {
+        let member = self.node.member().ok_or(BackendError::NoCluster)?;
+        let read = async {
+            let index = member.raft.read_index().await.map_err(|error| error.to_string())?;
+            member.raft.wait_applied(index, CONFIRM_TIMEOUT).await.map_err(|error| error.to_string())
+        };
+        match tokio::time::timeout(CONFIRM_TIMEOUT, read).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(why)) => Err(BackendError::NoQuorum(why)),
+            Err(_) => Err(BackendError::NoQuorum(format!("no answer in {} s", CONFIRM_TIMEOUT.as_secs()))),
+        }
+    }
+
+    async fn init_cluster(&self, name: Name, fast: bool, actor: &str) -> Result<String, BackendError> {
+        let settings = if fast { Settings::fast() } else { Settings::default() };
+        self.node
+            .init_cluster(actor, name, settings)
+            .await
+            .map(|cluster| cluster.id)
+            .map_err(NodeBackend::begin_failed)
+    }
+
+    async fn join(&self, member: &str, role: NodeRole) -> Result<NodeId, BackendError> {
+        let role = match role {
+            NodeRole::Voter => "voter",
+            NodeRole::Learner => "learner",
+            NodeRole::Witness => "witness",
+        };
+        self.node.join(member, role, "").await.map(|(node, _)| node).map_err(NodeBackend::begin_failed)
+    }
+
+    fn broker(&self) -> Result<Broker, BackendError> {
+        self.node.member().map(|member| member.broker.clone()).ok_or(BackendError::NoCluster)
+    }
+
+    async fn console(&self, vm: VmId, typed: mpsc::Receiver<Vec<u8>>) -> Result<ConsoleChunks, BackendError> {
+        let failed = |status: Status| BackendError::Failed(format!("the console cannot be reached: {}", status.message()));
+        if let Some(monitor) = self.node.monitor_of(vm) {
+            let input = ReceiverStream::new(typed).map(|data| ConsoleInput { data });
+            let output = monitor.console(input).await.map_err(failed)?;
+            return Ok(pass_on(output, |chunk| chunk.data));
+        }
+        let channel = self
+            .node
+            .owner_channel(vm)
+            .map_err(|error| BackendError::Failed(error.to_string()))?
+            .ok_or_else(|| BackendError::Failed("the machine does not run".into()))?;
+        // Its owner answers for it; the first message names it.
+        let first = tokio_stream::once(VmConsoleInput { name: vm.to_string(), data: Vec::new() });
+        let rest = ReceiverStream::new(typed).map(|data| VmConsoleInput { name: String::new(), data });
+        let output = AdminClient::new(channel).vm_console(first.chain(rest)).await.map_err(failed)?.into_inner();
+        Ok(pass_on(output, |chunk| chunk.data))
+    }
+}
+
+/// Carries a stream of chunks into a channel.
+fn pass_on<T: Send + 'static>(mut from: Streaming<T>, data: fn(T) -> Vec<u8>) -> ConsoleChunks {
+    let (sender, receiver) = mpsc::channel(CONSOLE_QUEUE);
+    tokio::spawn(async move {
+        loop {
+            let chunk = match from.message().await {
+                Ok(Some(chunk)) => Ok(data(chunk)),
+                Ok(None) => return,
+                Err(status) => Err(status),
+            };
+            let ended = chunk.is_err();
+            if sender.send(chunk).await.is_err() || ended {
+                return;
+            }
+        }
+    });
+    receiver
+}
