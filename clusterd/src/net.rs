@@ -55,7 +55,13 @@ impl Dialer {
     /// A dialer whose connections come from `local`, the address this node listens on: peers and packet
     /// filters then know the node by one address.
     pub fn new(local: IpAddr) -> Dialer {
-        Dialer { inner: Arc::new(DialerInner { local, shared: Mutex::default(), links: Links::default() }) }
+        Dialer {
+            inner: Arc::new(DialerInner {
+                local,
+                shared: Mutex::default(),
+                links: Links::default(),
+            }),
+        }
     }
 
     /// The channel to `address` (`host:port`) that everything short shares. It connects at first use and
@@ -83,25 +89,33 @@ impl Dialer {
         let endpoint = Endpoint::from_shared(format!("http://{address}"))
             .ok()
             .filter(|endpoint| endpoint.uri().port_u16().is_some())
-            .ok_or_else(|| AddressError { address: address.to_owned() })?
+            .ok_or_else(|| AddressError {
+                address: address.to_owned(),
+            })?
             .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
             .keep_alive_timeout(KEEPALIVE_TIMEOUT)
             .keep_alive_while_idle(true)
             .initial_stream_window_size(WINDOW_BYTES)
             .initial_connection_window_size(WINDOW_BYTES);
         let (local, links) = (self.inner.local, self.inner.links.clone());
-        Ok(endpoint.connect_with_connector_lazy(tower::service_fn(move |uri: Uri| {
-            let links = links.clone();
-            async move {
-                match tokio::time::timeout(CONNECT_TIMEOUT, connect(&uri, local, &links)).await {
-                    Ok(connected) => connected.map(TokioIo::new),
-                    Err(_) => Err(io::Error::new(
-                        io::ErrorKind::TimedOut,
-                        format!("{uri} did not answer within {} ms", CONNECT_TIMEOUT.as_millis()),
-                    )),
+        Ok(
+            endpoint.connect_with_connector_lazy(tower::service_fn(move |uri: Uri| {
+                let links = links.clone();
+                async move {
+                    match tokio::time::timeout(CONNECT_TIMEOUT, connect(&uri, local, &links)).await
+                    {
+                        Ok(connected) => connected.map(TokioIo::new),
+                        Err(_) => Err(io::Error::new(
+                            io::ErrorKind::TimedOut,
+                            format!(
+                                "{uri} did not answer within {} ms",
+                                CONNECT_TIMEOUT.as_millis()
+                            ),
+                        )),
+                    }
                 }
-            }
-        })))
+            })),
+        )
     }
 
     /// Which links are cut on purpose; for fault tests.
@@ -119,7 +133,12 @@ pub struct AddressError {
 }
 
 async fn connect(uri: &Uri, local: IpAddr, links: &Links) -> io::Result<LinkStream> {
-    let bad = || io::Error::new(io::ErrorKind::InvalidInput, format!("{uri} has no host and port"));
+    let bad = || {
+        io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("{uri} has no host and port"),
+        )
+    };
     let host = uri.host().ok_or_else(bad)?.trim_matches(['[', ']']);
     let port = uri.port_u16().ok_or_else(bad)?;
     let mut last = io::Error::new(io::ErrorKind::NotFound, format!("{host} has no address"));
@@ -187,7 +206,10 @@ impl Links {
 }
 
 fn link_cut() -> io::Error {
-    io::Error::new(io::ErrorKind::ConnectionReset, "this link is cut on purpose")
+    io::Error::new(
+        io::ErrorKind::ConnectionReset,
+        "this link is cut on purpose",
+    )
 }
 
 /// A connection that breaks when its link is cut.
@@ -199,7 +221,11 @@ struct LinkStream {
 
 impl LinkStream {
     fn check(&self) -> io::Result<()> {
-        if self.cut.load(Ordering::Relaxed) { Err(link_cut()) } else { Ok(()) }
+        if self.cut.load(Ordering::Relaxed) {
+            Err(link_cut())
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -265,7 +291,9 @@ pub async fn serve(
     routes: Routes,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), ServeError> {
-    let address = listener.local_addr().unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0)));
+    let address = listener
+        .local_addr()
+        .unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0)));
     let incoming = TcpIncoming::from(listener)
         .with_nodelay(Some(true))
         .with_keepalive(Some(KEEPALIVE_INTERVAL));
@@ -332,7 +360,10 @@ mod tests {
         assert!(stream.write_all(b"x").await.is_err());
         assert!(connect_to(address, local, &links).await.is_err());
         links.heal(address);
-        assert!(stream.write_all(b"x").await.is_err(), "a broken connection stays broken");
+        assert!(
+            stream.write_all(b"x").await.is_err(),
+            "a broken connection stays broken"
+        );
         assert!(connect_to(address, local, &links).await.is_ok());
     }
 }

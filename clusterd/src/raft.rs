@@ -94,7 +94,10 @@ impl Timing {
     /// What openraft calls its minimum and maximum. Its followers wait for the leader's lease (the
     /// maximum) and then for a draw between the two, so `max + min = first` and `max + max = last`.
     fn openraft(&self) -> (u64, u64) {
-        let (first, last) = (self.election.0.as_millis() as u64, self.election.1.as_millis() as u64);
+        let (first, last) = (
+            self.election.0.as_millis() as u64,
+            self.election.1.as_millis() as u64,
+        );
         let max = last / 2;
         (first.saturating_sub(max), max)
     }
@@ -154,7 +157,9 @@ impl Options {
             backoff: "50ms 100ms 200ms ...1000ms".into(),
             ..Config::default()
         };
-        config.validate().map_err(|error| StartError::Settings { why: error.to_string() })
+        config.validate().map_err(|error| StartError::Settings {
+            why: error.to_string(),
+        })
     }
 }
 
@@ -184,7 +189,10 @@ pub enum StartError {
 ///
 /// # Errors
 /// See [`StartError`].
-pub async fn start<M: Machine>(options: Options, dialer: Dialer) -> Result<RaftHandle<M>, StartError> {
+pub async fn start<M: Machine>(
+    options: Options,
+    dialer: Dialer,
+) -> Result<RaftHandle<M>, StartError> {
     let config = Arc::new(options.config()?);
     let (dir, node, create) = (options.dir.clone(), options.node, options.create);
     let opened = tokio::task::spawn_blocking(move || {
@@ -199,17 +207,25 @@ pub async fn start<M: Machine>(options: Options, dialer: Dialer) -> Result<RaftH
         // The store panics on some kinds of damage.
         Err(error) => {
             let what = error.to_string();
-            return Err(StoreError::Damaged { dir: options.dir, what }.into());
+            return Err(StoreError::Damaged {
+                dir: options.dir,
+                what,
+            }
+            .into());
         }
     };
     let (machine, published) = StateMachine::<M>::new(snapshots, snapshot);
-    let network = Network { dialer: dialer.clone() };
+    let network = Network {
+        dialer: dialer.clone(),
+    };
     let raft = openraft::Raft::new(options.node.0, config, network, log, machine).await;
     match raft {
         Ok(raft) => Ok(RaftHandle::new(options, dialer, raft, published, thread)),
         Err(error) => {
             thread.close().await;
-            Err(StartError::Stopped { why: error.to_string() })
+            Err(StartError::Stopped {
+                why: error.to_string(),
+            })
         }
     }
 }

@@ -30,13 +30,24 @@ async fn a_minority_refuses_proposals_and_reads_and_follows_again_when_healed() 
     // The old leader may still believe in itself; it can neither prove it nor commit anything.
     assert!(old.confirm_leadership().await.is_err());
     let refused = old.propose(&set(2)).await.unwrap_err();
-    assert!(matches!(refused, ProposeError::NotLeader { .. } | ProposeError::Unknown { .. }), "{refused}");
-    assert!(old.propose_or_forward(&set(2), Duration::from_millis(300)).await.is_err());
+    assert!(
+        matches!(
+            refused,
+            ProposeError::NotLeader { .. } | ProposeError::Unknown { .. }
+        ),
+        "{refused}"
+    );
+    assert!(
+        old.propose_or_forward(&set(2), Duration::from_millis(300))
+            .await
+            .is_err()
+    );
     assert!(!old.state().borrow().done.contains_key(&1));
 
     cluster.heal(alone);
     eventually("the old leader follows", || async {
-        (old.leader() == Some(new.node()) && old.state().borrow().done.contains_key(&1)).then_some(())
+        (old.leader() == Some(new.node()) && old.state().borrow().done.contains_key(&1))
+            .then_some(())
     })
     .await;
     // What it refused may have been in its log; nobody else's, so it is nowhere.
@@ -51,7 +62,11 @@ async fn a_follower_that_comes_back_does_not_depose_the_leader() {
     leader.propose(&set(0)).await.unwrap();
     cluster.settle().await;
     let term = leader.metrics().leadership.term;
-    let away = cluster.running().map(|node| node.id).find(|id| *id != leader.node()).unwrap();
+    let away = cluster
+        .running()
+        .map(|node| node.id)
+        .find(|id| *id != leader.node())
+        .unwrap();
     cluster.cut_off(away.0);
     // Alone, it asks for votes again and again; only asking beforehand (pre-vote) keeps its term.
     let node = cluster.node(away.0).handle().clone();
@@ -60,7 +75,11 @@ async fn a_follower_that_comes_back_does_not_depose_the_leader() {
         leader.propose(&set(request)).await.unwrap();
         let _ = tokio::time::timeout(Duration::from_millis(50), leadership.changed()).await;
     }
-    assert_eq!(node.metrics().leadership.term, term, "its term rose while it was alone");
+    assert_eq!(
+        node.metrics().leadership.term,
+        term,
+        "its term rose while it was alone"
+    );
     cluster.heal(away.0);
     assert_eq!(cluster.settle().await.history.len(), 61);
     assert_eq!(leader.metrics().leadership.term, term);
@@ -72,7 +91,10 @@ async fn any_node_proposes_and_reads_what_was_written() {
     let cluster = Cluster::start(3, Settings::default()).await;
     for request in 0..30 {
         let node = cluster.node(request % 3 + 1);
-        node.handle().propose_or_forward(&set(request), PATIENCE).await.unwrap();
+        node.handle()
+            .propose_or_forward(&set(request), PATIENCE)
+            .await
+            .unwrap();
         for reader in cluster.running() {
             reader.handle().read_index().await.unwrap();
             assert!(reader.handle().state().borrow().done.contains_key(&request));
@@ -83,12 +105,22 @@ async fn any_node_proposes_and_reads_what_was_written() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn proposals_are_done_once_while_leaders_die_under_them() {
-    let mut cluster = Cluster::start(3, Settings { snapshot_every: 100, keep: 20 }).await;
+    let mut cluster = Cluster::start(
+        3,
+        Settings {
+            snapshot_every: 100,
+            keep: 20,
+        },
+    )
+    .await;
     let mut next = 0;
     for _ in 0..3 {
         let leader = cluster.leader().await.node();
-        let survivors: Vec<_> =
-            cluster.running().filter(|node| node.id != leader).map(|node| node.handle().clone()).collect();
+        let survivors: Vec<_> = cluster
+            .running()
+            .filter(|node| node.id != leader)
+            .map(|node| node.handle().clone())
+            .collect();
         let tasks: Vec<_> = survivors
             .into_iter()
             .enumerate()
@@ -96,13 +128,21 @@ async fn proposals_are_done_once_while_leaders_die_under_them() {
                 let first = next + client as u64 * 100;
                 tokio::spawn(async move {
                     for request in first..first + 100 {
-                        handle.propose_or_forward(&set(request), PATIENCE).await.unwrap();
+                        handle
+                            .propose_or_forward(&set(request), PATIENCE)
+                            .await
+                            .unwrap();
                     }
                 })
             })
             .collect();
         next += 200;
-        let watcher = cluster.running().find(|node| node.id != leader).unwrap().handle().clone();
+        let watcher = cluster
+            .running()
+            .find(|node| node.id != leader)
+            .unwrap()
+            .handle()
+            .clone();
         eventually("some are done", || async {
             (watcher.state().borrow().history.len() as u64 > next - 180).then_some(())
         })
@@ -129,24 +169,46 @@ async fn a_node_whose_log_is_gone_or_another_nodes_or_was_never_made_does_not_st
 
     let mut other = options.clone();
     other.node = cluster_model::NodeId(9);
-    let refused = raft::start::<Notes>(other, dialer.clone()).await.unwrap_err();
-    assert!(matches!(refused, StartError::Store(StoreError::OtherNode { .. })), "{refused:?}");
+    let refused = raft::start::<Notes>(other, dialer.clone())
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(refused, StartError::Store(StoreError::OtherNode { .. })),
+        "{refused:?}"
+    );
 
     std::fs::remove_dir_all(options.dir.join("log")).unwrap();
     // Even if it may make one: it once voted with the one that is gone.
-    let refused = raft::start::<Notes>(options.clone(), dialer.clone()).await.unwrap_err();
-    assert!(matches!(refused, StartError::Store(StoreError::Lost { .. })), "{refused:?}");
+    let refused = raft::start::<Notes>(options.clone(), dialer.clone())
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(refused, StartError::Store(StoreError::Lost { .. })),
+        "{refused:?}"
+    );
 
     std::fs::remove_dir_all(&options.dir).unwrap();
-    let refused = raft::start::<Notes>(cluster.options(3, false), dialer).await.unwrap_err();
-    assert!(matches!(refused, StartError::Store(StoreError::Missing { .. })), "{refused:?}");
+    let refused = raft::start::<Notes>(cluster.options(3, false), dialer)
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(refused, StartError::Store(StoreError::Missing { .. })),
+        "{refused:?}"
+    );
     // The others go on.
     cluster.leader().await.propose(&set(1)).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_whose_snapshot_is_damaged_and_log_cut_does_not_start() {
-    let mut cluster = Cluster::start(1, Settings { snapshot_every: 40, keep: 4 }).await;
+    let mut cluster = Cluster::start(
+        1,
+        Settings {
+            snapshot_every: 40,
+            keep: 4,
+        },
+    )
+    .await;
     let leader = cluster.leader().await;
     for request in 0..100 {
         leader.propose(&set(request)).await.unwrap();
@@ -163,6 +225,11 @@ async fn a_node_whose_snapshot_is_damaged_and_log_cut_does_not_start() {
         std::fs::write(&path, content).unwrap();
     }
     let dialer = Dialer::new([127, 0, 0, 1].into());
-    let refused = raft::start::<Notes>(cluster.options(1, false), dialer).await.unwrap_err();
-    assert!(matches!(refused, StartError::Store(StoreError::Damaged { .. })), "{refused:?}");
+    let refused = raft::start::<Notes>(cluster.options(1, false), dialer)
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(refused, StartError::Store(StoreError::Damaged { .. })),
+        "{refused:?}"
+    );
 }

@@ -60,7 +60,11 @@ async fn a_dead_leader_is_replaced_and_no_acknowledged_commit_is_lost() {
     let took = begun.elapsed();
     assert_ne!(next.node().0, dead);
     // Two draws of the election timeout, and as much again for a loaded machine.
-    assert!(took < Timing::fast().election.1 * 4, "{} ms", took.as_millis());
+    assert!(
+        took < Timing::fast().election.1 * 4,
+        "{} ms",
+        took.as_millis()
+    );
     assert!(next.metrics().leadership.changes >= 1);
     next.propose(&set(20)).await.unwrap();
     assert_eq!(cluster.settle().await.history, (0..=20).collect::<Vec<_>>());
@@ -70,7 +74,14 @@ async fn a_dead_leader_is_replaced_and_no_acknowledged_commit_is_lost() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn commits_survive_a_restart_of_all_nodes() {
-    let mut cluster = Cluster::start(3, Settings { snapshot_every: 60, keep: 10 }).await;
+    let mut cluster = Cluster::start(
+        3,
+        Settings {
+            snapshot_every: 60,
+            keep: 10,
+        },
+    )
+    .await;
     let leader = cluster.leader().await;
     for request in 0..100 {
         leader.propose(&set(request)).await.unwrap();
@@ -84,38 +95,71 @@ async fn commits_survive_a_restart_of_all_nodes() {
     for id in [1, 2, 3] {
         cluster.restart(id).await;
     }
-    let after = cluster.settle().await;
-    assert_eq!(after, before);
+    for node in cluster.running() {
+        node.handle().wait_recovered(PATIENCE).await.unwrap();
+        assert_eq!(**node.handle().state().borrow(), before);
+    }
     let leader = cluster.leader().await;
-    assert!(leader.metrics().leadership.term > term || leader.metrics().leadership.leader.is_some());
+    assert!(
+        leader.metrics().leadership.term > term,
+        "a restarted leader asks again"
+    );
+    assert_eq!(
+        leader.address_of(NodeId(2)),
+        Some(cluster.node(2).address.to_string())
+    );
     leader.propose(&set(100)).await.unwrap();
     assert_eq!(cluster.settle().await.history.len(), 101);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_follower_that_is_too_far_behind_catches_up_by_snapshot() {
-    let mut cluster = Cluster::start(3, Settings { snapshot_every: 50, keep: 5 }).await;
+    let mut cluster = Cluster::start(
+        3,
+        Settings {
+            snapshot_every: 50,
+            keep: 5,
+        },
+    )
+    .await;
     let leader = cluster.leader().await;
     leader.propose(&set(0)).await.unwrap();
     cluster.settle().await;
-    let behind = cluster.running().map(|node| node.id).find(|id| *id != leader.node()).unwrap();
+    let behind = cluster
+        .running()
+        .map(|node| node.id)
+        .find(|id| *id != leader.node())
+        .unwrap();
     let had = cluster.node(behind.0).handle().metrics().last_log.unwrap();
     cluster.stop(behind.0).await;
     for request in 1..=300 {
         leader.propose(&set(request)).await.unwrap();
     }
     // Its next entry is no longer in the leader's log.
-    eventually("the leader purges", || async { leader.metrics().purged.filter(|purged| *purged > had) }).await;
+    eventually("the leader purges", || async {
+        leader.metrics().purged.filter(|purged| *purged > had)
+    })
+    .await;
     cluster.restart(behind.0).await;
     let state = cluster.settle().await;
     assert_eq!(state.history.len(), 301);
     let status = cluster.node(behind.0).handle().metrics();
-    assert!(status.snapshot.is_some_and(|snapshot| snapshot > had), "{status:?}");
+    assert!(
+        status.snapshot.is_some_and(|snapshot| snapshot > had),
+        "{status:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_snapshot_and_the_entries_after_it_give_what_a_full_replay_gives() {
-    let mut cluster = Cluster::start(1, Settings { snapshot_every: 40, keep: 4 }).await;
+    let mut cluster = Cluster::start(
+        1,
+        Settings {
+            snapshot_every: 40,
+            keep: 4,
+        },
+    )
+    .await;
     let leader = cluster.leader().await;
     let mut replayed = Notes::default();
     for request in 0..150 {
@@ -126,7 +170,9 @@ async fn a_snapshot_and_the_entries_after_it_give_what_a_full_replay_gives() {
     }
     eventually("a snapshot is written and the log cut", || async {
         let status = leader.metrics();
-        status.purged.filter(|_| status.snapshot.is_some_and(|snapshot| snapshot < 151))
+        status
+            .purged
+            .filter(|_| status.snapshot.is_some_and(|snapshot| snapshot < 151))
     })
     .await;
     drop(leader);
@@ -153,12 +199,18 @@ async fn nodes_join_and_leave() {
     leader.remove(NodeId(4)).await.unwrap();
     leader.remove(NodeId(4)).await.unwrap();
     let status = leader.metrics();
-    assert!(!status.members.contains_key(&NodeId(4)) && !status.joint, "{status:?}");
+    assert!(
+        !status.members.contains_key(&NodeId(4)) && !status.joint,
+        "{status:?}"
+    );
     let term = status.leadership.term;
     leader.propose(&set(11)).await.unwrap();
     // The one removed learns nothing more, and disturbs nobody.
     let removed = cluster.node(4).handle().clone();
-    assert!(matches!(removed.propose(&set(12)).await, Err(ProposeError::NotLeader { .. })));
+    assert!(matches!(
+        removed.propose(&set(12)).await,
+        Err(ProposeError::NotLeader { .. })
+    ));
     assert!(!removed.state().borrow().done.contains_key(&11));
     cluster.stop(4).await;
     assert_eq!(cluster.settle().await.history.len(), 12);
@@ -170,7 +222,10 @@ async fn a_learner_has_the_log_and_no_vote() {
     let mut cluster = Cluster::start(1, Settings::default()).await;
     cluster.add_node(2).await;
     let leader = cluster.leader().await;
-    leader.add_learner(NodeId(2), "n2", &cluster.node(2).address.to_string()).await.unwrap();
+    leader
+        .add_learner(NodeId(2), "n2", &cluster.node(2).address.to_string())
+        .await
+        .unwrap();
     leader.propose(&set(0)).await.unwrap();
     assert_eq!(cluster.settle().await.history.len(), 1);
     assert!(!leader.metrics().members[&NodeId(2)].voter);
@@ -178,7 +233,12 @@ async fn a_learner_has_the_log_and_no_vote() {
     cluster.stop(2).await;
     leader.propose(&set(1)).await.unwrap();
     // A number belongs to one address.
-    assert!(leader.add_learner(NodeId(2), "n2", "127.0.0.1:1").await.is_err());
+    assert!(
+        leader
+            .add_learner(NodeId(2), "n2", "127.0.0.1:1")
+            .await
+            .is_err()
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -187,10 +247,19 @@ async fn leadership_is_handed_over_on_request() {
     let leader = cluster.leader().await;
     leader.propose(&set(0)).await.unwrap();
     cluster.settle().await;
-    let to = cluster.running().map(|node| node.id).find(|id| *id != leader.node()).unwrap();
+    let to = cluster
+        .running()
+        .map(|node| node.id)
+        .find(|id| *id != leader.node())
+        .unwrap();
     leader.transfer_leadership(to, PATIENCE).await.unwrap();
     assert_eq!(cluster.leader().await.node(), to);
-    assert!(leader.transfer_leadership(NodeId(77), PATIENCE).await.is_err());
+    assert!(
+        leader
+            .transfer_leadership(NodeId(77), PATIENCE)
+            .await
+            .is_err()
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -198,11 +267,25 @@ async fn a_command_over_the_limit_is_refused_before_the_log() {
     let cluster = Cluster::start(1, Settings::default()).await;
     let leader = cluster.leader().await;
     let before = leader.metrics().last_log;
-    let large = Set { request: 1, key: "k".into(), value: "x".repeat(70_000) };
-    assert!(matches!(leader.propose(&large).await, Err(ProposeError::TooLarge { .. })));
-    assert!(matches!(leader.propose_or_forward(&large, PATIENCE).await, Err(ProposeError::TooLarge { .. })));
+    let large = Set {
+        request: 1,
+        key: "k".into(),
+        value: "x".repeat(70_000),
+    };
+    assert!(matches!(
+        leader.propose(&large).await,
+        Err(ProposeError::TooLarge { .. })
+    ));
+    assert!(matches!(
+        leader.propose_or_forward(&large, PATIENCE).await,
+        Err(ProposeError::TooLarge { .. })
+    ));
     assert_eq!(leader.metrics().last_log, before);
-    let fits = Set { request: 2, key: "k".into(), value: "x".repeat(60_000) };
+    let fits = Set {
+        request: 2,
+        key: "k".into(),
+        value: "x".repeat(60_000),
+    };
     leader.propose(&fits).await.unwrap();
 }
 
@@ -227,16 +310,25 @@ async fn every_node_takes_the_same_digest_at_the_same_entry() {
     let mut digests = Vec::new();
     for node in cluster.running() {
         let mut digest = node.handle().digest();
-        let taken = tokio::time::timeout(PATIENCE, digest.wait_for(|digest| digest.index > 0)).await;
+        let taken =
+            tokio::time::timeout(PATIENCE, digest.wait_for(|digest| digest.index > 0)).await;
         digests.push(*taken.expect("in time").expect("the node runs"));
     }
     assert_eq!(digests[0].index, clusterd::raft::DIGEST_EVERY);
-    assert!(digests.iter().all(|digest| *digest == digests[0]), "{digests:?}");
+    assert!(
+        digests.iter().all(|digest| *digest == digests[0]),
+        "{digests:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wait_for_an_entry_that_does_not_come_ends() {
     let cluster = Cluster::start(1, Settings::default()).await;
     let leader = cluster.leader().await;
-    assert!(leader.wait_applied(1_000_000, Duration::from_millis(50)).await.is_err());
+    assert!(
+        leader
+            .wait_applied(1_000_000, Duration::from_millis(50))
+            .await
+            .is_err()
+    );
 }

@@ -10,9 +10,14 @@ use clusterd::raft::bench::{self, BenchOptions};
 
 fn main() -> anyhow::Result<()> {
     let mut arguments = std::env::args_os().skip(1);
-    let base = arguments.next().map_or_else(|| PathBuf::from("."), PathBuf::from);
+    let base = arguments
+        .next()
+        .map_or_else(|| PathBuf::from("."), PathBuf::from);
     let seconds = match arguments.next() {
-        Some(text) => text.to_string_lossy().parse().context("the second argument is a number of seconds")?,
+        Some(text) => text
+            .to_string_lossy()
+            .parse()
+            .context("the second argument is a number of seconds")?,
         None => 3,
     };
     let mut options = BenchOptions::new(base.join(format!("raft-bench.{}", std::process::id())));
@@ -20,8 +25,13 @@ fn main() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Runtime::new().context("cannot start the runtime")?;
     let report = runtime.block_on(bench::run(options))?;
     for figure in &report.figures {
-        let ratio = figure.ratio.map_or_else(String::new, |ratio| format!("{ratio:>8.2} x"));
-        eprintln!("{:<36} {:>10.0} {:<4}{ratio}", figure.name, figure.value, figure.unit);
+        let ratio = figure
+            .ratio
+            .map_or_else(String::new, |ratio| format!("{ratio:>8.2} x"));
+        eprintln!(
+            "{:<36} {:>10.0} {:<4}{ratio}",
+            figure.name, figure.value, figure.unit
+        );
     }
     println!("{}", serde_json::to_string(&report)?);
     Ok(())

@@ -129,16 +129,23 @@ struct BenchNode {
 /// # Errors
 /// See [`BenchError`].
 pub async fn run(options: BenchOptions) -> Result<BenchReport, BenchError> {
-    let io_failed = |source| BenchError::Io { dir: options.dir.clone(), source };
+    let io_failed = |source| BenchError::Io {
+        dir: options.dir.clone(),
+        source,
+    };
     std::fs::create_dir_all(&options.dir).map_err(io_failed)?;
-    let (dir, bytes, duration) = (options.dir.clone(), options.command_bytes, options.duration);
-    let disk = tokio::task::spawn_blocking(move || fdatasync(&dir, bytes, duration))
-        .await
-        .map_err(|error| cluster_failed(&error))?
-        .map_err(io_failed)?;
+    let disk = disk(&options, 1).await?;
+    // All nodes of this measurement share one disk, which a real cluster's do not.
+    let shared = self::disk(&options, options.nodes).await?;
     let mut figures = vec![
         figure("fdatasync p50", disk.p50, "us", None),
         figure("fdatasync p99", disk.p99, "us", None),
+        figure(
+            &format!("fdatasync p50, {} writers at once", options.nodes),
+            shared.p50,
+            "us",
+            Some(disk.p50),
+        ),
     ];
     let nodes = start(&options).await?;
     let measured = measure(&options, &nodes, disk, &mut figures).await;
@@ -151,16 +158,28 @@ pub async fn run(options: BenchOptions) -> Result<BenchReport, BenchError> {
     }
     std::fs::remove_dir_all(&options.dir).map_err(io_failed)?;
     measured?;
-    Ok(BenchReport { bench: "raft".into(), machine: machine(), figures })
+    Ok(BenchReport {
+        bench: "raft".into(),
+        machine: machine(),
+        figures,
+    })
 }
 
 fn figure(name: &str, value: f64, unit: &str, peer: Option<f64>) -> Figure {
     let ratio = peer.filter(|peer| *peer > 0.0).map(|peer| value / peer);
-    Figure { name: name.into(), value, unit: unit.into(), peer, ratio }
+    Figure {
+        name: name.into(),
+        value,
+        unit: unit.into(),
+        peer,
+        ratio,
+    }
 }
 
 fn cluster_failed(error: &dyn std::fmt::Display) -> BenchError {
-    BenchError::Cluster { why: error.to_string() }
+    BenchError::Cluster {
+        why: error.to_string(),
+    }
 }
 
 fn machine() -> String {
@@ -181,12 +200,35 @@ fn quantiles(mut took: Vec<Duration>) -> Quantiles {
         let index = (took.len() * percent / 100).min(took.len().saturating_sub(1));
         took.get(index).map_or(0.0, |took| took.as_secs_f64() * 1e6)
     };
-    Quantiles { p50: at(50), p99: at(99) }
+    Quantiles {
+        p50: at(50),
+        p99: at(99),
+    }
 }
 
-/// What one append of `bytes` and fdatasync takes on this disk.
-fn fdatasync(dir: &Path, bytes: usize, duration: Duration) -> io::Result<Quantiles> {
-    let mut file = File::create(dir.join("fdatasync"))?;
+/// What an append and fdatasync takes when `writers` do so at once, each to its own file.
+async fn disk(options: &BenchOptions, writers: u64) -> Result<Quantiles, BenchError> {
+    let tasks: Vec<_> = (0..writers)
+        .map(|writer| {
+            let path = options.dir.join(format!("fdatasync{writer}"));
+            let (bytes, duration) = (options.command_bytes, options.duration);
+            tokio::task::spawn_blocking(move || fdatasync(&path, bytes, duration))
+        })
+        .collect();
+    let mut took = Vec::new();
+    for task in tasks {
+        let one = task.await.map_err(|error| cluster_failed(&error))?;
+        took.extend(one.map_err(|source| BenchError::Io {
+            dir: options.dir.clone(),
+            source,
+        })?);
+    }
+    Ok(quantiles(took))
+}
+
+/// What each append of `bytes` and fdatasync to a new file at `path` takes.
+fn fdatasync(path: &Path, bytes: usize, duration: Duration) -> io::Result<Vec<Duration>> {
+    let mut file = File::create(path)?;
     let block = vec![b'x'; bytes];
     let mut took = Vec::new();
     let end = Instant::now() + duration;
@@ -196,7 +238,7 @@ fn fdatasync(dir: &Path, bytes: usize, duration: Duration) -> io::Result<Quantil
         file.sync_data()?;
         took.push(begun.elapsed());
     }
-    Ok(quantiles(took))
+    Ok(took)
 }
 
 async fn start(options: &BenchOptions) -> Result<Vec<BenchNode>, BenchError> {
@@ -205,24 +247,42 @@ async fn start(options: &BenchOptions) -> Result<Vec<BenchNode>, BenchError> {
         nodes.push(start_node(options, id).await?);
     }
     let first = nodes[0].handle.clone();
-    first.bootstrap("n1", &nodes[0].address).await.map_err(|error| cluster_failed(&error))?;
+    first
+        .bootstrap("n1", &nodes[0].address)
+        .await
+        .map_err(|error| cluster_failed(&error))?;
     let leads = tokio::time::timeout(Duration::from_secs(10), async {
-        first.leadership().wait_for(|leadership| leadership.is_me).await.is_ok()
+        first
+            .leadership()
+            .wait_for(|leadership| leadership.is_me)
+            .await
+            .is_ok()
     });
     if leads.await != Ok(true) {
         return Err(cluster_failed(&"no leader within 10 s"));
     }
     for node in &nodes[1..] {
         let id = node.handle.node();
-        first.add_learner(id, &format!("n{}", id.0), &node.address).await.map_err(|error| cluster_failed(&error))?;
-        first.promote(id, Duration::from_secs(10)).await.map_err(|error| cluster_failed(&error))?;
+        first
+            .add_learner(id, &format!("n{}", id.0), &node.address)
+            .await
+            .map_err(|error| cluster_failed(&error))?;
+        first
+            .promote(id, Duration::from_secs(10))
+            .await
+            .map_err(|error| cluster_failed(&error))?;
     }
     Ok(nodes)
 }
 
 async fn start_node(options: &BenchOptions, id: u64) -> Result<BenchNode, BenchError> {
-    let io_failed = |source| BenchError::Io { dir: options.dir.clone(), source };
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.map_err(io_failed)?;
+    let io_failed = |source| BenchError::Io {
+        dir: options.dir.clone(),
+        source,
+    };
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+        .await
+        .map_err(io_failed)?;
     let address = listener.local_addr().map_err(io_failed)?.to_string();
     let raft = Options {
         create: true,
@@ -230,7 +290,9 @@ async fn start_node(options: &BenchOptions, id: u64) -> Result<BenchNode, BenchE
         ..Options::new(NodeId(id), options.dir.join(format!("n{id}")))
     };
     let dialer = Dialer::new(IpAddr::V4(Ipv4Addr::LOCALHOST));
-    let handle = super::start::<Counter>(raft, dialer).await.map_err(|error| cluster_failed(&error))?;
+    let handle = super::start::<Counter>(raft, dialer)
+        .await
+        .map_err(|error| cluster_failed(&error))?;
     let (stop, stopped) = oneshot::channel::<()>();
     let routes = Routes::new(handle.service());
     tokio::spawn(async move {
@@ -242,7 +304,11 @@ async fn start_node(options: &BenchOptions, id: u64) -> Result<BenchNode, BenchE
             tracing::error!(%error, "a measured node's server failed");
         }
     });
-    Ok(BenchNode { handle, address, stop: Some(stop) })
+    Ok(BenchNode {
+        handle,
+        address,
+        stop: Some(stop),
+    })
 }
 
 async fn measure(
@@ -262,7 +328,8 @@ async fn measure(
         let took = propose(&leader.handle, clients, options, options.duration).await?;
         let rate = took.len() as f64 / begun.elapsed().as_secs_f64();
         let quantiles = quantiles(took);
-        let name = |what: &str| format!("commit {what}, {} nodes, {clients} clients", options.nodes);
+        let name =
+            |what: &str| format!("commit {what}, {} nodes, {clients} clients", options.nodes);
         figures.push(figure(&name("p50"), quantiles.p50, "us", Some(disk.p50)));
         figures.push(figure(&name("p99"), quantiles.p99, "us", Some(disk.p99)));
         figures.push(figure(&name("rate"), rate, "1/s", None));

@@ -34,7 +34,10 @@ pub struct DecodeError {
 
 impl DecodeError {
     pub(super) fn new(what: &'static str, why: impl Into<String>) -> DecodeError {
-        DecodeError { what, why: why.into() }
+        DecodeError {
+            what,
+            why: why.into(),
+        }
     }
 }
 
@@ -93,7 +96,10 @@ impl<'a> Reader<'a> {
         if self.rest.is_empty() {
             Ok(())
         } else {
-            Err(DecodeError::new(self.what, format!("{} bytes too many", self.rest.len())))
+            Err(DecodeError::new(
+                self.what,
+                format!("{} bytes too many", self.rest.len()),
+            ))
         }
     }
 }
@@ -129,7 +135,10 @@ pub(super) fn take_log_id(reader: &mut Reader<'_>) -> Result<Option<LogId>, Deco
         0 => Ok(None),
         _ => {
             let (term, node, index) = (reader.u64()?, reader.u64()?, reader.u64()?);
-            Ok(Some(LogId { leader_id: LeaderId::new(term, node), index }))
+            Ok(Some(LogId {
+                leader_id: LeaderId::new(term, node),
+                index,
+            }))
         }
     }
 }
@@ -170,14 +179,20 @@ pub(super) fn take_entry(reader: &mut Reader<'_>) -> Result<Entry, DecodeError> 
     let whole = reader.rest;
     let (version, kind) = (reader.u8()?, reader.u8()?);
     if version != ENTRY_VERSION {
-        return Err(DecodeError::new("entry", format!("unknown version {version}")));
+        return Err(DecodeError::new(
+            "entry",
+            format!("unknown version {version}"),
+        ));
     }
     let (term, node, index) = (reader.u64()?, reader.u64()?, reader.u64()?);
     let length = reader.u32()? as usize;
     let payload = reader.bytes(length)?;
     let covered = &whole[..ENTRY_OVERHEAD - 8 + length];
     if reader.u64()? != xxh3_64(covered) {
-        return Err(DecodeError::new("entry", format!("checksum of entry {index} is wrong")));
+        return Err(DecodeError::new(
+            "entry",
+            format!("checksum of entry {index} is wrong"),
+        ));
     }
     let payload = match kind {
         KIND_BLANK => EntryPayload::Blank,
@@ -188,7 +203,10 @@ pub(super) fn take_entry(reader: &mut Reader<'_>) -> Result<Entry, DecodeError> 
         ),
         other => return Err(DecodeError::new("entry", format!("unknown kind {other}"))),
     };
-    let log_id = LogId { leader_id: LeaderId::new(term, node), index };
+    let log_id = LogId {
+        leader_id: LeaderId::new(term, node),
+        index,
+    };
     Ok(Entry { log_id, payload })
 }
 
@@ -216,8 +234,14 @@ mod tests {
     use super::*;
 
     fn entry(index: u64, payload: &[u8]) -> Entry {
-        let log_id = LogId { leader_id: LeaderId::new(7, 3), index };
-        Entry { log_id, payload: EntryPayload::Normal(CommandBytes(Bytes::copy_from_slice(payload))) }
+        let log_id = LogId {
+            leader_id: LeaderId::new(7, 3),
+            index,
+        };
+        Entry {
+            log_id,
+            payload: EntryPayload::Normal(CommandBytes(Bytes::copy_from_slice(payload))),
+        }
     }
 
     #[test]
@@ -239,10 +263,16 @@ mod tests {
         for bit in 0..out.len() * 8 {
             let mut damaged = out.clone();
             damaged[bit / 8] ^= 1 << (bit % 8);
-            assert!(take_entry(&mut Reader::new("entry", &damaged)).is_err(), "bit {bit}");
+            assert!(
+                take_entry(&mut Reader::new("entry", &damaged)).is_err(),
+                "bit {bit}"
+            );
         }
         for cut in 0..out.len() {
-            assert!(take_entry(&mut Reader::new("entry", &out[..cut])).is_err(), "cut at {cut}");
+            assert!(
+                take_entry(&mut Reader::new("entry", &out[..cut])).is_err(),
+                "cut at {cut}"
+            );
         }
     }
 
@@ -251,7 +281,13 @@ mod tests {
         let mut out = Vec::new();
         put_vote(&mut out, &Vote::new_committed(9, 2));
         put_log_id(&mut out, None);
-        put_log_id(&mut out, Some(&LogId { leader_id: LeaderId::new(1, 2), index: 3 }));
+        put_log_id(
+            &mut out,
+            Some(&LogId {
+                leader_id: LeaderId::new(1, 2),
+                index: 3,
+            }),
+        );
         let mut reader = Reader::new("mix", &out);
         assert_eq!(take_vote(&mut reader).unwrap(), Vote::new_committed(9, 2));
         assert_eq!(take_log_id(&mut reader).unwrap(), None);

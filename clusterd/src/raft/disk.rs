@@ -158,17 +158,29 @@ impl SledDisk {
     /// Opens the store in `dir`; makes it only if `create` says so and there never was one.
     pub(super) fn open(dir: &Path, create: bool) -> Result<SledDisk, StoreError> {
         let failed = |source: io::Error| match source.kind() {
-            io::ErrorKind::InvalidData => {
-                StoreError::Damaged { dir: dir.to_owned(), what: source.to_string() }
-            }
-            _ => StoreError::Open { dir: dir.to_owned(), source },
+            io::ErrorKind::InvalidData => StoreError::Damaged {
+                dir: dir.to_owned(),
+                what: source.to_string(),
+            },
+            _ => StoreError::Open {
+                dir: dir.to_owned(),
+                source,
+            },
         };
         let (marker, journal_path) = (dir.join(MARKER), dir.join(JOURNAL));
         let data_path = dir.join("log").join("db");
         let marked = marker.exists();
         match (marked, data_path.exists() && journal_path.exists()) {
-            (true, false) => return Err(StoreError::Lost { dir: dir.to_owned() }),
-            (false, _) if !create => return Err(StoreError::Missing { dir: dir.to_owned() }),
+            (true, false) => {
+                return Err(StoreError::Lost {
+                    dir: dir.to_owned(),
+                });
+            }
+            (false, _) if !create => {
+                return Err(StoreError::Missing {
+                    dir: dir.to_owned(),
+                });
+            }
             _ => {}
         }
         std::fs::create_dir_all(dir).map_err(failed)?;
@@ -181,14 +193,25 @@ impl SledDisk {
             .map_err(|error| failed(to_io(error)))?;
         let log = db.open_tree("log").map_err(|error| failed(to_io(error)))?;
         let meta = db.open_tree("meta").map_err(|error| failed(to_io(error)))?;
-        let data = File::options().read(true).write(true).open(&data_path).map_err(failed)?;
+        let data = File::options()
+            .read(true)
+            .write(true)
+            .open(&data_path)
+            .map_err(failed)?;
         if !marked {
             Journal::create(&journal_path).map_err(failed)?;
         }
         let generation = generation(&meta, marked).map_err(failed)?;
         let (journal, records) = Journal::open(&journal_path, generation).map_err(failed)?;
-        let mut disk =
-            SledDisk { log, meta, db, data, journal, unsynced: Vec::new(), pending: VecDeque::new() };
+        let mut disk = SledDisk {
+            log,
+            meta,
+            db,
+            data,
+            journal,
+            unsynced: Vec::new(),
+            pending: VecDeque::new(),
+        };
         for record in records {
             let changes = decode(&record)
                 .map_err(|error| failed(io::Error::new(io::ErrorKind::InvalidData, error)))?;
@@ -209,7 +232,9 @@ impl SledDisk {
         self.flush()?;
         // In a flush of its own: when it is durable, everything it speaks for is.
         let generation = self.journal.generation() + 1;
-        self.meta.insert(KEY_GENERATION, &generation.to_le_bytes()).map_err(to_io)?;
+        self.meta
+            .insert(KEY_GENERATION, &generation.to_le_bytes())
+            .map_err(to_io)?;
         self.flush()?;
         self.journal.restart(generation);
         Ok(())
@@ -232,7 +257,9 @@ impl SledDisk {
                 continue;
             }
             if std::mem::take(&mut batched) {
-                self.log.apply_batch(std::mem::take(&mut puts)).map_err(to_io)?;
+                self.log
+                    .apply_batch(std::mem::take(&mut puts))
+                    .map_err(to_io)?;
             }
             match change {
                 Change::Put { .. } => {}
@@ -270,9 +297,14 @@ impl LogDisk for SledDisk {
             if name == KEY_GENERATION {
                 continue;
             }
-            let key = Key::ALL.into_iter().find(|key| *key.text().as_bytes() == *name);
+            let key = Key::ALL
+                .into_iter()
+                .find(|key| *key.text().as_bytes() == *name);
             let key = key.ok_or_else(|| {
-                io::Error::new(io::ErrorKind::InvalidData, format!("unknown small value {name:?}"))
+                io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    format!("unknown small value {name:?}"),
+                )
             })?;
             meta.push((key, value.to_vec()));
         }
@@ -309,7 +341,10 @@ impl LogDisk for SledDisk {
         self.apply(usize::MAX)?;
         self.log
             .range(range.start.to_be_bytes()..range.end.to_be_bytes())
-            .map(|item| item.map_err(to_io).and_then(|(key, value)| Ok((index_of(&key)?, value.to_vec()))))
+            .map(|item| {
+                item.map_err(to_io)
+                    .and_then(|(key, value)| Ok((index_of(&key)?, value.to_vec())))
+            })
             .collect()
     }
 }
@@ -317,7 +352,11 @@ impl LogDisk for SledDisk {
 /// The journal's generation that sled speaks of; a new store begins with the first.
 fn generation(meta: &sled::Tree, marked: bool) -> io::Result<u64> {
     match meta.get(KEY_GENERATION).map_err(to_io)? {
-        Some(value) => value.as_ref().try_into().map(u64::from_le_bytes).map_err(|_| damaged("the generation")),
+        Some(value) => value
+            .as_ref()
+            .try_into()
+            .map(u64::from_le_bytes)
+            .map_err(|_| damaged("the generation")),
         None if !marked => Ok(1),
         None => Err(damaged("the generation is missing")),
     }
@@ -329,7 +368,10 @@ fn damaged(what: &str) -> io::Error {
 
 fn remove(log: &sled::Tree, range: Range<u64>) -> io::Result<()> {
     let mut batch = sled::Batch::default();
-    for key in log.range(range.start.to_be_bytes()..range.end.to_be_bytes()).keys() {
+    for key in log
+        .range(range.start.to_be_bytes()..range.end.to_be_bytes())
+        .keys()
+    {
         batch.remove(key.map_err(to_io)?);
     }
     log.apply_batch(batch).map_err(to_io)
@@ -385,7 +427,10 @@ fn decode(record: &[u8]) -> Result<Vec<Change>, DecodeError> {
         changes.push(match reader.u8()? {
             TAG_PUT => {
                 let (index, length) = (reader.u64()?, reader.u32()? as usize);
-                Change::Put { index, value: reader.bytes(length)?.to_vec() }
+                Change::Put {
+                    index,
+                    value: reader.bytes(length)?.to_vec(),
+                }
             }
             TAG_REMOVE_FROM => Change::RemoveFrom(reader.u64()?),
             TAG_REMOVE_THROUGH => Change::RemoveThrough(reader.u64()?),
@@ -395,7 +440,10 @@ fn decode(record: &[u8]) -> Result<Vec<Change>, DecodeError> {
                     .and_then(|place| Key::ALL.get(usize::from(place)))
                     .ok_or_else(|| DecodeError::new("journal", format!("unknown change {tag}")))?;
                 let length = reader.u32()? as usize;
-                Change::Meta { key: *key, value: reader.bytes(length)?.to_vec() }
+                Change::Meta {
+                    key: *key,
+                    value: reader.bytes(length)?.to_vec(),
+                }
             }
         });
     }
@@ -404,7 +452,10 @@ fn decode(record: &[u8]) -> Result<Vec<Change>, DecodeError> {
 
 fn index_of(key: &[u8]) -> io::Result<u64> {
     key.try_into().map(u64::from_be_bytes).map_err(|_| {
-        io::Error::new(io::ErrorKind::InvalidData, format!("{} bytes where an index belongs", key.len()))
+        io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("{} bytes where an index belongs", key.len()),
+        )
     })
 }
 

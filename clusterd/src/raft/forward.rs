@@ -48,7 +48,12 @@ impl<M: Machine> RaftHandle<M> {
         loop {
             let patience = TRY.min(deadline.saturating_duration_since(Instant::now()));
             let error = match self.try_propose(bytes.clone(), patience).await {
-                Attempt::Done((index, answer)) => return Ok(Applied { index, reply: decode(&answer)? }),
+                Attempt::Done((index, answer)) => {
+                    return Ok(Applied {
+                        index,
+                        reply: decode(&answer)?,
+                    });
+                }
                 Attempt::Failed(error) => return Err(error),
                 Attempt::Again(error) => error,
                 Attempt::Unsure(error) => {
@@ -59,14 +64,20 @@ impl<M: Machine> RaftHandle<M> {
             if !self.wait_for_leader(deadline).await {
                 return Err(match (unsure, error) {
                     (true, error @ ProposeError::Unknown { .. }) => error,
-                    (true, error) => ProposeError::Unknown { why: error.to_string() },
+                    (true, error) => ProposeError::Unknown {
+                        why: error.to_string(),
+                    },
                     (false, error) => error,
                 });
             }
         }
     }
 
-    async fn try_propose(&self, bytes: Bytes, patience: Duration) -> Attempt<(u64, Bytes), ProposeError> {
+    async fn try_propose(
+        &self,
+        bytes: Bytes,
+        patience: Duration,
+    ) -> Attempt<(u64, Bytes), ProposeError> {
         let leader = self.inner.leadership.borrow().clone();
         if leader.is_me {
             return match self.propose_bytes(bytes, patience).await {
@@ -76,17 +87,34 @@ impl<M: Machine> RaftHandle<M> {
                 Err(error) => Attempt::Failed(error),
             };
         }
-        let not_leader = ProposeError::NotLeader { leader: leader.leader };
-        let Some(client) = self.peer(leader.address.as_deref()) else { return Attempt::Again(not_leader) };
-        let request = ProposeRequest { command: bytes.to_vec(), from_node: self.node().0 };
-        match ask(client, patience, |mut client| async move { client.propose(request).await }).await {
-            Ok(reply) if reply.not_leader.is_empty() => Attempt::Done((reply.log_index, reply.outcome.into())),
+        let not_leader = ProposeError::NotLeader {
+            leader: leader.leader,
+        };
+        let Some(client) = self.peer(leader.address.as_deref()) else {
+            return Attempt::Again(not_leader);
+        };
+        let request = ProposeRequest {
+            command: bytes.to_vec(),
+            from_node: self.node().0,
+        };
+        match ask(client, patience, |mut client| async move {
+            client.propose(request).await
+        })
+        .await
+        {
+            Ok(reply) if reply.not_leader.is_empty() => {
+                Attempt::Done((reply.log_index, reply.outcome.into()))
+            }
             Ok(_) => Attempt::Again(not_leader),
             Err(status) => match status.code() {
                 Code::InvalidArgument | Code::Unimplemented => {
-                    Attempt::Failed(ProposeError::Malformed { why: status.message().to_owned() })
+                    Attempt::Failed(ProposeError::Malformed {
+                        why: status.message().to_owned(),
+                    })
                 }
-                _ => Attempt::Unsure(ProposeError::Unknown { why: status.message().to_owned() }),
+                _ => Attempt::Unsure(ProposeError::Unknown {
+                    why: status.message().to_owned(),
+                }),
             },
         }
     }
@@ -104,9 +132,15 @@ impl<M: Machine> RaftHandle<M> {
             let error = match self.try_read_index(TRY.min(left)).await {
                 Attempt::Done(index) => {
                     let left = deadline.saturating_duration_since(Instant::now());
-                    return match self.wait_applied(index, left).await.map_err(ReadError::from) {
+                    return match self
+                        .wait_applied(index, left)
+                        .await
+                        .map_err(ReadError::from)
+                    {
                         Ok(()) => Ok(index),
-                        Err(ReadError::TimedOut { .. }) => Err(ReadError::TimedOut { after: patience }),
+                        Err(ReadError::TimedOut { .. }) => {
+                            Err(ReadError::TimedOut { after: patience })
+                        }
                         Err(error) => Err(error),
                     };
                 }
@@ -129,13 +163,22 @@ impl<M: Machine> RaftHandle<M> {
                 Err(_) => Attempt::Again(ReadError::TimedOut { after: patience }),
             };
         }
-        let not_leader = ReadError::NotLeader { leader: leader.leader };
-        let Some(client) = self.peer(leader.address.as_deref()) else { return Attempt::Again(not_leader) };
-        match ask(client, patience, |mut client| async move { client.read_index(ReadIndexRequest {}).await }).await
+        let not_leader = ReadError::NotLeader {
+            leader: leader.leader,
+        };
+        let Some(client) = self.peer(leader.address.as_deref()) else {
+            return Attempt::Again(not_leader);
+        };
+        match ask(client, patience, |mut client| async move {
+            client.read_index(ReadIndexRequest {}).await
+        })
+        .await
         {
             Ok(reply) if reply.not_leader.is_empty() => Attempt::Done(reply.index),
             Ok(_) => Attempt::Again(not_leader),
-            Err(status) => Attempt::Again(ReadError::NoQuorum { why: status.message().to_owned() }),
+            Err(status) => Attempt::Again(ReadError::NoQuorum {
+                why: status.message().to_owned(),
+            }),
         }
     }
 
@@ -145,12 +188,15 @@ impl<M: Machine> RaftHandle<M> {
     /// A status that says whether the command may have been written: `InvalidArgument` never.
     pub async fn serve_propose(&self, request: ProposeRequest) -> Result<ProposeReply, Status> {
         // Read at the door: an entry that a state machine cannot read would stop every node.
-        serde_json::from_slice::<M::Command>(&request.command)
-            .map_err(|error| Status::invalid_argument(format!("the command is malformed: {error}")))?;
+        serde_json::from_slice::<M::Command>(&request.command).map_err(|error| {
+            Status::invalid_argument(format!("the command is malformed: {error}"))
+        })?;
         match self.propose_bytes(request.command.into(), TRY).await {
-            Ok((log_index, answer)) => {
-                Ok(ProposeReply { outcome: answer.to_vec(), log_index, ..ProposeReply::default() })
-            }
+            Ok((log_index, answer)) => Ok(ProposeReply {
+                outcome: answer.to_vec(),
+                log_index,
+                ..ProposeReply::default()
+            }),
             Err(error @ ProposeError::NotLeader { leader }) => Ok(ProposeReply {
                 not_leader: error.to_string(),
                 leader_id: leader.map_or(0, |leader| leader.0),
@@ -160,7 +206,9 @@ impl<M: Machine> RaftHandle<M> {
                 Err(Status::invalid_argument(error.to_string()))
             }
             Err(error @ ProposeError::Unknown { .. }) => Err(Status::aborted(error.to_string())),
-            Err(error @ ProposeError::Stopped { .. }) => Err(Status::unavailable(error.to_string())),
+            Err(error @ ProposeError::Stopped { .. }) => {
+                Err(Status::unavailable(error.to_string()))
+            }
         }
     }
 
@@ -168,9 +216,15 @@ impl<M: Machine> RaftHandle<M> {
     ///
     /// # Errors
     /// When this node leads and could not confirm it.
-    pub async fn serve_read_index(&self, _request: ReadIndexRequest) -> Result<ReadIndexReply, Status> {
+    pub async fn serve_read_index(
+        &self,
+        _request: ReadIndexRequest,
+    ) -> Result<ReadIndexReply, Status> {
         match self.confirm_leadership().await {
-            Ok(Confirmed { index, .. }) => Ok(ReadIndexReply { index, ..ReadIndexReply::default() }),
+            Ok(Confirmed { index, .. }) => Ok(ReadIndexReply {
+                index,
+                ..ReadIndexReply::default()
+            }),
             Err(error @ ReadError::NotLeader { leader }) => Ok(ReadIndexReply {
                 not_leader: error.to_string(),
                 leader_id: leader.map_or(0, |leader| leader.0),
@@ -202,13 +256,20 @@ impl<M: Machine> RaftHandle<M> {
     }
 }
 
-async fn ask<T, F, Fut>(client: PeerClient<Channel>, patience: Duration, call: F) -> Result<T, Status>
+async fn ask<T, F, Fut>(
+    client: PeerClient<Channel>,
+    patience: Duration,
+    call: F,
+) -> Result<T, Status>
 where
     F: FnOnce(PeerClient<Channel>) -> Fut,
     Fut: Future<Output = Result<tonic::Response<T>, Status>>,
 {
     match tokio::time::timeout(patience, call(client)).await {
         Ok(answer) => answer.map(tonic::Response::into_inner),
-        Err(_) => Err(Status::deadline_exceeded(format!("no answer within {} ms", patience.as_millis()))),
+        Err(_) => Err(Status::deadline_exceeded(format!(
+            "no answer within {} ms",
+            patience.as_millis()
+        ))),
     }
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use cluster_model::{ClusterState, NodeId};
+use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::{ClientWriteError, Fatal, ForwardToLeader, RaftError};
 use proto::peer::raft_server::RaftServer;
 use tokio::sync::{Semaphore, mpsc, watch};
@@ -31,7 +32,9 @@ pub struct RaftHandle<M: Machine = ClusterState> {
 
 impl<M: Machine> Clone for RaftHandle<M> {
     fn clone(&self) -> Self {
-        RaftHandle { inner: self.inner.clone() }
+        RaftHandle {
+            inner: self.inner.clone(),
+        }
     }
 }
 
@@ -53,7 +56,9 @@ pub(super) struct Inner<M: Machine> {
 
 impl<M: Machine> std::fmt::Debug for Inner<M> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Raft").field("node", &self.options.node).finish_non_exhaustive()
+        f.debug_struct("Raft")
+            .field("node", &self.options.node)
+            .finish_non_exhaustive()
     }
 }
 
@@ -111,7 +116,11 @@ impl<M: Machine> RaftHandle<M> {
     ) -> RaftHandle<M> {
         let leadership = status::watch_leadership(raft.clone());
         let reads = reads::start(raft.clone(), options.patience);
-        let Published { state, applied, digest } = published;
+        let Published {
+            state,
+            applied,
+            digest,
+        } = published;
         RaftHandle {
             inner: Arc::new(Inner {
                 options,
@@ -145,13 +154,28 @@ impl<M: Machine> RaftHandle<M> {
     /// # Errors
     /// When the log has stopped.
     pub async fn bootstrap(&self, name: &str, address: &str) -> Result<(), ProposeError> {
-        let stopped = |error: &dyn std::fmt::Display| ProposeError::Stopped { why: error.to_string() };
-        if self.inner.raft.is_initialized().await.map_err(|error| stopped(&error))? {
+        let stopped = |error: &dyn std::fmt::Display| ProposeError::Stopped {
+            why: error.to_string(),
+        };
+        if self
+            .inner
+            .raft
+            .is_initialized()
+            .await
+            .map_err(|error| stopped(&error))?
+        {
             return Ok(());
         }
-        let member = Member { name: name.to_owned(), address: address.to_owned() };
+        let member = Member {
+            name: name.to_owned(),
+            address: address.to_owned(),
+        };
         let members = std::collections::BTreeMap::from([(self.node().0, member)]);
-        self.inner.raft.initialize(members).await.map_err(|error| stopped(&error))
+        self.inner
+            .raft
+            .initialize(members)
+            .await
+            .map_err(|error| stopped(&error))
     }
 
     /// The newest applied state, published at each apply. Hold the `Arc`, not the borrow.
@@ -189,8 +213,45 @@ impl<M: Machine> RaftHandle<M> {
         match tokio::time::timeout(within, reached).await {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(_)) => Err(WaitError::Stopped),
-            Err(_) => Err(WaitError::Late { index, applied: self.applied() }),
+            Err(_) => Err(WaitError::Late {
+                index,
+                applied: self.applied(),
+            }),
         }
+    }
+
+    /// After a restart: waits until everything that the cluster had committed is applied here. Before that
+    /// [`RaftHandle::state`] may be older than what this node once showed.
+    ///
+    /// # Errors
+    /// When `within` has passed (no leader was heard, say), or the log has stopped.
+    pub async fn wait_recovered(&self, within: Duration) -> Result<(), WaitError> {
+        match self.inner.raft.wait_for_recovery(Some(within)).await {
+            Ok(metrics) => {
+                let last = metrics.last_applied.map_or(0, |last| last.index);
+                // openraft counts an entry as applied a moment before it is published.
+                self.wait_applied(last, within).await
+            }
+            Err(openraft::metrics::WaitError::ShuttingDown) => Err(WaitError::Stopped),
+            Err(openraft::metrics::WaitError::Timeout(..)) => {
+                let index = self.metrics().last_log.unwrap_or(0);
+                Err(WaitError::Late {
+                    index,
+                    applied: self.applied(),
+                })
+            }
+        }
+    }
+
+    /// Where a member of the group is reached, `host:port`.
+    pub fn address_of(&self, node: NodeId) -> Option<String> {
+        let metrics = self.inner.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        metrics
+            .membership_config
+            .membership()
+            .get_node(&node.0)
+            .map(|member| member.address.clone())
     }
 
     /// The last entry applied here, if any.
@@ -203,8 +264,13 @@ impl<M: Machine> RaftHandle<M> {
     /// # Errors
     /// See [`ProposeError`]; after `Unknown` the command may still be applied.
     pub async fn propose(&self, command: &M::Command) -> Result<Applied<M::Reply>, ProposeError> {
-        let (index, answer) = self.propose_bytes(encode(command)?, self.inner.options.patience).await?;
-        Ok(Applied { index, reply: decode(&answer)? })
+        let (index, answer) = self
+            .propose_bytes(encode(command)?, self.inner.options.patience)
+            .await?;
+        Ok(Applied {
+            index,
+            reply: decode(&answer)?,
+        })
     }
 
     /// Proposes an encoded command; gives the entry's index and the encoded reply.
@@ -214,7 +280,9 @@ impl<M: Machine> RaftHandle<M> {
         patience: Duration,
     ) -> Result<(u64, Bytes), ProposeError> {
         if command.len() > COMMAND_BYTES_MAX {
-            return Err(ProposeError::TooLarge { bytes: command.len() });
+            return Err(ProposeError::TooLarge {
+                bytes: command.len(),
+            });
         }
         let begun = Instant::now();
         let proposing = async {
@@ -235,9 +303,13 @@ impl<M: Machine> RaftHandle<M> {
             }
             Err(RaftError::Fatal(fatal)) => Err(stopped(&fatal)),
             Err(RaftError::APIError(ClientWriteError::ForwardToLeader(to))) => {
-                Err(ProposeError::NotLeader { leader: leader_of(&to) })
+                Err(ProposeError::NotLeader {
+                    leader: leader_of(&to),
+                })
             }
-            Err(RaftError::APIError(other)) => Err(ProposeError::Unknown { why: other.to_string() }),
+            Err(RaftError::APIError(other)) => Err(ProposeError::Unknown {
+                why: other.to_string(),
+            }),
         }
     }
 
@@ -271,11 +343,15 @@ pub(super) fn leader_of(to: &ForwardToLeader<TypeConfig>) -> Option<NodeId> {
 }
 
 pub(super) fn stopped(fatal: &Fatal<TypeConfig>) -> ProposeError {
-    ProposeError::Stopped { why: fatal.to_string() }
+    ProposeError::Stopped {
+        why: fatal.to_string(),
+    }
 }
 
 pub(super) fn encode(command: &impl serde::Serialize) -> Result<Bytes, ProposeError> {
-    let bytes = serde_json::to_vec(command).map_err(|error| ProposeError::Malformed { why: error.to_string() })?;
+    let bytes = serde_json::to_vec(command).map_err(|error| ProposeError::Malformed {
+        why: error.to_string(),
+    })?;
     if bytes.len() > COMMAND_BYTES_MAX {
         return Err(ProposeError::TooLarge { bytes: bytes.len() });
     }
@@ -283,5 +359,7 @@ pub(super) fn encode(command: &impl serde::Serialize) -> Result<Bytes, ProposeEr
 }
 
 pub(super) fn decode<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T, ProposeError> {
-    serde_json::from_slice(bytes).map_err(|error| ProposeError::Malformed { why: error.to_string() })
+    serde_json::from_slice(bytes).map_err(|error| ProposeError::Malformed {
+        why: error.to_string(),
+    })
 }

@@ -62,9 +62,9 @@ impl Journal {
         file.read_exact_at(&mut content, 0)?;
         let mut payloads = Vec::new();
         let mut position = 0;
-        while let Some(record) = parse(&content[position..])
-            .filter(|record| record.generation == generation && record.sequence == payloads.len() as u64)
-        {
+        while let Some(record) = parse(&content[position..]).filter(|record| {
+            record.generation == generation && record.sequence == payloads.len() as u64
+        }) {
             payloads.push(record.payload.to_vec());
             position += blocks(record.payload.len());
         }
@@ -74,11 +74,19 @@ impl Journal {
                 .is_some_and(|record| record.generation == generation && record.sequence >= end)
             {
                 let why = format!("record {end} is damaged and a later one is not");
-                return Err(io::Error::new(io::ErrorKind::InvalidData, DecodeError::new("journal", why)));
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    DecodeError::new("journal", why),
+                ));
             }
         }
-        let journal =
-            Journal { file, generation, sequence: end, position: position as u64, buffer: Vec::new() };
+        let journal = Journal {
+            file,
+            generation,
+            sequence: end,
+            position: position as u64,
+            buffer: Vec::new(),
+        };
         Ok((journal, payloads))
     }
 
@@ -104,11 +112,17 @@ impl Journal {
         let length = u32::try_from(payload.len())
             .ok()
             .filter(|_| payload.len() <= RECORD_BYTES_MAX && self.fits(payload.len()))
-            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the journal's record is too large"))?;
+            .ok_or_else(|| {
+                io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    "the journal's record is too large",
+                )
+            })?;
         self.buffer.clear();
         self.buffer.extend_from_slice(&MAGIC.to_le_bytes());
         self.buffer.extend_from_slice(&length.to_le_bytes());
-        self.buffer.extend_from_slice(&self.generation.to_le_bytes());
+        self.buffer
+            .extend_from_slice(&self.generation.to_le_bytes());
         self.buffer.extend_from_slice(&self.sequence.to_le_bytes());
         let checksum = checksum(&self.buffer, payload);
         self.buffer.extend_from_slice(&checksum.to_le_bytes());
@@ -139,11 +153,15 @@ fn parse(bytes: &[u8]) -> Option<Record<'_>> {
         return None;
     }
     let length = reader.u32().ok()? as usize;
-    let (generation, sequence, expected) = (reader.u64().ok()?, reader.u64().ok()?, reader.u64().ok()?);
+    let (generation, sequence, expected) =
+        (reader.u64().ok()?, reader.u64().ok()?, reader.u64().ok()?);
     let payload = reader.bytes(length).ok()?;
     let covered = &bytes[..HEADER - 8];
-    (length <= RECORD_BYTES_MAX && checksum(covered, payload) == expected)
-        .then_some(Record { generation, sequence, payload })
+    (length <= RECORD_BYTES_MAX && checksum(covered, payload) == expected).then_some(Record {
+        generation,
+        sequence,
+        payload,
+    })
 }
 
 fn checksum(header: &[u8], payload: &[u8]) -> u64 {

@@ -30,7 +30,9 @@ pub struct LatencySummary {
 
 impl Histogram {
     pub(super) fn new() -> Histogram {
-        Histogram { buckets: std::array::from_fn(|_| AtomicU64::new(0)) }
+        Histogram {
+            buckets: std::array::from_fn(|_| AtomicU64::new(0)),
+        }
     }
 
     pub(super) fn record(&self, took: Duration) {
@@ -39,7 +41,11 @@ impl Histogram {
     }
 
     pub(super) fn summary(&self) -> LatencySummary {
-        let counts: Vec<u64> = self.buckets.iter().map(|bucket| bucket.load(Ordering::Relaxed)).collect();
+        let counts: Vec<u64> = self
+            .buckets
+            .iter()
+            .map(|bucket| bucket.load(Ordering::Relaxed))
+            .collect();
         let count: u64 = counts.iter().sum();
         let quantile = |percent: u64| {
             let wanted = (count * percent).div_ceil(100).max(1);
@@ -52,7 +58,12 @@ impl Histogram {
             }
             0
         };
-        LatencySummary { count, p50_us: quantile(50), p99_us: quantile(99), max_us: quantile(100) }
+        LatencySummary {
+            count,
+            p50_us: quantile(50),
+            p99_us: quantile(99),
+            max_us: quantile(100),
+        }
     }
 }
 
@@ -60,7 +71,11 @@ fn bucket(us: u64) -> usize {
     let us = us.max(1);
     let power = us.ilog2() as usize;
     // The three bits below the highest one.
-    let step = if power >= 3 { (us >> (power - 3)) as usize & 7 } else { (us << (3 - power)) as usize & 7 };
+    let step = if power >= 3 {
+        (us >> (power - 3)) as usize & 7
+    } else {
+        (us << (3 - power)) as usize & 7
+    };
     (power * STEPS + step).min(BUCKETS - 1)
 }
 
@@ -68,7 +83,11 @@ fn bucket(us: u64) -> usize {
 fn upper(index: usize) -> u64 {
     let (power, step) = (index / STEPS, index % STEPS);
     let next = (STEPS + step + 1) as u64;
-    if power >= 3 { (next << (power - 3)) - 1 } else { (next >> (3 - power)).max(1) }
+    if power >= 3 {
+        (next << (power - 3)) - 1
+    } else {
+        (next >> (3 - power)).max(1)
+    }
 }
 
 #[cfg(test)]
@@ -77,7 +96,18 @@ mod tests {
 
     #[test]
     fn quantiles_are_at_most_an_eighth_too_large() {
-        for us in [1u64, 2, 3, 5, 8, 100, 1_000, 12_345, 1_000_000, 86_400_000_000] {
+        for us in [
+            1u64,
+            2,
+            3,
+            5,
+            8,
+            100,
+            1_000,
+            12_345,
+            1_000_000,
+            86_400_000_000,
+        ] {
             let histogram = Histogram::new();
             histogram.record(Duration::from_micros(us));
             let p50 = histogram.summary().p50_us;
@@ -94,7 +124,11 @@ mod tests {
         let summary = histogram.summary();
         assert_eq!(summary.count, 1_000);
         assert!((500..=563).contains(&summary.p50_us), "{}", summary.p50_us);
-        assert!((990..=1_115).contains(&summary.p99_us), "{}", summary.p99_us);
+        assert!(
+            (990..=1_115).contains(&summary.p99_us),
+            "{}",
+            summary.p99_us
+        );
     }
 
     #[test]

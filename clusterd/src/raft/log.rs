@@ -9,9 +9,9 @@
 //! still works. A disk that failed once is never used again: what it holds is unknown, and openraft stops
 //! the node.
 
+mod memory;
 mod thread;
 
-use std::collections::VecDeque;
 use std::fmt::Debug;
 use std::io;
 use std::ops::{Bound, Range, RangeBounds};
@@ -22,14 +22,13 @@ use cluster_model::NodeId;
 use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use tokio::sync::{mpsc, oneshot};
 
-use super::codec::{self, DecodeError, Reader};
-use super::disk::{Change, Contents, Key, LogDisk, StoreError, VALUE_BYTES_MAX};
+use super::codec::{self, DecodeError};
+use super::disk::{Change, Key, LogDisk, StoreError, VALUE_BYTES_MAX};
 use super::types::{Entry, LogId, TypeConfig, Vote};
-pub(super) use thread::LogThread;
+use memory::{Memory, check, decode, weight};
 use thread::Job;
+pub(super) use thread::LogThread;
 
-/// Entries kept in memory, bytes; older durable ones are read from the disk.
-const TAIL_BYTES_MAX: usize = 32 << 20;
 /// Entries handed to replication at once, bytes: a message stays far below its limit.
 const BATCH_BYTES_MAX: usize = 1 << 20;
 /// Entries read from the disk at once on the way to replication.
@@ -37,79 +36,11 @@ const DISK_READ_MAX: u64 = 64;
 /// Jobs that may wait for the log thread; more make openraft wait.
 const JOBS_MAX: usize = 4_096;
 
-
 /// The log as openraft and its replication tasks see it; clones share it.
 #[derive(Clone)]
 pub(super) struct LogStore {
     memory: Arc<Mutex<Memory>>,
     jobs: mpsc::Sender<Job>,
-}
-
-/// What is known without asking the disk.
-#[derive(Default)]
-struct Memory {
-    vote: Option<Vote>,
-    committed: Option<LogId>,
-    purged: Option<LogId>,
-    last: Option<LogId>,
-    /// Where the log begins, if anything is in it.
-    first: u64,
-    /// The newest entries, without a gap, up to `last`.
-    tail: VecDeque<Entry>,
-    tail_bytes: usize,
-    /// Entries below this index are durable, so the tail may let go of them.
-    durable_end: u64,
-    /// Counts truncations: a read that spans disk and memory notices one in between.
-    truncations: u64,
-}
-
-impl Memory {
-    /// The indexes that the log contains.
-    fn range(&self) -> Range<u64> {
-        if self.last <= self.purged {
-            let start = self.purged.map_or(0, |purged| purged.index + 1);
-            return start..start;
-        }
-        self.first..self.last.map_or(self.first, |last| last.index + 1)
-    }
-
-    fn tail_start(&self) -> u64 {
-        self.tail.front().map_or_else(|| self.range().end, |entry| entry.log_id.index)
-    }
-
-    fn push(&mut self, entry: Entry) {
-        if self.last <= self.purged {
-            self.first = entry.log_id.index;
-        }
-        self.last = Some(entry.log_id);
-        self.tail_bytes += weight(&entry);
-        self.tail.push_back(entry);
-    }
-
-    /// Lets go of the oldest durable entries while the tail is over its bound.
-    fn trim(&mut self) {
-        while self.tail_bytes > TAIL_BYTES_MAX {
-            match self.tail.front() {
-                Some(entry) if entry.log_id.index < self.durable_end => self.drop_front(),
-                _ => break,
-            }
-        }
-    }
-
-    fn drop_front(&mut self) {
-        if let Some(entry) = self.tail.pop_front() {
-            self.tail_bytes -= weight(&entry);
-        }
-    }
-}
-
-fn weight(entry: &Entry) -> usize {
-    let payload = match &entry.payload {
-        openraft::EntryPayload::Normal(command) => command.0.len(),
-        // A membership is small; its exact size does not matter for the bound.
-        openraft::EntryPayload::Blank | openraft::EntryPayload::Membership(_) => 256,
-    };
-    payload + codec::ENTRY_OVERHEAD
 }
 
 impl LogStore {
@@ -125,25 +56,42 @@ impl LogStore {
         disk: impl LogDisk,
     ) -> Result<(LogStore, LogThread), StoreError> {
         let mut disk = disk;
-        let contents =
-            disk.load().map_err(|source| StoreError::Open { dir: dir.to_owned(), source })?;
+        let contents = disk.load().map_err(|source| StoreError::Open {
+            dir: dir.to_owned(),
+            source,
+        })?;
         let new = contents.meta.is_empty() && contents.entries.is_empty();
-        let (memory, owner) = check(contents, snapshot)
-            .map_err(|what| StoreError::Damaged { dir: dir.to_owned(), what: what.to_string() })?;
+        let (memory, owner) = check(contents, snapshot).map_err(|what| StoreError::Damaged {
+            dir: dir.to_owned(),
+            what: what.to_string(),
+        })?;
         match owner {
             Some(found) if found != node => {
-                return Err(StoreError::OtherNode { dir: dir.to_owned(), found, expected: node });
+                return Err(StoreError::OtherNode {
+                    dir: dir.to_owned(),
+                    found,
+                    expected: node,
+                });
             }
             None if !new => {
                 let what = "it does not say whose it is".to_owned();
-                return Err(StoreError::Damaged { dir: dir.to_owned(), what });
+                return Err(StoreError::Damaged {
+                    dir: dir.to_owned(),
+                    what,
+                });
             }
             Some(_) => {}
             None => {
                 let value = codec::seal(&node.0.to_le_bytes());
-                disk.write(vec![Change::Meta { key: Key::Node, value }])
-                    .and_then(|()| disk.sync())
-                    .map_err(|source| StoreError::Open { dir: dir.to_owned(), source })?;
+                disk.write(vec![Change::Meta {
+                    key: Key::Node,
+                    value,
+                }])
+                .and_then(|()| disk.sync())
+                .map_err(|source| StoreError::Open {
+                    dir: dir.to_owned(),
+                    source,
+                })?;
             }
         }
         let memory = Arc::new(Mutex::new(memory));
@@ -157,7 +105,10 @@ impl LogStore {
                 memory.trim();
             }
         })
-        .map_err(|source| StoreError::Open { dir: dir.to_owned(), source })?;
+        .map_err(|source| StoreError::Open {
+            dir: dir.to_owned(),
+            source,
+        })?;
         Ok((LogStore { memory, jobs }, thread))
     }
 
@@ -223,7 +174,11 @@ impl LogStore {
 
     async fn read_disk(&self, range: Range<u64>) -> io::Result<Vec<Entry>> {
         let (reply, answer) = oneshot::channel();
-        self.send(Job::Read { range: range.clone(), reply }).await?;
+        self.send(Job::Read {
+            range: range.clone(),
+            reply,
+        })
+        .await?;
         let values = answer.await.map_err(|_| thread::gone())??;
         if values.len() as u64 != range.end - range.start {
             return Err(io::Error::new(
@@ -241,61 +196,6 @@ impl LogStore {
 
 fn invalid(error: DecodeError) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, error)
-}
-
-fn decode(index: u64, value: &[u8]) -> Result<Entry, DecodeError> {
-    let mut reader = Reader::new("entry", value);
-    let entry = codec::take_entry(&mut reader)?;
-    reader.end()?;
-    if entry.log_id.index == index {
-        Ok(entry)
-    } else {
-        Err(DecodeError::new(
-            "entry",
-            format!("entry {} stands in the place of {index}", entry.log_id.index),
-        ))
-    }
-}
-
-/// Turns what the disk holds into what is known, or says what is wrong with it.
-fn check(contents: Contents, snapshot: Option<LogId>) -> Result<(Memory, Option<NodeId>), DecodeError> {
-    let mut memory = Memory::default();
-    let mut owner = None;
-    for (key, sealed) in &contents.meta {
-        let value = codec::unseal("small value", sealed)?;
-        let mut reader = Reader::new("small value", value);
-        match key {
-            Key::Vote => memory.vote = Some(codec::take_vote(&mut reader)?),
-            Key::Committed => memory.committed = codec::take_log_id(&mut reader)?,
-            Key::Purged => memory.purged = codec::take_log_id(&mut reader)?,
-            Key::Node => owner = Some(NodeId(reader.u64()?)),
-        }
-        reader.end()?;
-    }
-    memory.last = memory.purged;
-    let start = memory.range().start;
-    // A crash between "purged" and the removal leaves entries that no longer count.
-    for (index, value) in contents.entries.iter().filter(|(index, _)| *index >= start) {
-        let entry = decode(*index, value)?;
-        let expected = memory.range().end;
-        if *index != expected {
-            return Err(DecodeError::new("log", format!("entry {expected} is missing before {index}")));
-        }
-        if memory.last.is_some_and(|last| last.leader_id > entry.log_id.leader_id) {
-            return Err(DecodeError::new("log", format!("entry {index} is older than its predecessor")));
-        }
-        memory.push(entry);
-    }
-    memory.durable_end = memory.range().end;
-    memory.trim();
-    // The commit point is written lazily and in order; it can only be ahead of a log cut by hand.
-    if memory.purged > snapshot {
-        return Err(DecodeError::new("log", "the snapshot that replaced its beginning is gone"));
-    }
-    if memory.committed > memory.last.max(snapshot) {
-        return Err(DecodeError::new("log", "committed entries are missing at its end"));
-    }
-    Ok((memory, owner))
 }
 
 fn lock(memory: &Mutex<Memory>) -> MutexGuard<'_, Memory> {
@@ -329,7 +229,11 @@ impl RaftLogReader<TypeConfig> for LogStore {
         Ok(lock(&self.memory).vote)
     }
 
-    async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> Result<Vec<Entry>, io::Error> {
+    async fn limited_get_log_entries(
+        &mut self,
+        start: u64,
+        end: u64,
+    ) -> Result<Vec<Entry>, io::Error> {
         self.entries(start..end, Some(BATCH_BYTES_MAX)).await
     }
 }
@@ -339,7 +243,10 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
     async fn get_log_state(&mut self) -> Result<LogState<TypeConfig>, io::Error> {
         let (last_log_id, last_purged_log_id) = self.bounds();
-        Ok(LogState { last_purged_log_id, last_log_id })
+        Ok(LogState {
+            last_purged_log_id,
+            last_log_id,
+        })
     }
 
     async fn get_log_reader(&mut self) -> LogStore {
@@ -350,8 +257,15 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         let mut value = Vec::new();
         codec::put_vote(&mut value, vote);
         let (reply, answer) = oneshot::channel();
-        let change = Change::Meta { key: Key::Vote, value: codec::seal(&value) };
-        self.send(Job::Durable { changes: vec![change], reply }).await?;
+        let change = Change::Meta {
+            key: Key::Vote,
+            value: codec::seal(&value),
+        };
+        self.send(Job::Durable {
+            changes: vec![change],
+            reply,
+        })
+        .await?;
         answer.await.map_err(|_| thread::gone())??;
         lock(&self.memory).vote = Some(*vote);
         Ok(())
@@ -362,15 +276,25 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         let mut value = Vec::new();
         codec::put_log_id(&mut value, committed.as_ref());
         // Not waited for: an older commit point only means that more is learnt again after a restart.
-        let change = Change::Meta { key: Key::Committed, value: codec::seal(&value) };
-        self.send(Job::Lazy { changes: vec![change] }).await
+        let change = Change::Meta {
+            key: Key::Committed,
+            value: codec::seal(&value),
+        };
+        self.send(Job::Lazy {
+            changes: vec![change],
+        })
+        .await
     }
 
     async fn read_committed(&mut self) -> Result<Option<LogId>, io::Error> {
         Ok(lock(&self.memory).committed)
     }
 
-    async fn append<I>(&mut self, entries: I, callback: IOFlushed<TypeConfig>) -> Result<(), io::Error>
+    async fn append<I>(
+        &mut self,
+        entries: I,
+        callback: IOFlushed<TypeConfig>,
+    ) -> Result<(), io::Error>
     where
         I: IntoIterator<Item = Entry> + Send,
         I::IntoIter: Send,
@@ -383,10 +307,17 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             if value.len() > VALUE_BYTES_MAX {
                 return Err(io::Error::new(
                     io::ErrorKind::InvalidInput,
-                    format!("entry {} has {} bytes, over {VALUE_BYTES_MAX}", entry.log_id.index, value.len()),
+                    format!(
+                        "entry {} has {} bytes, over {VALUE_BYTES_MAX}",
+                        entry.log_id.index,
+                        value.len()
+                    ),
                 ));
             }
-            changes.push(Change::Put { index: entry.log_id.index, value });
+            changes.push(Change::Put {
+                index: entry.log_id.index,
+                value,
+            });
         }
         let end = {
             let mut memory = lock(&self.memory);
@@ -395,14 +326,25 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             }
             memory.range().end
         };
-        self.send(Job::Append { changes, end, callback }).await
+        self.send(Job::Append {
+            changes,
+            end,
+            callback,
+        })
+        .await
     }
 
     async fn truncate_after(&mut self, last: Option<LogId>) -> Result<(), io::Error> {
         let from = {
             let mut memory = lock(&self.memory);
-            let from = last.map_or(0, |last| last.index + 1).max(memory.range().start);
-            while memory.tail.back().is_some_and(|entry| entry.log_id.index >= from) {
+            let from = last
+                .map_or(0, |last| last.index + 1)
+                .max(memory.range().start);
+            while memory
+                .tail
+                .back()
+                .is_some_and(|entry| entry.log_id.index >= from)
+            {
                 if let Some(entry) = memory.tail.pop_back() {
                     memory.tail_bytes -= weight(&entry);
                 }
@@ -414,7 +356,10 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         };
         // Durable together with the append that follows; entries that come back after a crash before
         // it were never acknowledged under the new leader.
-        self.send(Job::Lazy { changes: vec![Change::RemoveFrom(from)] }).await
+        self.send(Job::Lazy {
+            changes: vec![Change::RemoveFrom(from)],
+        })
+        .await
     }
 
     async fn purge(&mut self, upto: LogId) -> Result<(), io::Error> {
@@ -426,14 +371,21 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             memory.purged = Some(upto);
             memory.last = memory.last.max(Some(upto));
             memory.first = upto.index + 1;
-            while memory.tail.front().is_some_and(|entry| entry.log_id.index <= upto.index) {
+            while memory
+                .tail
+                .front()
+                .is_some_and(|entry| entry.log_id.index <= upto.index)
+            {
                 memory.drop_front();
             }
         }
         let mut value = Vec::new();
         codec::put_log_id(&mut value, Some(&upto));
         let changes = vec![
-            Change::Meta { key: Key::Purged, value: codec::seal(&value) },
+            Change::Meta {
+                key: Key::Purged,
+                value: codec::seal(&value),
+            },
             Change::RemoveThrough(upto.index),
         ];
         self.send(Job::Lazy { changes }).await

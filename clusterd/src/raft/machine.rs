@@ -11,7 +11,9 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 ///
 /// `apply` must not fail, panic, or read anything but its arguments. Nodes may apply a command more than
 /// once to different copies of the state.
-pub trait Machine: Clone + Debug + Default + Serialize + DeserializeOwned + Send + Sync + 'static {
+pub trait Machine:
+    Clone + Debug + Default + Serialize + DeserializeOwned + Send + Sync + 'static
+{
     /// What can be asked.
     type Command: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + 'static;
     /// What it answers.

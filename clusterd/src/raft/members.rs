@@ -60,16 +60,31 @@ impl<M: Machine> RaftHandle<M> {
     ///
     /// # Errors
     /// See [`MembershipError`].
-    pub async fn add_learner(&self, node: NodeId, name: &str, address: &str) -> Result<(), MembershipError> {
-        let member = Member { name: name.to_owned(), address: address.to_owned() };
+    pub async fn add_learner(
+        &self,
+        node: NodeId,
+        name: &str,
+        address: &str,
+    ) -> Result<(), MembershipError> {
+        let member = Member {
+            name: name.to_owned(),
+            address: address.to_owned(),
+        };
         let _one = self.begin_change().await?;
-        let known = self.metrics().members.get(&node).map(|known| known.address.clone());
+        let known = self
+            .metrics()
+            .members
+            .get(&node)
+            .map(|known| known.address.clone());
         match known {
             Some(known) if known == address => Ok(()),
             Some(known) => Err(MembershipError::Refused {
                 why: format!("{node} is a member at {known}: remove it first"),
             }),
-            None => self.change(ChangeMembers::AddNodes(BTreeMap::from([(node.0, member)]))).await,
+            None => {
+                self.change(ChangeMembers::AddNodes(BTreeMap::from([(node.0, member)])))
+                    .await
+            }
         }
     }
 
@@ -79,11 +94,17 @@ impl<M: Machine> RaftHandle<M> {
     /// See [`MembershipError`].
     pub async fn promote(&self, node: NodeId, within: Duration) -> Result<(), MembershipError> {
         let _one = self.begin_change().await?;
-        if self.metrics().members.get(&node).is_some_and(|member| member.voter) {
+        if self
+            .metrics()
+            .members
+            .get(&node)
+            .is_some_and(|member| member.voter)
+        {
             return Ok(());
         }
         self.wait_caught_up(node, within).await?;
-        self.change(ChangeMembers::AddVoterIds(BTreeSet::from([node.0]))).await
+        self.change(ChangeMembers::AddVoterIds(BTreeSet::from([node.0])))
+            .await
     }
 
     /// Takes a node's vote and lets it go on as a learner.
@@ -92,10 +113,16 @@ impl<M: Machine> RaftHandle<M> {
     /// See [`MembershipError`].
     pub async fn demote(&self, node: NodeId) -> Result<(), MembershipError> {
         let _one = self.begin_change().await?;
-        if !self.metrics().members.get(&node).is_some_and(|member| member.voter) {
+        if !self
+            .metrics()
+            .members
+            .get(&node)
+            .is_some_and(|member| member.voter)
+        {
             return Ok(());
         }
-        self.change_keeping(ChangeMembers::RemoveVoters(BTreeSet::from([node.0])), true).await
+        self.change_keeping(ChangeMembers::RemoveVoters(BTreeSet::from([node.0])), true)
+            .await
     }
 
     /// Takes a node out of the group for ever: its number is never used again.
@@ -107,9 +134,13 @@ impl<M: Machine> RaftHandle<M> {
         match self.metrics().members.get(&node) {
             None => Ok(()),
             Some(member) if member.voter => {
-                self.change(ChangeMembers::RemoveVoters(BTreeSet::from([node.0]))).await
+                self.change(ChangeMembers::RemoveVoters(BTreeSet::from([node.0])))
+                    .await
             }
-            Some(_) => self.change(ChangeMembers::RemoveNodes(BTreeSet::from([node.0]))).await,
+            Some(_) => {
+                self.change(ChangeMembers::RemoveNodes(BTreeSet::from([node.0])))
+                    .await
+            }
         }
     }
 
@@ -117,20 +148,39 @@ impl<M: Machine> RaftHandle<M> {
     ///
     /// # Errors
     /// `Unknown` when it does not lead within `within`: somebody else may, or this node still does.
-    pub async fn transfer_leadership(&self, to: NodeId, within: Duration) -> Result<(), MembershipError> {
+    pub async fn transfer_leadership(
+        &self,
+        to: NodeId,
+        within: Duration,
+    ) -> Result<(), MembershipError> {
         if self.leader() == Some(to) {
             return Ok(());
         }
         let leadership = self.inner.leadership.borrow().clone();
         if !leadership.is_me {
-            return Err(MembershipError::NotLeader { leader: leadership.leader });
+            return Err(MembershipError::NotLeader {
+                leader: leadership.leader,
+            });
         }
-        if !self.metrics().members.get(&to).is_some_and(|member| member.voter) {
-            return Err(MembershipError::Refused { why: format!("{to} has no vote") });
+        if !self
+            .metrics()
+            .members
+            .get(&to)
+            .is_some_and(|member| member.voter)
+        {
+            return Err(MembershipError::Refused {
+                why: format!("{to} has no vote"),
+            });
         }
-        self.inner.raft.trigger().transfer_leader(to.0).await.map_err(|_| MembershipError::Stopped)?;
+        self.inner
+            .raft
+            .trigger()
+            .transfer_leader(to.0)
+            .await
+            .map_err(|_| MembershipError::Stopped)?;
         let mut leadership = self.leadership();
-        match tokio::time::timeout(within, leadership.wait_for(|now| now.leader == Some(to))).await {
+        match tokio::time::timeout(within, leadership.wait_for(|now| now.leader == Some(to))).await
+        {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(_)) => Err(MembershipError::Stopped),
             Err(_) => Err(MembershipError::Unknown {
@@ -141,14 +191,18 @@ impl<M: Machine> RaftHandle<M> {
 
     /// One change at a time; a change that a lost leader left half way is finished first.
     async fn begin_change(&self) -> Result<tokio::sync::MutexGuard<'_, ()>, MembershipError> {
-        let one = tokio::time::timeout(CHANGE_PATIENCE, self.inner.membership.lock()).await.map_err(|_| {
-            MembershipError::Refused { why: "another change of the membership is under way".into() }
-        })?;
+        let one = tokio::time::timeout(CHANGE_PATIENCE, self.inner.membership.lock())
+            .await
+            .map_err(|_| MembershipError::Refused {
+                why: "another change of the membership is under way".into(),
+            })?;
         // A leader that has just been elected first commits what its predecessors left.
         self.read_index().await.map_err(|error| match error {
             ReadError::NotLeader { leader } => MembershipError::NotLeader { leader },
             ReadError::Stopped => MembershipError::Stopped,
-            error => MembershipError::Refused { why: error.to_string() },
+            error => MembershipError::Refused {
+                why: error.to_string(),
+            },
         })?;
         let wanted = {
             let metrics = self.inner.raft.metrics();
@@ -157,8 +211,12 @@ impl<M: Machine> RaftHandle<M> {
             (configs.len() > 1).then(|| configs.last().cloned().unwrap_or_default())
         };
         if let Some(voters) = wanted {
-            tracing::warn!(?voters, "finishing a change of the membership that was left half way");
-            self.change_keeping(ChangeMembers::ReplaceAllVoters(voters), true).await?;
+            tracing::warn!(
+                ?voters,
+                "finishing a change of the membership that was left half way"
+            );
+            self.change_keeping(ChangeMembers::ReplaceAllVoters(voters), true)
+                .await?;
         }
         Ok(one)
     }
@@ -167,16 +225,30 @@ impl<M: Machine> RaftHandle<M> {
         self.change_keeping(change, false).await
     }
 
-    async fn change_keeping(&self, change: Change, keep_as_learners: bool) -> Result<(), MembershipError> {
+    async fn change_keeping(
+        &self,
+        change: Change,
+        keep_as_learners: bool,
+    ) -> Result<(), MembershipError> {
         let changing = self.inner.raft.change_membership(change, keep_as_learners);
-        let changed = tokio::time::timeout(CHANGE_PATIENCE, changing).await.map_err(|_| {
-            MembershipError::Unknown { why: format!("no answer within {} s", CHANGE_PATIENCE.as_secs()) }
-        })?;
+        let changed = tokio::time::timeout(CHANGE_PATIENCE, changing)
+            .await
+            .map_err(|_| MembershipError::Unknown {
+                why: format!("no answer within {} s", CHANGE_PATIENCE.as_secs()),
+            })?;
         changed.map_err(refused)?;
         let metrics = self.inner.raft.metrics();
-        let half_way = metrics.borrow_watched().membership_config.membership().get_joint_config().len() > 1;
+        let half_way = metrics
+            .borrow_watched()
+            .membership_config
+            .membership()
+            .get_joint_config()
+            .len()
+            > 1;
         if half_way {
-            return Err(MembershipError::Unknown { why: "it is half way; ask again to finish it".into() });
+            return Err(MembershipError::Unknown {
+                why: "it is half way; ask again to finish it".into(),
+            });
         }
         Ok(())
     }
@@ -187,10 +259,14 @@ impl<M: Machine> RaftHandle<M> {
         loop {
             let status = self.metrics();
             if !status.leadership.is_me {
-                return Err(MembershipError::NotLeader { leader: status.leadership.leader });
+                return Err(MembershipError::NotLeader {
+                    leader: status.leadership.leader,
+                });
             }
             let Some(member) = status.members.get(&node) else {
-                return Err(MembershipError::Refused { why: format!("{node} is not a learner of this cluster") });
+                return Err(MembershipError::Refused {
+                    why: format!("{node} is not a learner of this cluster"),
+                });
             };
             let lag = match member.matched {
                 Some(_) => member.lag.unwrap_or(u64::MAX),
@@ -211,12 +287,16 @@ impl<M: Machine> RaftHandle<M> {
 fn refused(error: RaftError<TypeConfig, ClientWriteError<TypeConfig>>) -> MembershipError {
     match error {
         RaftError::Fatal(_) => MembershipError::Stopped,
-        RaftError::APIError(ClientWriteError::ForwardToLeader(to)) => {
-            MembershipError::NotLeader { leader: leader_of(&to) }
-        }
+        RaftError::APIError(ClientWriteError::ForwardToLeader(to)) => MembershipError::NotLeader {
+            leader: leader_of(&to),
+        },
         RaftError::APIError(error @ ClientWriteError::LogEntryDiscarded(_)) => {
-            MembershipError::Unknown { why: error.to_string() }
+            MembershipError::Unknown {
+                why: error.to_string(),
+            }
         }
-        RaftError::APIError(error) => MembershipError::Refused { why: error.to_string() },
+        RaftError::APIError(error) => MembershipError::Refused {
+            why: error.to_string(),
+        },
     }
 }

@@ -18,8 +18,8 @@ use openraft::network::{
     RaftNetworkFactory,
 };
 use openraft::raft::{
-    SnapshotResponse, StreamAppendResult, TransferLeaderRequest, TransferLeaderResponse, VoteRequest,
-    VoteResponse,
+    SnapshotResponse, StreamAppendResult, TransferLeaderRequest, TransferLeaderResponse,
+    VoteRequest, VoteResponse,
 };
 use proto::peer::RaftMessage;
 use proto::peer::raft_client::RaftClient;
@@ -84,16 +84,24 @@ pub(super) struct Client {
 
 impl Client {
     fn client(&self) -> RpcResult<RaftClient<Channel>> {
-        self.client.clone().map_err(|why| RPCError::Unreachable(Unreachable::from_string(why)))
+        self.client
+            .clone()
+            .map_err(|why| RPCError::Unreachable(Unreachable::from_string(why)))
     }
 
     /// Sends one request and waits for its answer for as long as openraft allows.
-    async fn ask<F, Fut>(&self, option: &RPCOption, request: RpcResult<RaftMessage>, call: F) -> RpcResult<Vec<u8>>
+    async fn ask<F, Fut>(
+        &self,
+        option: &RPCOption,
+        request: RpcResult<RaftMessage>,
+        call: F,
+    ) -> RpcResult<Vec<u8>>
     where
         F: FnOnce(RaftClient<Channel>, RaftMessage) -> Fut,
         Fut: Future<Output = Result<tonic::Response<RaftMessage>, Status>>,
     {
-        let answered = tokio::time::timeout(option.soft_ttl(), call(self.client()?, request?)).await;
+        let answered =
+            tokio::time::timeout(option.soft_ttl(), call(self.client()?, request?)).await;
         match answered {
             Ok(Ok(answer)) => Ok(answer.into_inner().payload),
             Ok(Err(status)) => Err(self.refused(&status)),
@@ -101,9 +109,18 @@ impl Client {
         }
     }
 
-    async fn ask_vote(&self, kind: u8, rpc: &VoteRequest<TypeConfig>, option: &RPCOption) -> RpcResult<VoteResponse<TypeConfig>> {
+    async fn ask_vote(
+        &self,
+        kind: u8,
+        rpc: &VoteRequest<TypeConfig>,
+        option: &RPCOption,
+    ) -> RpcResult<VoteResponse<TypeConfig>> {
         let request = wire::json_request(self.target, kind, rpc).map_err(broken);
-        let answer = self.ask(option, request, |mut client, request| async move { client.vote(request).await }).await?;
+        let answer = self
+            .ask(option, request, |mut client, request| async move {
+                client.vote(request).await
+            })
+            .await?;
         wire::from_json(&answer).map_err(broken)
     }
 
@@ -152,20 +169,28 @@ impl NetStreamAppend<TypeConfig> for Client {
                     .ok()
             });
             // The setup is bounded by the connect timeout and by this one.
-            let opened = tokio::time::timeout(option.soft_ttl().max(APPEND_PATIENCE), client.append(requests));
+            let opened = tokio::time::timeout(
+                option.soft_ttl().max(APPEND_PATIENCE),
+                client.append(requests),
+            );
             let answers = match opened.await {
                 Ok(Ok(answers)) => answers.into_inner(),
                 Ok(Err(status)) => return Err(self.refused(&status)),
                 Err(_) => return Err(self.silent(APPEND_PATIENCE)),
             };
-            let state = Some(Answers { answers, sent, received: 0 });
+            let state = Some(Answers {
+                answers,
+                sent,
+                received: 0,
+            });
             let this = &*self;
-            let stream: BoxStream<'s, _> = Box::pin(futures::stream::unfold(state, move |state| async move {
-                let mut state = state?;
-                let answer = state.next(this).await?;
-                let go_on = matches!(answer, Ok(Ok(_)));
-                Some((answer, go_on.then_some(state)))
-            }));
+            let stream: BoxStream<'s, _> =
+                Box::pin(futures::stream::unfold(state, move |state| async move {
+                    let mut state = state?;
+                    let answer = state.next(this).await?;
+                    let go_on = matches!(answer, Ok(Ok(_)));
+                    Some((answer, go_on.then_some(state)))
+                }));
             Ok(stream)
         })
     }
@@ -198,11 +223,19 @@ impl Answers {
 }
 
 impl NetVote<TypeConfig> for Client {
-    async fn vote(&mut self, rpc: VoteRequest<TypeConfig>, option: RPCOption) -> RpcResult<VoteResponse<TypeConfig>> {
+    async fn vote(
+        &mut self,
+        rpc: VoteRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> RpcResult<VoteResponse<TypeConfig>> {
         self.ask_vote(0, &rpc, &option).await
     }
 
-    async fn pre_vote(&mut self, rpc: VoteRequest<TypeConfig>, option: RPCOption) -> RpcResult<VoteResponse<TypeConfig>> {
+    async fn pre_vote(
+        &mut self,
+        rpc: VoteRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> RpcResult<VoteResponse<TypeConfig>> {
         self.ask_vote(1, &rpc, &option).await
     }
 }
@@ -218,26 +251,45 @@ impl NetSnapshot<TypeConfig> for Client {
         option: RPCOption,
     ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
         let bytes = snapshot.snapshot.0;
-        let head = wire::SnapshotHead { vote, meta: snapshot.meta, bytes: bytes.len() as u64 };
+        let head = wire::SnapshotHead {
+            vote,
+            meta: snapshot.meta,
+            bytes: bytes.len() as u64,
+        };
         let head = wire::json_request(self.target, 0, &head).map_err(broken)?;
-        let chunk_bytes = option.snapshot_chunk_size().unwrap_or(MESSAGE_BYTES_MAX / 2).clamp(4096, MESSAGE_BYTES_MAX / 2);
+        let chunk_bytes = option
+            .snapshot_chunk_size()
+            .unwrap_or(MESSAGE_BYTES_MAX / 2)
+            .clamp(4096, MESSAGE_BYTES_MAX / 2);
         let chunks = futures::stream::unfold(bytes, move |mut rest| async move {
             if rest.is_empty() {
                 return None;
             }
             let chunk = rest.split_to(rest.len().min(chunk_bytes));
-            Some((RaftMessage { payload: chunk.to_vec() }, rest))
+            Some((
+                RaftMessage {
+                    payload: chunk.to_vec(),
+                },
+                rest,
+            ))
         });
         let messages = futures::stream::once(async move { head }).chain(chunks);
         let mut client = self.client()?;
-        let sending = pin!(tokio::time::timeout(option.soft_ttl(), client.snapshot(messages)));
+        let sending = pin!(tokio::time::timeout(
+            option.soft_ttl(),
+            client.snapshot(messages)
+        ));
         let cancel = pin!(cancel);
         match futures::future::select(sending, cancel).await {
             futures::future::Either::Left((Ok(Ok(answer)), _)) => {
                 Ok(wire::from_json(&answer.into_inner().payload).map_err(broken)?)
             }
-            futures::future::Either::Left((Ok(Err(status)), _)) => Err(self.refused(&status).into()),
-            futures::future::Either::Left((Err(_), _)) => Err(self.silent(option.soft_ttl()).into()),
+            futures::future::Either::Left((Ok(Err(status)), _)) => {
+                Err(self.refused(&status).into())
+            }
+            futures::future::Either::Left((Err(_), _)) => {
+                Err(self.silent(option.soft_ttl()).into())
+            }
             futures::future::Either::Right((closed, _)) => Err(closed.into()),
         }
     }
@@ -251,7 +303,9 @@ impl NetTransferLeader<TypeConfig> for Client {
     ) -> RpcResult<TransferLeaderResponse<TypeConfig>> {
         let request = wire::json_request(self.target, 0, &request).map_err(broken);
         let answer = self
-            .ask(&option, request, |mut client, request| async move { client.transfer_leader(request).await })
+            .ask(&option, request, |mut client, request| async move {
+                client.transfer_leader(request).await
+            })
             .await?;
         wire::from_json(&answer).map_err(broken)
     }

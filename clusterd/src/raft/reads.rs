@@ -57,7 +57,9 @@ pub enum ReadError {
 impl From<WaitError> for ReadError {
     fn from(error: WaitError) -> ReadError {
         match error {
-            WaitError::Late { .. } => ReadError::TimedOut { after: Duration::ZERO },
+            WaitError::Late { .. } => ReadError::TimedOut {
+                after: Duration::ZERO,
+            },
             WaitError::Stopped => ReadError::Stopped,
         }
     }
@@ -83,14 +85,19 @@ async fn confirm<M: Machine>(raft: &Raft<M>, patience: Duration) -> Result<Confi
     let option = LinearizerOption::from(ReadPolicy::ReadIndex).with_wait_timeout(patience);
     let round = tokio::time::timeout(patience, raft.get_read_log_id(option));
     match round.await {
-        Ok(Ok((read, _applied))) => {
-            Ok(Confirmed { term: read.committed_leader_id().term, index: read.index() })
-        }
+        Ok(Ok((read, _applied))) => Ok(Confirmed {
+            term: read.committed_leader_id().term,
+            index: read.index(),
+        }),
         Ok(Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(to)))) => {
-            Err(ReadError::NotLeader { leader: leader_of(&to) })
+            Err(ReadError::NotLeader {
+                leader: leader_of(&to),
+            })
         }
         Ok(Err(RaftError::APIError(LinearizableReadError::QuorumNotEnough(quorum)))) => {
-            Err(ReadError::NoQuorum { why: quorum.to_string() })
+            Err(ReadError::NoQuorum {
+                why: quorum.to_string(),
+            })
         }
         Ok(Err(RaftError::Fatal(_))) => Err(ReadError::Stopped),
         Err(_) => Err(ReadError::TimedOut { after: patience }),
@@ -105,7 +112,11 @@ impl<M: Machine> RaftHandle<M> {
     /// See [`ReadError`].
     pub async fn confirm_leadership(&self) -> Result<Confirmed, ReadError> {
         let (reply, answer) = oneshot::channel();
-        self.inner.reads.send(reply).await.map_err(|_| ReadError::Stopped)?;
+        self.inner
+            .reads
+            .send(reply)
+            .await
+            .map_err(|_| ReadError::Stopped)?;
         answer.await.map_err(|_| ReadError::Stopped)?
     }
 }

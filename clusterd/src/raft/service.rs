@@ -42,7 +42,9 @@ fn mine(node: u64, payload: &[u8]) -> Result<&[u8], Status> {
     if target == node {
         Ok(body)
     } else {
-        Err(Status::failed_precondition(format!("this is node-{node}, not node-{target}")))
+        Err(Status::failed_precondition(format!(
+            "this is node-{node}, not node-{target}"
+        )))
     }
 }
 
@@ -69,8 +71,9 @@ impl<M: Machine> RaftRpc for RaftService<M> {
     ) -> Result<Response<Self::AppendStream>, Status> {
         let node = self.node;
         let requests = tokio_stream::StreamExt::map_while(request.into_inner(), move |message| {
-            let request = message
-                .and_then(|message| wire::parse_append_request(mine(node, &message.payload)?).map_err(malformed));
+            let request = message.and_then(|message| {
+                wire::parse_append_request(mine(node, &message.payload)?).map_err(malformed)
+            });
             match request {
                 Ok(request) => Some(request),
                 Err(status) => {
@@ -80,20 +83,28 @@ impl<M: Machine> RaftRpc for RaftService<M> {
                 }
             }
         });
-        let answers = self.raft.stream_append(requests).map(|answer| match answer {
-            Ok(answer) => Ok(wire::append_answer(&answer)),
-            Err(fatal) => Err(stopped(fatal)),
-        });
+        let answers = self
+            .raft
+            .stream_append(requests)
+            .map(|answer| match answer {
+                Ok(answer) => Ok(wire::append_answer(&answer)),
+                Err(fatal) => Err(stopped(fatal)),
+            });
         Ok(Response::new(Box::pin(answers)))
     }
 
     async fn vote(&self, request: Request<RaftMessage>) -> Result<Response<RaftMessage>, Status> {
         let payload = request.into_inner().payload;
-        let (kind, rpc): (u8, VoteRequest<TypeConfig>) = wire::parse_json(self.mine(&payload)?).map_err(malformed)?;
+        let (kind, rpc): (u8, VoteRequest<TypeConfig>) =
+            wire::parse_json(self.mine(&payload)?).map_err(malformed)?;
         let vote = match kind {
             0 => self.raft.vote(rpc).await,
             1 => self.raft.pre_vote(rpc).await,
-            other => return Err(Status::unimplemented(format!("unknown kind {other} of vote"))),
+            other => {
+                return Err(Status::unimplemented(format!(
+                    "unknown kind {other} of vote"
+                )));
+            }
         };
         answer(&vote.map_err(stopped)?)
     }
@@ -103,8 +114,12 @@ impl<M: Machine> RaftRpc for RaftService<M> {
         request: Request<Streaming<RaftMessage>>,
     ) -> Result<Response<RaftMessage>, Status> {
         let mut messages = request.into_inner();
-        let first = messages.message().await?.ok_or_else(|| Status::invalid_argument("no snapshot came"))?;
-        let (_, head): (u8, SnapshotHead) = wire::parse_json(self.mine(&first.payload)?).map_err(malformed)?;
+        let first = messages
+            .message()
+            .await?
+            .ok_or_else(|| Status::invalid_argument("no snapshot came"))?;
+        let (_, head): (u8, SnapshotHead) =
+            wire::parse_json(self.mine(&first.payload)?).map_err(malformed)?;
         if head.bytes > SNAPSHOT_BYTES_MAX {
             return Err(Status::invalid_argument(format!(
                 "the snapshot has {} bytes, over {SNAPSHOT_BYTES_MAX}",
@@ -114,7 +129,9 @@ impl<M: Machine> RaftRpc for RaftService<M> {
         let mut content = Vec::new();
         while let Some(chunk) = messages.message().await? {
             if content.len() as u64 + chunk.payload.len() as u64 > head.bytes {
-                return Err(Status::invalid_argument("the snapshot is longer than announced"));
+                return Err(Status::invalid_argument(
+                    "the snapshot is longer than announced",
+                ));
             }
             content.extend_from_slice(&chunk.payload);
         }
@@ -134,16 +151,36 @@ impl<M: Machine> RaftRpc for RaftService<M> {
         .map_err(stopped)?
         .map_err(malformed)?;
         if meta != head.meta {
-            return Err(Status::invalid_argument("the snapshot is not the one announced"));
+            return Err(Status::invalid_argument(
+                "the snapshot is not the one announced",
+            ));
         }
-        let installed = self.raft.install_full_snapshot(head.vote, Snapshot { meta, snapshot: data }).await;
+        let installed = self
+            .raft
+            .install_full_snapshot(
+                head.vote,
+                Snapshot {
+                    meta,
+                    snapshot: data,
+                },
+            )
+            .await;
         answer(&installed.map_err(stopped)?)
     }
 
-    async fn transfer_leader(&self, request: Request<RaftMessage>) -> Result<Response<RaftMessage>, Status> {
+    async fn transfer_leader(
+        &self,
+        request: Request<RaftMessage>,
+    ) -> Result<Response<RaftMessage>, Status> {
         let payload = request.into_inner().payload;
         let (_, request): (u8, TransferLeaderRequest<TypeConfig>) =
             wire::parse_json(self.mine(&payload)?).map_err(malformed)?;
-        answer(&self.raft.handle_transfer_leader(request).await.map_err(stopped)?)
+        answer(
+            &self
+                .raft
+                .handle_transfer_leader(request)
+                .await
+                .map_err(stopped)?,
+        )
     }
 }

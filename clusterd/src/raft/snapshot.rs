@@ -37,9 +37,15 @@ struct Header {
 }
 
 /// Writes a state as a snapshot's file content.
-pub(super) fn encode(meta: &SnapshotMeta, state: &impl Machine) -> Result<SnapshotData, DecodeError> {
+pub(super) fn encode(
+    meta: &SnapshotMeta,
+    state: &impl Machine,
+) -> Result<SnapshotData, DecodeError> {
     let json = |error: serde_json::Error| DecodeError::new("snapshot", error.to_string());
-    let header = Header { meta: meta.clone(), digest: state.digest() };
+    let header = Header {
+        meta: meta.clone(),
+        digest: state.digest(),
+    };
     let header = serde_json::to_vec(&header).map_err(json)?;
     let length = u32::try_from(header.len())
         .map_err(|_| DecodeError::new("snapshot", "its header is over 4 GiB"))?;
@@ -70,7 +76,8 @@ fn open(data: &SnapshotData) -> Result<(Header, &[u8]), DecodeError> {
         return Err(bad("it is not a snapshot"));
     }
     let length = reader.u32()? as usize;
-    let header = serde_json::from_slice(reader.bytes(length)?).map_err(|error| bad(&error.to_string()))?;
+    let header =
+        serde_json::from_slice(reader.bytes(length)?).map_err(|error| bad(&error.to_string()))?;
     let length = usize::try_from(reader.u64()?).map_err(|_| bad("too long"))?;
     let state = reader.bytes(length)?;
     reader.end()?;
@@ -83,7 +90,10 @@ pub(super) fn decode<M: Machine>(data: &SnapshotData) -> Result<(SnapshotMeta, M
     let state: M = serde_json::from_slice(state)
         .map_err(|error| DecodeError::new("snapshot", error.to_string()))?;
     if state.digest() != header.digest {
-        return Err(DecodeError::new("snapshot", "the state read is not the state written"));
+        return Err(DecodeError::new(
+            "snapshot",
+            "the state read is not the state written",
+        ));
     }
     Ok((header.meta, state))
 }
@@ -96,21 +106,33 @@ pub(super) struct SnapshotDir {
 
 impl SnapshotDir {
     /// Opens `dir` and reads the newest whole snapshot in it, if any.
-    pub(super) fn open<M: Machine>(dir: &Path) -> Result<(SnapshotDir, Option<(SnapshotMeta, M)>), StoreError> {
-        let failed = |source| StoreError::Open { dir: dir.to_owned(), source };
+    pub(super) fn open<M: Machine>(
+        dir: &Path,
+    ) -> Result<(SnapshotDir, Option<(SnapshotMeta, M)>), StoreError> {
+        let failed = |source| StoreError::Open {
+            dir: dir.to_owned(),
+            source,
+        };
         std::fs::create_dir_all(dir).map_err(failed)?;
-        let this = SnapshotDir { dir: dir.to_owned() };
+        let this = SnapshotDir {
+            dir: dir.to_owned(),
+        };
         let mut newest: Option<(SnapshotMeta, M)> = None;
         for path in this.files().map_err(failed)? {
             let data = read(&path).map_err(failed)?;
             match decode::<M>(&data) {
                 Ok((meta, state)) => {
-                    if newest.as_ref().is_none_or(|(best, _)| best.last_log_id < meta.last_log_id) {
+                    if newest
+                        .as_ref()
+                        .is_none_or(|(best, _)| best.last_log_id < meta.last_log_id)
+                    {
                         newest = Some((meta, state));
                     }
                 }
                 // Without it the log may still begin at its beginning; if not, opening the log says so.
-                Err(error) => tracing::error!(path = %path.display(), %error, "a snapshot is damaged"),
+                Err(error) => {
+                    tracing::error!(path = %path.display(), %error, "a snapshot is damaged")
+                }
             }
         }
         Ok((this, newest))
@@ -135,11 +157,17 @@ impl SnapshotDir {
         for path in self.files()? {
             let data = read(&path)?;
             match open(&data).map(|(header, _)| header.meta) {
-                Ok(meta) if newest.as_ref().is_none_or(|(best, _)| best.last_log_id < meta.last_log_id) => {
+                Ok(meta)
+                    if newest
+                        .as_ref()
+                        .is_none_or(|(best, _)| best.last_log_id < meta.last_log_id) =>
+                {
                     newest = Some((meta, data));
                 }
                 Ok(_) => {}
-                Err(error) => tracing::error!(path = %path.display(), %error, "a snapshot is damaged"),
+                Err(error) => {
+                    tracing::error!(path = %path.display(), %error, "a snapshot is damaged")
+                }
             }
         }
         Ok(newest)
@@ -154,7 +182,10 @@ impl SnapshotDir {
         let mut files = Vec::new();
         for entry in std::fs::read_dir(&self.dir)? {
             let path = entry?.path();
-            if path.extension().is_some_and(|extension| extension == SUFFIX) {
+            if path
+                .extension()
+                .is_some_and(|extension| extension == SUFFIX)
+            {
                 files.push(path);
             }
         }
@@ -167,7 +198,10 @@ fn read(path: &Path) -> io::Result<SnapshotData> {
     if length > SNAPSHOT_BYTES_MAX {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
-            format!("{} has {length} bytes, over {SNAPSHOT_BYTES_MAX}", path.display()),
+            format!(
+                "{} has {length} bytes, over {SNAPSHOT_BYTES_MAX}",
+                path.display()
+            ),
         ));
     }
     std::fs::read(path).map(|content| SnapshotData(content.into()))

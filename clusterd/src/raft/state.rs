@@ -44,7 +44,11 @@ struct Twin<M: Machine> {
 impl<M: Machine> Twin<M> {
     fn new(state: M) -> Twin<M> {
         let front = Arc::new(state);
-        Twin { back: front.clone(), front, missed: Vec::new() }
+        Twin {
+            back: front.clone(),
+            front,
+            missed: Vec::new(),
+        }
     }
 
     /// The copy to apply to, up to date with the published one.
@@ -108,7 +112,14 @@ impl<M: Machine> StateMachine<M> {
             applied_tx,
             digest_tx,
         };
-        (machine, Published { state, applied, digest })
+        (
+            machine,
+            Published {
+                state,
+                applied,
+                digest,
+            },
+        )
     }
 
     fn publish(&mut self, commands: Vec<(u64, M::Command)>) {
@@ -116,7 +127,8 @@ impl<M: Machine> StateMachine<M> {
             let front = self.twin.swap(commands);
             self.state_tx.send_replace(front);
         }
-        self.applied_tx.send_replace(next_index(self.applied.as_ref()));
+        self.applied_tx
+            .send_replace(next_index(self.applied.as_ref()));
     }
 
     /// Takes the digest of the published state beside the applying of further entries.
@@ -171,9 +183,13 @@ impl<M: Machine> RaftStateMachine<TypeConfig> for StateMachine<M> {
                     EntryPayload::Normal(bytes) => {
                         // The leader read it before it proposed it. If we cannot, we are older than the
                         // leader: to stop is right, to skip it would make this state another one.
-                        let command: M::Command = serde_json::from_slice(&bytes.0).map_err(|error| {
-                            invalid(DecodeError::new("command", format!("{error} (entry {index})")))
-                        })?;
+                        let command: M::Command =
+                            serde_json::from_slice(&bytes.0).map_err(|error| {
+                                invalid(DecodeError::new(
+                                    "command",
+                                    format!("{error} (entry {index})"),
+                                ))
+                            })?;
                         let state = match commands.is_empty() {
                             true => self.twin.next(),
                             false => Arc::make_mut(&mut self.twin.back),
@@ -182,7 +198,9 @@ impl<M: Machine> RaftStateMachine<TypeConfig> for StateMachine<M> {
                         commands.push((index, command));
                         if responder.is_some() {
                             answer = serde_json::to_vec(&reply)
-                                .map_err(|error| invalid(DecodeError::new("reply", error.to_string())))?
+                                .map_err(|error| {
+                                    invalid(DecodeError::new("reply", error.to_string()))
+                                })?
                                 .into();
                         }
                     }
@@ -206,16 +224,30 @@ impl<M: Machine> RaftStateMachine<TypeConfig> for StateMachine<M> {
     }
 
     async fn get_snapshot_builder(&mut self) -> Builder<M> {
-        let meta = SnapshotMeta { last_log_id: self.applied, last_membership: self.membership.clone() };
-        Builder { meta, state: self.twin.front.clone(), snapshots: self.snapshots.clone() }
+        let meta = SnapshotMeta {
+            last_log_id: self.applied,
+            last_membership: self.membership.clone(),
+        };
+        Builder {
+            meta,
+            state: self.twin.front.clone(),
+            snapshots: self.snapshots.clone(),
+        }
     }
 
-    async fn install_snapshot(&mut self, meta: &SnapshotMeta, data: SnapshotData) -> Result<(), io::Error> {
+    async fn install_snapshot(
+        &mut self,
+        meta: &SnapshotMeta,
+        data: SnapshotData,
+    ) -> Result<(), io::Error> {
         let (snapshots, wanted) = (self.snapshots.clone(), meta.clone());
         let state = blocking(move || {
             let (found, state) = snapshot::decode::<M>(&data).map_err(invalid)?;
             if found != wanted {
-                return Err(invalid(DecodeError::new("snapshot", "it is not the one that was announced")));
+                return Err(invalid(DecodeError::new(
+                    "snapshot",
+                    "it is not the one that was announced",
+                )));
             }
             snapshots.write(&found, &data)?;
             Ok(state)
@@ -225,8 +257,12 @@ impl<M: Machine> RaftStateMachine<TypeConfig> for StateMachine<M> {
         self.applied = meta.last_log_id;
         self.membership = meta.last_membership.clone();
         self.state_tx.send_replace(self.twin.front.clone());
-        self.applied_tx.send_replace(next_index(self.applied.as_ref()));
-        tracing::info!(through = next_index(self.applied.as_ref()).saturating_sub(1), "installed a snapshot");
+        self.applied_tx
+            .send_replace(next_index(self.applied.as_ref()));
+        tracing::info!(
+            through = next_index(self.applied.as_ref()).saturating_sub(1),
+            "installed a snapshot"
+        );
         Ok(())
     }
 
@@ -250,7 +286,11 @@ impl<M: Machine> RaftSnapshotBuilder<TypeConfig> for Builder<M> {
     type SnapshotData = SnapshotData;
 
     async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
-        let (meta, state, snapshots) = (self.meta.clone(), self.state.clone(), self.snapshots.clone());
+        let (meta, state, snapshots) = (
+            self.meta.clone(),
+            self.state.clone(),
+            self.snapshots.clone(),
+        );
         let (meta, snapshot) = blocking(move || {
             let data = snapshot::encode(&meta, &*state).map_err(invalid)?;
             snapshots.write(&meta, &data)?;
@@ -269,7 +309,9 @@ impl<M: Machine> RaftSnapshotBuilder<TypeConfig> for Builder<M> {
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| io::Error::other(error.to_string()))?
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| io::Error::other(error.to_string()))?
 }
 
 #[cfg(test)]

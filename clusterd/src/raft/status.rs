@@ -83,6 +83,9 @@ pub(super) fn watch_leadership<M: Machine>(raft: Raft<M>) -> watch::Receiver<Lea
         while metrics.changed().await.is_ok() {
             let changes = published.borrow().changes;
             let next = read(&metrics.borrow_watched(), changes, &mut last_seen);
+            metrics::gauge!("baton_raft_term").set(next.term as f64);
+            metrics::gauge!("baton_raft_leader").set(f64::from(u8::from(next.is_me)));
+            metrics::gauge!("baton_raft_leader_changes").set(next.changes as f64);
             published.send_if_modified(|current| {
                 let differs = *current != next;
                 *current = next;
@@ -99,9 +102,17 @@ pub(super) fn watch_leadership<M: Machine>(raft: Raft<M>) -> watch::Receiver<Lea
 }
 
 /// `last_seen` is the last leader and its term: the same node in a newer term is another leader.
-fn read(metrics: &RaftMetrics<TypeConfig>, changes: u64, last_seen: &mut Option<(u64, u64)>) -> Leadership {
+fn read(
+    metrics: &RaftMetrics<TypeConfig>,
+    changes: u64,
+    last_seen: &mut Option<(u64, u64)>,
+) -> Leadership {
     let term = metrics.current_term;
-    let leader = metrics.running_state.is_ok().then_some(metrics.current_leader).flatten();
+    let leader = metrics
+        .running_state
+        .is_ok()
+        .then_some(metrics.current_leader)
+        .flatten();
     let seen = leader.map(|leader| (term, leader));
     let another = seen.is_some() && last_seen.is_some() && seen != *last_seen;
     *last_seen = seen.or(*last_seen);
@@ -124,7 +135,10 @@ impl<M: Machine> RaftHandle<M> {
         let membership = metrics.membership_config.membership();
         let voters: Vec<u64> = membership.voter_ids().collect();
         let members = membership.nodes().map(|(id, member)| {
-            let replication = metrics.replication.as_ref().and_then(|replication| replication.get(id));
+            let replication = metrics
+                .replication
+                .as_ref()
+                .and_then(|replication| replication.get(id));
             let matched = match replication {
                 Some(matched) => matched.as_ref().map(|log_id| log_id.index),
                 None => None,
@@ -145,7 +159,10 @@ impl<M: Machine> RaftHandle<M> {
         RaftStatus {
             leadership: self.inner.leadership.borrow().clone(),
             last_log: metrics.last_log_index,
-            committed: metrics.cluster_committed.as_ref().map(|log_id| log_id.index),
+            committed: metrics
+                .cluster_committed
+                .as_ref()
+                .map(|log_id| log_id.index),
             applied: self.applied(),
             snapshot: metrics.snapshot.as_ref().map(|log_id| log_id.index),
             purged: metrics.purged.as_ref().map(|log_id| log_id.index),
@@ -153,7 +170,11 @@ impl<M: Machine> RaftHandle<M> {
             joint: membership.get_joint_config().len() > 1,
             commit_latency: self.inner.latency.summary(),
             digest: *self.digest().borrow(),
-            stopped: metrics.running_state.as_ref().err().map(ToString::to_string),
+            stopped: metrics
+                .running_state
+                .as_ref()
+                .err()
+                .map(ToString::to_string),
         }
     }
 }

@@ -46,7 +46,11 @@ pub(super) fn target(payload: &[u8]) -> Result<(u64, &[u8]), DecodeError> {
 }
 
 /// A request that is JSON, with a leading byte that says which kind.
-pub(super) fn json_request(target: u64, kind: u8, body: &impl Serialize) -> Result<RaftMessage, DecodeError> {
+pub(super) fn json_request(
+    target: u64,
+    kind: u8,
+    body: &impl Serialize,
+) -> Result<RaftMessage, DecodeError> {
     let mut payload = addressed(target);
     payload.push(kind);
     payload.extend_from_slice(&to_json(body)?);
@@ -55,7 +59,9 @@ pub(super) fn json_request(target: u64, kind: u8, body: &impl Serialize) -> Resu
 
 /// The kind and JSON of a body made by [`json_request`].
 pub(super) fn parse_json<T: DeserializeOwned>(body: &[u8]) -> Result<(u8, T), DecodeError> {
-    let (kind, json) = body.split_first().ok_or_else(|| DecodeError::new("request", "empty"))?;
+    let (kind, json) = body
+        .split_first()
+        .ok_or_else(|| DecodeError::new("request", "empty"))?;
     Ok((*kind, from_json(json)?))
 }
 
@@ -67,7 +73,10 @@ pub(super) fn from_json<T: DeserializeOwned>(json: &[u8]) -> Result<T, DecodeErr
     serde_json::from_slice(json).map_err(|error| DecodeError::new("message", error.to_string()))
 }
 
-pub(super) fn append_request(target: u64, request: &AppendRequest) -> Result<RaftMessage, DecodeError> {
+pub(super) fn append_request(
+    target: u64,
+    request: &AppendRequest,
+) -> Result<RaftMessage, DecodeError> {
     let mut payload = addressed(target);
     codec::put_vote(&mut payload, &request.vote);
     codec::put_log_id(&mut payload, request.prev_log_id.as_ref());
@@ -88,9 +97,16 @@ pub(super) fn parse_append_request(body: &[u8]) -> Result<AppendRequest, DecodeE
     if count > ENTRIES_MAX {
         return Err(DecodeError::new("append", format!("{count} entries")));
     }
-    let entries = (0..count).map(|_| codec::take_entry(&mut reader)).collect::<Result<_, _>>()?;
+    let entries = (0..count)
+        .map(|_| codec::take_entry(&mut reader))
+        .collect::<Result<_, _>>()?;
     reader.end()?;
-    Ok(AppendRequest { vote, prev_log_id, entries, leader_commit })
+    Ok(AppendRequest {
+        vote,
+        prev_log_id,
+        entries,
+        leader_commit,
+    })
 }
 
 pub(super) fn append_answer(answer: &AppendAnswer) -> RaftMessage {
@@ -120,8 +136,15 @@ pub(super) fn parse_append_answer(payload: &[u8]) -> Result<AppendAnswer, Decode
             codec::take_log_id(&mut reader)?
                 .ok_or_else(|| DecodeError::new("append answer", "a conflict nowhere"))?,
         )),
-        2 => Err(StreamAppendError::HigherVote(codec::take_vote(&mut reader)?)),
-        other => return Err(DecodeError::new("append answer", format!("unknown kind {other}"))),
+        2 => Err(StreamAppendError::HigherVote(codec::take_vote(
+            &mut reader,
+        )?)),
+        other => {
+            return Err(DecodeError::new(
+                "append answer",
+                format!("unknown kind {other}"),
+            ));
+        }
     };
     reader.end()?;
     Ok(answer)
@@ -136,7 +159,10 @@ mod tests {
     use super::*;
 
     fn log_id(index: u64) -> LogId {
-        LogId { leader_id: LeaderId::new(4, 2), index }
+        LogId {
+            leader_id: LeaderId::new(4, 2),
+            index,
+        }
     }
 
     #[test]
@@ -146,8 +172,14 @@ mod tests {
             vote: Vote::new_committed(4, 2),
             prev_log_id: Some(log_id(9)),
             entries: vec![
-                Entry { log_id: log_id(10), payload: EntryPayload::Blank },
-                Entry { log_id: log_id(11), payload: EntryPayload::Normal(command) },
+                Entry {
+                    log_id: log_id(10),
+                    payload: EntryPayload::Blank,
+                },
+                Entry {
+                    log_id: log_id(11),
+                    payload: EntryPayload::Normal(command),
+                },
             ],
             leader_commit: None,
         };
@@ -155,7 +187,10 @@ mod tests {
         let (to, body) = target(&message.payload).unwrap();
         assert_eq!(to, 77);
         let back = parse_append_request(body).unwrap();
-        assert_eq!((back.vote, back.prev_log_id, back.leader_commit), (request.vote, request.prev_log_id, None));
+        assert_eq!(
+            (back.vote, back.prev_log_id, back.leader_commit),
+            (request.vote, request.prev_log_id, None)
+        );
         assert_eq!(back.entries, request.entries);
         for cut in 0..body.len() {
             assert!(parse_append_request(&body[..cut]).is_err(), "cut at {cut}");
@@ -170,7 +205,10 @@ mod tests {
             Err(StreamAppendError::Conflict(log_id(5))),
             Err(StreamAppendError::HigherVote(Vote::new(8, 1))),
         ] {
-            assert_eq!(parse_append_answer(&append_answer(&answer).payload).unwrap(), answer);
+            assert_eq!(
+                parse_append_answer(&append_answer(&answer).payload).unwrap(),
+                answer
+            );
         }
         assert!(parse_append_answer(&[]).is_err());
         assert!(parse_append_answer(&[9]).is_err());

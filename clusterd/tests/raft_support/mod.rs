@@ -15,7 +15,8 @@ use clusterd::raft::{self, Machine, Options, RaftHandle, Timing};
 use proto::peer::peer_server::{Peer, PeerServer};
 use proto::peer::{
     HeartbeatReply, HeartbeatRequest, JoinReply, JoinRequest, ObservedReply, ObservedRequest,
-    PrepareIncomingReply, PrepareIncomingRequest, ProposeReply, ProposeRequest, ReadIndexReply, ReadIndexRequest,
+    PrepareIncomingReply, PrepareIncomingRequest, ProposeReply, ProposeRequest, ReadIndexReply,
+    ReadIndexRequest,
 };
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
@@ -54,13 +55,18 @@ impl Machine for Notes {
         }
         self.done.insert(command.request, index);
         self.history.push(command.request);
-        self.values.insert(command.key.clone(), command.value.clone());
+        self.values
+            .insert(command.key.clone(), command.value.clone());
         index
     }
 }
 
 pub fn set(request: u64) -> Set {
-    Set { request, key: format!("key{}", request % 10), value: format!("value{request}") }
+    Set {
+        request,
+        key: format!("key{}", request % 10),
+        value: format!("value{request}"),
+    }
 }
 
 pub type Handle = RaftHandle<Notes>;
@@ -70,14 +76,29 @@ struct LogPeer(Handle);
 
 #[tonic::async_trait]
 impl Peer for LogPeer {
-    async fn heartbeat(&self, _: Request<HeartbeatRequest>) -> Result<Response<HeartbeatReply>, Status> {
+    async fn heartbeat(
+        &self,
+        _: Request<HeartbeatRequest>,
+    ) -> Result<Response<HeartbeatReply>, Status> {
         Err(Status::unimplemented("this peer has only a log"))
     }
-    async fn propose(&self, request: Request<ProposeRequest>) -> Result<Response<ProposeReply>, Status> {
-        self.0.serve_propose(request.into_inner()).await.map(Response::new)
+    async fn propose(
+        &self,
+        request: Request<ProposeRequest>,
+    ) -> Result<Response<ProposeReply>, Status> {
+        self.0
+            .serve_propose(request.into_inner())
+            .await
+            .map(Response::new)
     }
-    async fn read_index(&self, request: Request<ReadIndexRequest>) -> Result<Response<ReadIndexReply>, Status> {
-        self.0.serve_read_index(request.into_inner()).await.map(Response::new)
+    async fn read_index(
+        &self,
+        request: Request<ReadIndexRequest>,
+    ) -> Result<Response<ReadIndexReply>, Status> {
+        self.0
+            .serve_read_index(request.into_inner())
+            .await
+            .map(Response::new)
     }
     async fn prepare_incoming(
         &self,
@@ -88,7 +109,10 @@ impl Peer for LogPeer {
     async fn join(&self, _: Request<JoinRequest>) -> Result<Response<JoinReply>, Status> {
         Err(Status::unimplemented("this peer has only a log"))
     }
-    async fn observed(&self, _: Request<ObservedRequest>) -> Result<Response<ObservedReply>, Status> {
+    async fn observed(
+        &self,
+        _: Request<ObservedRequest>,
+    ) -> Result<Response<ObservedReply>, Status> {
         Err(Status::unimplemented("this peer has only a log"))
     }
 }
@@ -139,7 +163,10 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Settings {
-        Settings { snapshot_every: 5_000, keep: 1_000 }
+        Settings {
+            snapshot_every: 5_000,
+            keep: 1_000,
+        }
     }
 }
 
@@ -147,14 +174,29 @@ impl Cluster {
     /// Nodes 1 to `count`, all voters, node 1 leading.
     pub async fn start(count: u64, settings: Settings) -> Cluster {
         let dir = tempfile::tempdir().expect("a temporary directory");
-        let net = [1 + (std::process::id() % 250) as u8, CLUSTERS.fetch_add(1, Ordering::Relaxed)];
-        let mut cluster = Cluster { nodes: BTreeMap::new(), settings, dir, net };
+        let net = [
+            1 + (std::process::id() % 250) as u8,
+            CLUSTERS.fetch_add(1, Ordering::Relaxed),
+        ];
+        let mut cluster = Cluster {
+            nodes: BTreeMap::new(),
+            settings,
+            dir,
+            net,
+        };
         for id in 1..=count {
             cluster.add_node(id).await;
         }
         let first = cluster.node(1).handle().clone();
-        first.bootstrap("n1", &cluster.node(1).address.to_string()).await.expect("bootstrap");
-        first.leadership().wait_for(|now| now.is_me).await.expect("node 1 leads");
+        first
+            .bootstrap("n1", &cluster.node(1).address.to_string())
+            .await
+            .expect("bootstrap");
+        first
+            .leadership()
+            .wait_for(|now| now.is_me)
+            .await
+            .expect("node 1 leads");
         for id in 2..=count {
             cluster.join(id).await;
         }
@@ -170,7 +212,16 @@ impl Cluster {
         let address = listener.local_addr().expect("its address");
         let dialer = Dialer::new(IpAddr::V4(ip));
         let dir = self.dir.path().join(format!("n{id}"));
-        self.nodes.insert(id, Node { id: NodeId(id), address, dialer, dir, running: None });
+        self.nodes.insert(
+            id,
+            Node {
+                id: NodeId(id),
+                address,
+                dialer,
+                dir,
+                running: None,
+            },
+        );
         self.run(id, listener, true).await;
     }
 
@@ -178,14 +229,22 @@ impl Cluster {
     pub async fn join(&self, id: u64) {
         let leader = self.leader().await;
         let address = self.node(id).address.to_string();
-        leader.add_learner(NodeId(id), &format!("n{id}"), &address).await.expect("add a learner");
-        leader.promote(NodeId(id), PATIENCE).await.expect("promote it");
+        leader
+            .add_learner(NodeId(id), &format!("n{id}"), &address)
+            .await
+            .expect("add a learner");
+        leader
+            .promote(NodeId(id), PATIENCE)
+            .await
+            .expect("promote it");
     }
 
     async fn run(&mut self, id: u64, listener: TcpListener, create: bool) {
         let options = self.options(id, create);
         let node = self.nodes.get_mut(&id).expect("the node");
-        let handle = raft::start::<Notes>(options, node.dialer.clone()).await.expect("the node starts");
+        let handle = raft::start::<Notes>(options, node.dialer.clone())
+            .await
+            .expect("the node starts");
         let mut routes = Routes::builder();
         routes.add_service(handle.service());
         routes.add_service(PeerServer::new(LogPeer(handle.clone())));
@@ -194,9 +253,15 @@ impl Cluster {
             let stopped = async move {
                 let _ = stopped.await;
             };
-            net::serve(listener, routes.routes(), stopped).await.expect("serve");
+            net::serve(listener, routes.routes(), stopped)
+                .await
+                .expect("serve");
         });
-        node.running = Some(Running { handle, stop, server });
+        node.running = Some(Running {
+            handle,
+            stop,
+            server,
+        });
     }
 
     pub fn options(&self, id: u64, create: bool) -> Options {
@@ -215,7 +280,13 @@ impl Cluster {
 
     /// Stops a node: its server, its log, its store.
     pub async fn stop(&mut self, id: u64) {
-        let running = self.nodes.get_mut(&id).expect("the node").running.take().expect("it runs");
+        let running = self
+            .nodes
+            .get_mut(&id)
+            .expect("the node")
+            .running
+            .take()
+            .expect("it runs");
         let _ = running.stop.send(());
         running.handle.shutdown().await;
         running.server.await.expect("its server ends");
@@ -224,7 +295,10 @@ impl Cluster {
     /// Starts it again at the same address with the log it has.
     pub async fn restart(&mut self, id: u64) {
         let address = self.node(id).address;
-        let listener = eventually("the port is free again", || async { TcpListener::bind(address).await.ok() }).await;
+        let listener = eventually("the port is free again", || async {
+            TcpListener::bind(address).await.ok()
+        })
+        .await;
         self.run(id, listener, false).await;
     }
 
@@ -266,9 +340,17 @@ impl Cluster {
         let index = leader.read_index().await.expect("a read index");
         let expected = (**leader.state().borrow()).clone();
         for node in self.running() {
-            node.handle().wait_applied(index, PATIENCE).await.expect("it catches up");
+            node.handle()
+                .wait_applied(index, PATIENCE)
+                .await
+                .expect("it catches up");
             let state = node.handle().state().borrow().clone();
-            assert_eq!(state.digest(), expected.digest(), "{} has another state", node.id);
+            assert_eq!(
+                state.digest(),
+                expected.digest(),
+                "{} has another state",
+                node.id
+            );
             assert_eq!(*state, expected, "{} has another state", node.id);
         }
         expected

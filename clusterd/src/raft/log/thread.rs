@@ -20,13 +20,23 @@ type Entries = Vec<(u64, Vec<u8>)>;
 /// What the log thread is asked to do, in order.
 pub(in super::super) enum Job {
     /// Writes entries and tells openraft when they are durable; the log then ends at `end`.
-    Append { changes: Vec<Change>, end: u64, callback: IOFlushed<TypeConfig> },
+    Append {
+        changes: Vec<Change>,
+        end: u64,
+        callback: IOFlushed<TypeConfig>,
+    },
     /// Writes and answers when it is durable.
-    Durable { changes: Vec<Change>, reply: oneshot::Sender<io::Result<()>> },
+    Durable {
+        changes: Vec<Change>,
+        reply: oneshot::Sender<io::Result<()>>,
+    },
     /// Writes; durable with whatever is synced next.
     Lazy { changes: Vec<Change> },
     /// Reads entries.
-    Read { range: Range<u64>, reply: oneshot::Sender<io::Result<Entries>> },
+    Read {
+        range: Range<u64>,
+        reply: oneshot::Sender<io::Result<Entries>>,
+    },
     /// Syncs, closes the store and ends.
     Close,
 }
@@ -52,16 +62,25 @@ impl LogThread {
         let thread = std::thread::Builder::new()
             .name("raft-log".into())
             .spawn(move || run(disk, waiting, durable))?;
-        Ok(LogThread { jobs, thread: Arc::new(Mutex::new(Some(thread))) })
+        Ok(LogThread {
+            jobs,
+            thread: Arc::new(Mutex::new(Some(thread))),
+        })
     }
 
     /// Closes the store: returns when its files are closed and unlocked.
     pub(in super::super) async fn close(&self) {
         // An error means that the thread has ended already.
         let _ = self.jobs.send(Job::Close).await;
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let thread = self
+            .thread
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         if let Some(thread) = thread
-            && tokio::task::spawn_blocking(move || thread.join().is_err()).await.unwrap_or(true)
+            && tokio::task::spawn_blocking(move || thread.join().is_err())
+                .await
+                .unwrap_or(true)
         {
             tracing::error!("the log thread panicked");
         }
@@ -70,15 +89,22 @@ impl LogThread {
 
 /// What waits for the sync of a group.
 enum Waiting {
-    Append { end: u64, callback: IOFlushed<TypeConfig> },
-    Durable { reply: oneshot::Sender<io::Result<()>> },
+    Append {
+        end: u64,
+        callback: IOFlushed<TypeConfig>,
+    },
+    Durable {
+        reply: oneshot::Sender<io::Result<()>>,
+    },
 }
 
 fn run(mut disk: impl LogDisk, mut jobs: mpsc::Receiver<Job>, durable: impl Fn(u64)) {
     let mut failed: Option<String> = None;
     let mut closing = false;
     while !closing {
-        let Some(first) = jobs.blocking_recv() else { break };
+        let Some(first) = jobs.blocking_recv() else {
+            break;
+        };
         let mut changes = Vec::new();
         let mut waiting = Vec::new();
         let mut next = Some(first);
@@ -86,11 +112,18 @@ fn run(mut disk: impl LogDisk, mut jobs: mpsc::Receiver<Job>, durable: impl Fn(u
         while let Some(job) = next {
             taken += 1;
             match job {
-                Job::Append { changes: new, end, callback } => {
+                Job::Append {
+                    changes: new,
+                    end,
+                    callback,
+                } => {
                     changes.extend(new);
                     waiting.push(Waiting::Append { end, callback });
                 }
-                Job::Durable { changes: new, reply } => {
+                Job::Durable {
+                    changes: new,
+                    reply,
+                } => {
                     changes.extend(new);
                     waiting.push(Waiting::Durable { reply });
                 }
@@ -110,7 +143,11 @@ fn run(mut disk: impl LogDisk, mut jobs: mpsc::Receiver<Job>, durable: impl Fn(u
                     break;
                 }
             }
-            next = if taken < GROUP_MAX { jobs.try_recv().ok() } else { None };
+            next = if taken < GROUP_MAX {
+                jobs.try_recv().ok()
+            } else {
+                None
+            };
         }
         let must_sync = closing || !waiting.is_empty();
         let written = guard(&mut failed, || {
@@ -131,7 +168,9 @@ fn run(mut disk: impl LogDisk, mut jobs: mpsc::Receiver<Job>, durable: impl Fn(u
 /// Runs `step` unless the disk failed before; remembers a failure (or a panic of the store) for ever.
 fn guard<T>(failed: &mut Option<String>, step: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     if let Some(why) = failed {
-        return Err(io::Error::other(format!("the log's disk failed before: {why}")));
+        return Err(io::Error::other(format!(
+            "the log's disk failed before: {why}"
+        )));
     }
     let done = std::panic::catch_unwind(AssertUnwindSafe(step))
         .unwrap_or_else(|_| Err(io::Error::other("the log store panicked")));

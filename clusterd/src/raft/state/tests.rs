@@ -43,7 +43,11 @@ fn both_copies_apply_every_command_once_also_when_readers_hold_old_states() {
         }
     }
     for (index, state) in held {
-        assert_eq!(state.applied.len() as u64, index + 1, "a published state never changes");
+        assert_eq!(
+            state.applied.len() as u64,
+            index + 1,
+            "a published state never changes"
+        );
     }
 }
 
@@ -104,6 +108,9 @@ fn the_clusters_state_goes_through_a_snapshot_unchanged() {
     for at in (0..data.0.len()).step_by(7) {
         let mut damaged = data.0.to_vec();
         damaged[at] ^= 0x10;
-        assert!(snapshot::decode::<ClusterState>(&SnapshotData(damaged.into())).is_err(), "byte {at}");
+        assert!(
+            snapshot::decode::<ClusterState>(&SnapshotData(damaged.into())).is_err(),
+            "byte {at}"
+        );
     }
 }
