@@ -5,6 +5,8 @@
 
 mod cluster;
 mod migrations;
+#[cfg(test)]
+mod tests;
 mod vms;
 
 pub use vms::parse_mac;

@@ -2,8 +2,12 @@
 //!
 //! The levels are those of Windows Server 2016: *low* moves when a node is over 80 %, *medium* over 70 %,
 //! *high* over 60 % or five points over the mean. Load is the fuller of memory spoken for and processors.
-//! Every move has to pay: it must lower the fuller of the two nodes by a margin, which also keeps a machine
-//! from going back and forth, and must fit under the threshold where it goes.
+//! Every move has to pay: it must lower the fuller of the two nodes by a fair part of the memory that it
+//! copies, must fit under the threshold where it goes, and must leave the destination clearly under what the
+//! source was, which keeps a machine from going back and forth.
+
+#[cfg(test)]
+mod tests;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,16 +22,22 @@ use crate::placement::{best_node_in, takes_machines};
 use crate::settings::BalanceLevel;
 use crate::state::{ClusterState, Desired, MigrationCause, MigrationOptions, Node, Vm};
 
-/// A move must lower the fuller of its two nodes by this, thousandths.
-pub const GAIN_MIN_PERMILLE: u16 = 20;
+/// A move must lower the fuller of its two nodes by at least this part of the source's memory that it
+/// copies: one in so many.
+pub const COST_PER_GAIN_MAX: u16 = 2;
+/// After a move the destination must be this far under what the source was before it, thousandths.
+pub const HYSTERESIS_PERMILLE: u16 = 50;
 /// At level *high*: this far over the mean counts as too full, thousandths.
 pub const OVER_MEAN_PERMILLE: u16 = 50;
 /// Moves in one plan: the next one, an interval later, sees what they did.
-pub const MOVES_MAX: usize = 64;
+pub const MOVES_MAX: usize = 256;
 /// Moves off one node in one plan.
-pub const MOVES_OF_NODE_MAX: usize = 4;
+pub const MOVES_OF_NODE_MAX: usize = 16;
 /// Machines of a node that are looked at, smallest cost first.
 const CANDIDATES_MAX: usize = 64;
+/// Machines that one plan looks at: each is held against every node. Further nodes have their turn in the
+/// next plan, the fullest first.
+const CONSIDERED_MAX: usize = 1_024;
 /// Machines left alone that a plan names.
 const LEFT_ALONE_MAX: usize = 256;
 
@@ -138,12 +148,17 @@ pub fn plan(state: &ClusterState, observed: &Observed, now_ms: u64) -> BalancePl
         .collect();
     hot.sort_by_key(|node| (Reverse(fills[node].worst()), *node));
     let full_destinations: BTreeSet<NodeId> = hot.iter().copied().collect();
+    let mut considered = 0;
     for from in hot {
         let mut of_node = 0;
         for vm in candidates(&fleet, from) {
-            if plan.moves.len() >= MOVES_MAX || of_node >= MOVES_OF_NODE_MAX {
+            if plan.moves.len() >= MOVES_MAX
+                || of_node >= MOVES_OF_NODE_MAX
+                || considered >= CONSIDERED_MAX
+            {
                 break;
             }
+            considered += 1;
             if !fills.get(&from).is_some_and(too_full) {
                 break;
             }
@@ -294,12 +309,19 @@ fn consider(
     let worst_before = before_from.worst().max(before_to.worst());
     let worst_after = after_from.worst().max(after_to.worst());
     let gain_permille = worst_before.saturating_sub(worst_after);
-    if gain_permille < GAIN_MIN_PERMILLE {
+    let points = |permille: u16| format!("{}.{}", permille / 10, permille % 10);
+    let gain_min = (here.memory / COST_PER_GAIN_MAX).max(1);
+    if gain_permille < gain_min {
         return Err(format!(
-            "moving it to {label}, the best place, would gain {}.{} points, less than {}",
-            gain_permille / 10,
-            gain_permille % 10,
-            GAIN_MIN_PERMILLE / 10
+            "moving it to {label}, the best place, would gain {} points for copying {} % of its node's memory",
+            points(gain_permille),
+            points(here.memory)
+        ));
+    }
+    if after_to.worst() + HYSTERESIS_PERMILLE > before_from.worst() {
+        return Err(format!(
+            "{label}, the best place, would be as full ({} %) as its node is now",
+            points(after_to.worst())
         ));
     }
     let why = choice

@@ -3,6 +3,9 @@
 //! A drain keeps nothing outside the log. Its tries are the aborted migrations with its cause that are younger
 //! than it; its troubles are in its record; so any leader can go on where another stopped.
 
+#[cfg(test)]
+mod tests;
+
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
 

@@ -4,6 +4,9 @@
 //! differs is written in the ownership record (`settle`) and in the hold that `apply` put on a machine whose
 //! lost owner nobody can stop from writing.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeSet;
 
 use crate::apply::{DETAIL_BYTES_MAX, clip};

@@ -11,6 +11,9 @@
 //! than `freeze`: so the node has frozen before anybody is told that it is lost, as long as the two clocks
 //! differ in rate by less than the margin. The disk's safety rests on none of this.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, VecDeque};
 
 use serde::{Deserialize, Serialize};

@@ -4,6 +4,9 @@
 //! odd. A voter that is lost is replaced, not just removed. A plan changes the set once; the next one sees
 //! the result.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};

@@ -1,5 +1,8 @@
 //! Where a machine may be (hard constraints), and where it is best (a score).
 
+#[cfg(test)]
+mod tests;
+
 use std::cmp::Ordering;
 use std::collections::BTreeSet;
 
@@ -134,9 +137,17 @@ pub fn may_run(state: &ClusterState, vm: &Vm, node: &Node) -> Result<(), Rejecti
         node,
         |name| state.volume_named(name),
         || forbidding_rule(state, vm, node.id),
-        || Room {
-            memory_mib: state.memory_free_mib(node),
-            vcpus: vcpus_free(state, node),
+        || {
+            let (memory_mib, vcpus) = state.committed(node.id);
+            let settings = &state.settings;
+            let offered = node.facts.memory_mib;
+            let processors = u64::from(node.facts.cpus) * u64::from(settings.cpu_overcommit);
+            Room {
+                memory_mib: offered
+                    .saturating_sub(settings.memory_reserve_mib)
+                    .saturating_sub(memory_mib),
+                vcpus: processors.saturating_sub(vcpus),
+            }
         },
     )
 }
@@ -163,23 +174,6 @@ pub fn may_run_in(fleet: &Fleet<'_>, vm: &Vm, node: &Node) -> Result<(), Rejecti
             vcpus: fleet.vcpus_free(node),
         },
     )
-}
-
-/// Virtual processors that a node may still take.
-pub fn vcpus_free(state: &ClusterState, node: &Node) -> u64 {
-    let all = u64::from(node.facts.cpus) * u64::from(state.settings.cpu_overcommit);
-    let owned: u64 = state
-        .owned_by(node.id)
-        .map(|vm| u64::from(vm.spec.vcpus))
-        .sum();
-    let coming: u64 = state
-        .migrations
-        .values()
-        .filter(|migration| migration.is_active() && migration.to == node.id)
-        .filter_map(|migration| state.vms.get(&migration.vm))
-        .map(|vm| u64::from(vm.spec.vcpus))
-        .sum();
-    all.saturating_sub(owned + coming)
 }
 
 /// The rule that keeps `vm` off `node`, if there is one.

@@ -1,5 +1,8 @@
 //! Which queued migrations can start now, and which can no longer.
 
+#[cfg(test)]
+mod tests;
+
 use std::cmp::Reverse;
 
 use crate::command::Rejection;

@@ -621,17 +621,24 @@ impl ClusterState {
             .filter(move |vm| vm.ownership.owner == Some(node))
     }
 
-    /// Memory spoken for on a node, MiB: its machines, and those on their way to it.
-    pub fn memory_committed_mib(&self, node: NodeId) -> u64 {
-        let owned: u64 = self.owned_by(node).map(|vm| vm.spec.memory_mib).sum();
-        let coming: u64 = self
+    /// Memory (MiB) and virtual processors spoken for on a node: its machines, and those on their way to it.
+    pub fn committed(&self, node: NodeId) -> (u64, u64) {
+        let coming = self
             .migrations
             .values()
             .filter(|migration| migration.is_active() && migration.to == node)
-            .filter_map(|migration| self.vms.get(&migration.vm))
-            .map(|vm| vm.spec.memory_mib)
-            .sum();
-        owned + coming
+            .filter_map(|migration| self.vms.get(&migration.vm));
+        self.owned_by(node)
+            .chain(coming)
+            .fold((0, 0), |(memory_mib, vcpus), vm| {
+                let spec = &vm.spec;
+                (memory_mib + spec.memory_mib, vcpus + u64::from(spec.vcpus))
+            })
+    }
+
+    /// Memory spoken for on a node, MiB.
+    pub fn memory_committed_mib(&self, node: NodeId) -> u64 {
+        self.committed(node).0
     }
 
     /// Memory of a node that machines may still take, MiB, after the reserve.

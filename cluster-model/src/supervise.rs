@@ -3,6 +3,9 @@
 //! An abort proposed in vain is harmless: cutover and abort race in one log and the first one wins. So the
 //! wall clock may be read here.
 
+#[cfg(test)]
+mod tests;
+
 use crate::command::Command;
 use crate::ids::NodeId;
 use crate::state::{ClusterState, Liveness, Migration, MigrationState};

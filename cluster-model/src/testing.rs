@@ -294,18 +294,4 @@ impl World {
         change(&mut settings);
         self.done(Command::SetSettings { settings });
     }
-
-    /// Carries out commands until `next` has none left; fails when that takes too long.
-    pub(crate) fn settle_with(&mut self, mut next: impl FnMut(&World) -> Vec<Command>) {
-        for _ in 0..10_000 {
-            let commands = next(self);
-            if commands.is_empty() {
-                return;
-            }
-            for command in commands {
-                let _refused_ones_are_planned_anew = self.ask(command);
-            }
-        }
-        panic!("the controller never came to rest");
-    }
 }

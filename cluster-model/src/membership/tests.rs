@@ -1,0 +1,105 @@
+//! Voters by number of nodes, replacement, and what is never done.
+
+use super::*;
+use crate::command::Command;
+use crate::testing::{World, name};
+
+fn set(ids: &[u64]) -> BTreeSet<NodeId> {
+    ids.iter().copied().map(NodeId).collect()
+}
+
+fn planned(world: &World, voters: &[u64], following: &[u64]) -> Option<Vec<u64>> {
+    let raft = RaftView {
+        leader: NodeId(1),
+        voters: set(voters),
+        following: set(following),
+    };
+    plan(&world.state, &raft).map(|change| change.voters.iter().map(|id| id.0).collect())
+}
+
+#[test]
+fn voters_are_an_odd_number_up_to_five() {
+    /// Nodes, voters, who follows, and the voters that are planned.
+    type Case = (u64, &'static [u64], &'static [u64], Option<&'static [u64]>);
+    let table: &[Case] = &[
+        (1, &[1], &[1], None),
+        (2, &[1], &[1, 2], None),
+        (3, &[1], &[1, 2], None),
+        (3, &[1], &[1, 2, 3], Some(&[1, 2, 3])),
+        (4, &[1, 2, 3], &[1, 2, 3, 4], None),
+        (5, &[1, 2, 3], &[1, 2, 3, 4, 5], Some(&[1, 2, 3, 4, 5])),
+        (7, &[1, 2, 3, 4, 5], &[1, 2, 3, 4, 5, 6, 7], None),
+        (
+            7,
+            &[1, 2, 3, 4, 5, 6, 7],
+            &[1, 2, 3, 4, 5, 6, 7],
+            Some(&[1, 2, 3, 4, 5]),
+        ),
+    ];
+    for (nodes, voters, following, expected) in table {
+        let world = World::new(*nodes, 64);
+        assert_eq!(
+            planned(&world, voters, following).as_deref(),
+            *expected,
+            "{nodes} nodes, voters {voters:?}, following {following:?}"
+        );
+    }
+}
+
+#[test]
+fn a_lost_voter_is_replaced_where_another_follows_and_kept_where_none_does() {
+    let mut world = World::new(4, 64);
+    world.lose(NodeId(3));
+    assert_eq!(planned(&world, &[1, 2, 3], &[1, 2, 4]), Some(vec![1, 2, 4]));
+    assert_eq!(planned(&world, &[1, 2, 3], &[1, 2]), None);
+}
+
+#[test]
+fn nothing_is_changed_without_a_majority_before_and_after() {
+    let mut world = World::new(5, 64);
+    for node in [2, 3] {
+        world.lose(NodeId(node));
+    }
+    assert_eq!(planned(&world, &[1, 2, 3], &[1, 4, 5]), None);
+}
+
+#[test]
+fn a_node_that_left_loses_its_vote_and_a_learner_never_gets_one() {
+    let mut world = World::new(3, 64);
+    world.done(Command::RemoveNode { node: NodeId(3) });
+    assert_eq!(planned(&world, &[1, 2, 3], &[1, 2]), Some(vec![1]));
+    let index = world.state.applied.0 + 1;
+    world.done(Command::AddNode {
+        name: name("learner"),
+        address: "x:1".into(),
+        role: NodeRole::Learner,
+    });
+    world.register(NodeId(index), crate::Incarnation(1), 64);
+    assert_eq!(planned(&world, &[1], &[1, 2, index]), None);
+    let index = world.state.applied.0 + 1;
+    world.done(Command::AddNode {
+        name: name("witness"),
+        address: "x:1".into(),
+        role: NodeRole::Witness,
+    });
+    world.register(NodeId(index), crate::Incarnation(1), 0);
+    assert_eq!(
+        planned(&world, &[1], &[1, 2, index]),
+        Some(vec![1, 2, index])
+    );
+}
+
+#[test]
+fn a_change_is_followed_by_rest() {
+    // Whatever it starts from, the plan is its own fixed point.
+    for nodes in 1..=8u64 {
+        let world = World::new(nodes, 64);
+        let all: Vec<u64> = (1..=nodes).collect();
+        for first in 1..=nodes {
+            let voters: Vec<u64> = (1..=first).collect();
+            if let Some(change) = planned(&world, &voters, &all) {
+                assert_eq!(planned(&world, &change, &all), None, "{nodes} {voters:?}");
+            }
+        }
+    }
+}
