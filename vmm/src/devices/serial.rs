@@ -7,6 +7,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use async_trait::async_trait;
+use tokio::sync::watch;
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial as Uart, Trigger};
 
@@ -60,7 +61,7 @@ impl Serial {
         let irq = context.irq_line(irq);
         Arc::new_cyclic(|serial| {
             let mut tasks = Tasks::default();
-            tasks.spawn(&context.runtime, feed(serial.clone(), console.clone()));
+            tasks.spawn(&context.runtime, feed(serial.clone(), console.watch_input()));
             let uart = Uart::new(Line(irq.clone()), Output(console.clone()));
             Self { uart: Mutex::new(uart), console, irq, _tasks: tasks }
         })
@@ -84,9 +85,7 @@ impl Serial {
 }
 
 /// Hands typed input on until the port or the console is gone.
-async fn feed(serial: Weak<Serial>, console: Arc<Console>) {
-    let mut typed = console.watch_input();
-    drop(console);
+async fn feed(serial: Weak<Serial>, mut typed: watch::Receiver<u64>) {
     while typed.changed().await.is_ok() {
         let Some(serial) = serial.upgrade() else {
             return;

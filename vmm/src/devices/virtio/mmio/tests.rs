@@ -102,13 +102,13 @@ async fn a_driver_that_polls_is_not_interrupted() {
 #[tokio::test]
 async fn what_the_device_writes_is_dirty() {
     use vm_memory::bitmap::Bitmap;
-    use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+    use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
     let bench = Bench::new();
     let transport = transport(&bench);
     let mut driver = Driver::start(&transport, 0);
     simple(&mut driver);
     let region = transport.memory().iter().next().unwrap();
-    region.bitmap().reset();
+    <GuestRegionMmap<AtomicBitmap> as std::ops::Deref>::deref(region).bitmap().reset();
     let request = transport.take(0).unwrap();
     transport.complete(&request, |memory| request.writable.write(memory, 0, b"x").unwrap());
     let used_ring = (RINGS + 0x8000) as usize;
