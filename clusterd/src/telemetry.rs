@@ -4,13 +4,18 @@ use cluster_model::MigrationId;
 
 use crate::agent::MigrationSummary;
 
+/// What is logged unless `RUST_LOG` says otherwise: openraft warns at every message that a dead peer does not
+/// take.
+const DEFAULT_FILTER: &str = "info,openraft=error";
+
 /// Sets up logging to stderr: for people, or as JSON with `BATON_LOG_FORMAT=json`; what is logged is said
 /// by `RUST_LOG`.
 pub fn init() {
     use tracing_subscriber::EnvFilter;
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(DEFAULT_FILTER));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_writer(std::io::stderr);
     let json = std::env::var("BATON_LOG_FORMAT").is_ok_and(|format| format == "json");
     // A second subscriber of one process (tests) is refused; the first one stays.

@@ -35,6 +35,8 @@ use crate::net::{Dialer, MESSAGE_BYTES_MAX};
 /// A peer that leaves an append unanswered for one to two of these is given up: its disk may stall for
 /// a while, and heartbeats tell a dead one sooner.
 const APPEND_PATIENCE: Duration = Duration::from_secs(2);
+/// A peer that refuses an append stream is tried again after this.
+const REFUSED_PAUSE: Duration = Duration::from_millis(200);
 
 type RpcError = RPCError<TypeConfig>;
 type RpcResult<T> = Result<T, RpcError>;
@@ -175,7 +177,12 @@ impl NetStreamAppend<TypeConfig> for Client {
             );
             let answers = match opened.await {
                 Ok(Ok(answers)) => answers.into_inner(),
-                Ok(Err(status)) => return Err(self.refused(&status)),
+                Ok(Err(status)) => {
+                    // Answered late on purpose: openraft opens the next stream at once, and a dead peer
+                    // refuses thousands of times a second.
+                    tokio::time::sleep(REFUSED_PAUSE).await;
+                    return Err(self.refused(&status));
+                }
                 Err(_) => return Err(self.silent(APPEND_PATIENCE)),
             };
             let state = Some(Answers {
