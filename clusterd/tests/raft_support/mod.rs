@@ -16,7 +16,7 @@ use proto::peer::peer_server::{Peer, PeerServer};
 use proto::peer::{
     HeartbeatReply, HeartbeatRequest, JoinReply, JoinRequest, ObservedReply, ObservedRequest,
     PrepareIncomingReply, PrepareIncomingRequest, ProposeReply, ProposeRequest, ReadIndexReply,
-    ReadIndexRequest,
+    ReadIndexRequest, SourceProgressReply, SourceProgressRequest,
 };
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
@@ -107,6 +107,12 @@ impl Peer for LogPeer {
         Err(Status::unimplemented("this peer has only a log"))
     }
     async fn join(&self, _: Request<JoinRequest>) -> Result<Response<JoinReply>, Status> {
+        Err(Status::unimplemented("this peer has only a log"))
+    }
+    async fn source_progress(
+        &self,
+        _: Request<SourceProgressRequest>,
+    ) -> Result<Response<SourceProgressReply>, Status> {
         Err(Status::unimplemented("this peer has only a log"))
     }
     async fn observed(
