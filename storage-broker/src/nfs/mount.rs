@@ -1,13 +1,24 @@
 //! From an NFS volume's address to its export's root: portmapper, MOUNT and the connection itself.
+//!
+//! Portmapper and MOUNT are asked through `nfs3_client`, one call a connection. Dropping one of its
+//! calls half-way leaves half a record in the socket, so each runs in a task of its own that owns the
+//! socket: a timeout closes the connection, and a caller who goes away cancels nothing.
 
+use std::io;
 use std::time::Duration;
 
+use bytes::{Buf, Bytes};
+use nfs3_client::{MountClient, MountError as MountCallError, PortmapError, PortmapperClient};
 use nfs3_types::mount::{self as mount3, mountstat3};
+use nfs3_types::rpc::{auth_unix, opaque_auth};
 use nfs3_types::xdr_codec::Opaque;
 use nfs3_types::{nfs3, portmap};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
-use super::client::{NfsClient, NfsError, file_handle};
-use super::connection::{CallError, Connection, Credential, Procedure};
+use super::FileHandle;
+use super::client::{NfsClient, NfsError};
+use super::connection::Connection;
 use super::xdr::{Decoder, XdrError};
 use crate::dialer::{DialError, Dialer};
 use crate::volume::NfsUrl;
@@ -67,13 +78,14 @@ fn mount_advice(status: mountstat3) -> &'static str {
     }
 }
 
-const PORTMAPPER_PORT: u16 = 111;
+/// Nobody in particular: who asks for a mount.
+const NOBODY: u32 = 65534;
 
-/// Nobody in particular: what asks for ports and mounts.
-const ANYBODY: Credential = Credential {
-    uid: 65534,
-    gid: 65534,
-};
+/// The largest reply that a portmapper or MOUNT service gives: some hundred bytes.
+const REPLY_BYTES_MAX: usize = 16 << 10;
+
+/// The largest verifier in a reply (RFC 5531: 400 bytes).
+const VERIFIER_BYTES_MAX: u32 = 400;
 
 /// Connects to the volume's server and mounts its export; an unanswered call closes the
 /// connection after `call_timeout`.
@@ -89,37 +101,9 @@ pub async fn mount(
         Some(port) => port,
         None => ask_portmapper(url, dialer, call_timeout).await?,
     };
-    let connection = connect(url, dialer, mount_port, call_timeout).await?;
-    let procedure = Procedure {
-        program: mount3::PROGRAM,
-        version: mount3::VERSION,
-        number: mount3::MOUNT_PROGRAM::MOUNTPROC3_MNT as u32,
-    };
-    let path = mount3::dirpath(Opaque::borrowed(url.export.as_bytes()));
-    let bad = |problem: String| MountError::BadService {
-        url: url.clone(),
-        service: "the MOUNT service",
-        problem,
-    };
-    let reply = connection
-        .call(procedure, ANYBODY, &path)
-        .await
-        .map_err(|error| bad(error.to_string()))?;
-    let root = match decode_mount(&mut Decoder(reply)).map_err(|error| bad(error.to_string()))? {
-        Ok(root) => root,
-        Err(status) => {
-            return Err(MountError::Refused {
-                url: url.clone(),
-                status,
-            });
-        }
-    };
-    let connection = if mount_port == url.nfs_port() {
-        connection
-    } else {
-        connect(url, dialer, url.nfs_port(), call_timeout).await?
-    };
-    let client = NfsClient::new(connection, root);
+    let root = ask_mount(url, dialer, mount_port, call_timeout).await?;
+    let stream = connect(url, dialer, url.nfs_port()).await?;
+    let client = NfsClient::new(Connection::new(stream, call_timeout), root);
     client
         .null()
         .await
@@ -131,19 +115,12 @@ pub async fn mount(
     Ok(client)
 }
 
-async fn connect(
-    url: &NfsUrl,
-    dialer: &Dialer,
-    port: u16,
-    call_timeout: Duration,
-) -> Result<Connection, MountError> {
-    match dialer.connect(&url.host, port).await {
-        Ok(stream) => Ok(Connection::new(stream, call_timeout)),
-        Err(source) => Err(MountError::Unreachable {
-            url: url.clone(),
-            source,
-        }),
-    }
+async fn connect(url: &NfsUrl, dialer: &Dialer, port: u16) -> Result<TcpStream, MountError> {
+    let connected = dialer.connect(&url.host, port).await;
+    connected.map_err(|source| MountError::Unreachable {
+        url: url.clone(),
+        source,
+    })
 }
 
 async fn ask_portmapper(
@@ -151,47 +128,251 @@ async fn ask_portmapper(
     dialer: &Dialer,
     call_timeout: Duration,
 ) -> Result<u16, MountError> {
-    let service = "MOUNT service";
-    let connection = connect(url, dialer, PORTMAPPER_PORT, call_timeout).await?;
-    let procedure = Procedure {
-        program: portmap::PROGRAM,
-        version: portmap::VERSION,
-        number: portmap::PMAP_PROG::PMAPPROC_GETPORT as u32,
+    let stream = connect(url, dialer, portmap::PMAP_PORT).await?;
+    let mut client = PortmapperClient::new(CheckedReplies::new(stream, check_portmapper));
+    let asked = undisturbed(call_timeout, async move {
+        client
+            .getport(mount3::PROGRAM, mount3::VERSION, portmap::IPPROTO_TCP)
+            .await
+    });
+    let problem = match asked.await {
+        Ok(Ok(port)) => return Ok(port),
+        Ok(Err(PortmapError::ProgramUnavailable)) => {
+            return Err(MountError::NotRegistered {
+                url: url.clone(),
+                service: "MOUNT service",
+            });
+        }
+        Ok(Err(error)) => error.to_string(),
+        Err(problem) => problem,
     };
-    let wanted = portmap::mapping {
-        prog: mount3::PROGRAM,
-        vers: mount3::VERSION,
-        prot: portmap::IPPROTO_TCP,
-        port: 0,
-    };
-    let reply: Result<_, CallError> = connection.call(procedure, ANYBODY, &wanted).await;
-    let bad = |problem: String| MountError::BadService {
+    Err(MountError::BadService {
         url: url.clone(),
         service: "the portmapper",
         problem,
+    })
+}
+
+async fn ask_mount(
+    url: &NfsUrl,
+    dialer: &Dialer,
+    port: u16,
+    call_timeout: Duration,
+) -> Result<FileHandle, MountError> {
+    let stream = connect(url, dialer, port).await?;
+    let credential = opaque_auth::auth_unix(&auth_unix {
+        uid: NOBODY,
+        gid: NOBODY,
+        ..Default::default()
+    });
+    let replies = CheckedReplies::new(stream, check_mount);
+    let mut client = MountClient::new_with_auth(replies, credential, opaque_auth::default());
+    let path = mount3::dirpath(Opaque::owned(url.export.as_bytes().to_vec()));
+    let asked = undisturbed(call_timeout, async move { client.mnt(path).await });
+    let problem = match asked.await {
+        // The flavors are not looked at: our calls use AUTH_SYS, and a server that does not take
+        // it says so to each of them.
+        Ok(Ok(mounted)) => {
+            return Ok(FileHandle(Bytes::copy_from_slice(
+                mounted.fhandle.0.as_ref(),
+            )));
+        }
+        Ok(Err(MountCallError::Denied(status))) => {
+            return Err(MountError::Refused {
+                url: url.clone(),
+                status,
+            });
+        }
+        Ok(Err(MountCallError::Rpc(error))) => error.to_string(),
+        Err(problem) => problem,
     };
-    let reply = reply.map_err(|error| bad(error.to_string()))?;
-    match Decoder(reply).u32().map(u16::try_from) {
-        Ok(Ok(0)) => Err(MountError::NotRegistered {
-            url: url.clone(),
-            service,
-        }),
-        Ok(Ok(port)) => Ok(port),
-        Ok(Err(_)) => Err(bad("it named a port above 65535".into())),
-        Err(error) => Err(bad(error.to_string())),
+    Err(MountError::BadService {
+        url: url.clone(),
+        service: "the MOUNT service",
+        problem,
+    })
+}
+
+/// Makes a call in a task of its own, which owns the connection and drops it at the end or after `timeout`.
+async fn undisturbed<T: Send + 'static>(
+    timeout: Duration,
+    call: impl Future<Output = T> + Send + 'static,
+) -> Result<T, String> {
+    let task = tokio::spawn(tokio::time::timeout(timeout, call));
+    match task.await {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(_)) => Err(format!("no answer within {timeout:?}")),
+        Err(error) => Err(format!("the call did not end: {error}")),
     }
 }
 
-/// The root's handle, or the server's refusal. The list of flavors after it is not read: our
-/// calls use AUTH_SYS, and a server that does not take it says so to each of them.
-fn decode_mount(reply: &mut Decoder) -> Result<Result<super::FileHandle, mountstat3>, XdrError> {
-    let status: mountstat3 = reply.fixed()?;
-    if matches!(status, mountstat3::MNT3_OK) {
-        file_handle(reply).map(Ok)
-    } else {
-        Ok(Err(status))
+/// A socket that hands `nfs3_client` only replies whose lengths were checked: it reserves as much
+/// memory as a length field says before it looks at the data.
+struct CheckedReplies {
+    stream: TcpStream,
+    /// What of the present reply was not handed out yet.
+    reply: Bytes,
+    check: fn(&mut Decoder) -> Result<(), XdrError>,
+}
+
+impl CheckedReplies {
+    fn new(stream: TcpStream, check: fn(&mut Decoder) -> Result<(), XdrError>) -> CheckedReplies {
+        CheckedReplies {
+            stream,
+            reply: Bytes::new(),
+            check,
+        }
     }
+
+    async fn next_reply(&mut self) -> io::Result<Bytes> {
+        let header = self.stream.read_u32().await?;
+        let length = (header & 0x7fff_ffff) as usize;
+        if length > REPLY_BYTES_MAX {
+            let text =
+                format!("a reply of {length} bytes where at most {REPLY_BYTES_MAX} are allowed");
+            return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+        }
+        let mut record = vec![0; 4 + length];
+        record[..4].copy_from_slice(&header.to_be_bytes());
+        self.stream.read_exact(&mut record[4..]).await?;
+        let record = Bytes::from(record);
+        check_header(&mut Decoder(record.slice(4..)), self.check)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+        Ok(record)
+    }
+}
+
+impl nfs3_client::io::AsyncRead for CheckedReplies {
+    async fn async_read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.reply.is_empty() {
+            self.reply = self.next_reply().await?;
+        }
+        let count = buffer.len().min(self.reply.len());
+        self.reply.copy_to_slice(&mut buffer[..count]);
+        Ok(count)
+    }
+}
+
+impl nfs3_client::io::AsyncWrite for CheckedReplies {
+    async fn async_write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        self.stream.write(buffer).await
+    }
+}
+
+/// The lengths in an RPC reply (RFC 5531 section 9): its verifier's, then, where the call was
+/// executed, those in its result. Everything else has a fixed size, or is decoded as an error.
+fn check_header(
+    reply: &mut Decoder,
+    check_result: fn(&mut Decoder) -> Result<(), XdrError>,
+) -> Result<(), XdrError> {
+    const REPLY: u32 = 1;
+    const MSG_ACCEPTED: u32 = 0;
+    const SUCCESS: u32 = 0;
+    let _xid = reply.u32()?;
+    if reply.u32()? != REPLY {
+        return Err(XdrError::BadValue);
+    }
+    if reply.u32()? != MSG_ACCEPTED {
+        return Ok(());
+    }
+    let _flavor = reply.u32()?;
+    reply.opaque(VERIFIER_BYTES_MAX)?;
+    if reply.u32()? == SUCCESS {
+        check_result(reply)?;
+    }
+    Ok(())
+}
+
+/// A port number.
+fn check_portmapper(result: &mut Decoder) -> Result<(), XdrError> {
+    result.u32().map(|_| ())
+}
+
+/// A status; with it a file handle and a list of flavors.
+fn check_mount(result: &mut Decoder) -> Result<(), XdrError> {
+    if result.u32()? != mountstat3::MNT3_OK as u32 {
+        return Ok(());
+    }
+    result.opaque(mount3::FHSIZE3 as u32)?;
+    let (count, room) = (result.u32()?, result.0.remaining() as u32 / 4);
+    if count > room {
+        return Err(XdrError::TooLong {
+            length: count,
+            bound: room,
+        });
+    }
+    Ok(())
 }
 
 // The largest handle is the same in both protocols.
 const _: () = assert!(mount3::FHSIZE3 == nfs3::NFS3_FHSIZE);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Answers one connection with `reply` behind the call's xid, and tells whether the peer then closed it.
+    async fn answer_once(reply: Vec<u8>) -> (NfsUrl, tokio::task::JoinHandle<bool>) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let url = format!("nfs://127.0.0.1:{port}/export?mountport={port}").parse();
+        let crate::volume::VolumeUrl::Nfs(url) = url.unwrap() else {
+            panic!("no NFS address")
+        };
+        let task = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut call = vec![0; (stream.read_u32().await.unwrap() & 0x7fff_ffff) as usize];
+            stream.read_exact(&mut call).await.unwrap();
+            if !reply.is_empty() {
+                let length = 0x8000_0000 | (4 + reply.len() as u32);
+                stream.write_u32(length).await.unwrap();
+                stream.write_all(&call[..4]).await.unwrap();
+                stream.write_all(&reply).await.unwrap();
+            }
+            // A socket closed with unread data in it ends with a reset.
+            !matches!(stream.read(&mut [0]).await, Ok(1..))
+        });
+        (url, task)
+    }
+
+    fn words(words: &[u32]) -> Vec<u8> {
+        words.iter().flat_map(|word| word.to_be_bytes()).collect()
+    }
+
+    async fn problem_of(reply: Vec<u8>) -> String {
+        let (url, server) = answer_once(reply).await;
+        let error = mount(&url, &Dialer::default(), Duration::from_millis(300))
+            .await
+            .unwrap_err();
+        let closed = tokio::time::timeout(Duration::from_secs(5), server).await;
+        assert!(closed.unwrap().unwrap(), "the connection stays open");
+        error.to_string()
+    }
+
+    #[tokio::test]
+    async fn a_service_that_does_not_answer_is_named_and_left() {
+        let problem = problem_of(Vec::new()).await;
+        assert!(problem.contains("MOUNT service"), "{problem}");
+        assert!(problem.contains("no answer within"), "{problem}");
+    }
+
+    #[tokio::test]
+    async fn a_refusal_says_what_to_try() {
+        let problem = problem_of(words(&[1, 0, 0, 0, 0, 13])).await;
+        assert!(problem.contains("`insecure`"), "{problem}");
+    }
+
+    #[tokio::test]
+    async fn absurd_lengths_are_refused_before_memory_is_reserved() {
+        for reply in [
+            words(&[1, 0, 0, u32::MAX]),
+            words(&[1, 0, 0, 0, 0, 0, u32::MAX]),
+            words(&[1, 0, 0, 0, 0, 0, 4, 7, u32::MAX]),
+            words(&[1, 0, 0]),
+            vec![0; REPLY_BYTES_MAX],
+        ] {
+            let problem = problem_of(reply).await;
+            assert!(problem.contains("MOUNT service"), "{problem}");
+        }
+    }
+}
