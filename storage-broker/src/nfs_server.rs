@@ -9,7 +9,13 @@
 //!  files        READ, WRITE, COMMIT, SETATTR; the gate between WRITE and SETATTR
 //!  export       handles, names, what lies under the root
 //!  journal      owner, group and mode of every file, durable
+//!  convert      times and errors of the file system, as NFS has them
 //! ```
+//!
+//! It is a service of our own on the XDR of `nfs3_types`, and not one of the server crates, because
+//! the fence needs the credential of every call at the place of the check, and check and write in
+//! one gate. 4 KiB FILE_SYNC writes on a virtual disk: 0.5–2.8 thousand a second one by one,
+//! 6–10 by 8 in flight, 10–22 by 32; a SETATTR costs one `fdatasync`.
 //!
 //! # What it promises
 //!
@@ -26,7 +32,10 @@
 //! - **CREATE is atomic** (GUARDED and EXCLUSIVE too), and nobody finds a file whose owner is not
 //!   yet decided. Names made, moved and removed are durable when the call is answered.
 //! - **Handles outlive restarts**; those of files that are gone are STALE, even if the inode is used anew.
-//! - It needs no privileges. Everything on the disk belongs to its own user.
+//! - It needs no privileges. Everything on the disk belongs to its own user. In the root, which
+//!   starts with mode 1777, anybody may make entries and only owners remove theirs.
+//! - **A killed server leaves nothing behind**: the directory's lock is free only when the last of its
+//!   threads has ended, so no WRITE of a former server lands beside its successor.
 //!
 //! # What it does not
 //!
@@ -38,6 +47,8 @@
 //!   cache: a client that sends a CREATE or REMOVE twice must expect EXIST or NOENT.
 //! - The directory is the server's. A file put there by other means is shown, as belonging to whom the
 //!   disk says, once it is looked up; changes behind the server's back are not ordered with its calls.
+//! - Files are known by inode and birth: a copy of the directory, or one restored from a backup, holds
+//!   new files, which belong to the server's own user; create the disks anew and copy them in.
 
 use std::io;
 use std::net::SocketAddr;
