@@ -108,6 +108,8 @@ impl Scene {
         ensure!(before.node == self.source, "it runs on {}", before.node);
         let guest = self.cluster.wait_progress(VM).await?;
         ensure!(guest.found_at_boot == 0, "the guest was booted again");
+        // A destination that is cut off learns of the abort when it can: until then its image waits, stopped.
+        self.cluster.relay.heal_all();
         self.one_monitor_left_on(&self.source).await
     }
 
