@@ -75,6 +75,7 @@ pub async fn run(c: &Context, args: Args) -> Result<ExitCode, CliError> {
         fast: false,
         relay: None,
         failpoints: false,
+        bridge: None,
     };
     say(
         "Baton: three nodes on this machine, real KVM machines, one NFS server. Nothing here is simulated.",

@@ -51,6 +51,9 @@ pub struct Plan {
     /// Whether every node's processes look for armed failpoints in the file `failpoints` of its folder (tests).
     #[serde(default)]
     pub failpoints: bool,
+    /// A bridge that machines may name; on node `n1` it is the host's bridge of that name and `-n1` (tests).
+    #[serde(default)]
+    pub bridge: Option<String>,
 }
 
 /// A process of the cluster.
@@ -360,6 +363,9 @@ impl LocalCluster {
             .arg(program("vmm")?)
             .arg("--broker")
             .arg(program("storage-broker")?);
+        if let Some(bridge) = &plan.bridge {
+            command.args(["--bridge", &format!("{bridge}={bridge}-{}", node.name)]);
+        }
         if plan.failpoints {
             command.env(
                 proto::failpoint::VARIABLE,

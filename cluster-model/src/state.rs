@@ -462,6 +462,8 @@ pub enum MigrationState {
     CutOver {
         /// The entry that was the cutover.
         at: LogIndex,
+        /// The token that it took the place of: the source's.
+        expects: Token,
         /// The token it took.
         token: Token,
     },

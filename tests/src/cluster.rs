@@ -34,6 +34,8 @@ pub struct Setup {
     pub memory_mib: u64,
     /// Whether every link goes through a relay and can be cut.
     pub relay: bool,
+    /// A bridge that machines may name; `lan` is the bridge `lan-n1` on n1.
+    pub bridge: Option<String>,
 }
 
 impl Default for Setup {
@@ -43,6 +45,7 @@ impl Default for Setup {
             fast: true,
             memory_mib: 2048,
             relay: true,
+            bridge: None,
         }
     }
 }
@@ -108,6 +111,7 @@ impl TestCluster {
             fast: setup.fast,
             relay: setup.relay.then_some([127, second + 1, third]),
             failpoints: true,
+            bridge: setup.bridge.clone(),
         };
         let pairs = if setup.relay {
             plan.relay_pairs(setup.nodes)
@@ -214,7 +218,13 @@ impl TestCluster {
         let text = std::fs::read_to_string(path)?;
         Ok(text
             .lines()
-            .filter_map(|line| line.split_whitespace().last()?.parse().ok())
+            .filter_map(|line| {
+                line.strip_prefix("flushed ")?
+                    .split(' ')
+                    .next()?
+                    .parse()
+                    .ok()
+            })
             .max()
             .unwrap_or(0))
     }

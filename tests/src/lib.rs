@@ -4,6 +4,8 @@
 
 pub mod cluster;
 pub mod figures;
+pub mod lab;
+pub mod linux;
 pub mod relay;
 
 /// Whether machines can run here; prints the reason as a skip if not.

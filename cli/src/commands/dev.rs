@@ -83,6 +83,7 @@ pub async fn run(c: &Context, command: Command) -> Result<ExitCode, CliError> {
                 fast,
                 relay: None,
                 failpoints: false,
+                bridge: None,
             };
             let cluster = LocalCluster::up(plan, nodes, |step| eprintln!("  {step}")).await?;
             match c.output {

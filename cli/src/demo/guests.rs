@@ -33,7 +33,13 @@ impl Witness {
         };
         Ok(text
             .lines()
-            .filter_map(|line| line.split_whitespace().last()?.parse().ok())
+            .filter_map(|line| {
+                line.strip_prefix("flushed ")?
+                    .split(' ')
+                    .next()?
+                    .parse()
+                    .ok()
+            })
             .max()
             .unwrap_or(0))
     }

@@ -303,6 +303,7 @@ impl ClusterState {
         if let Some(migration) = self.migrations.get_mut(&id) {
             migration.state = MigrationState::CutOver {
                 at: index,
+                expects,
                 token: claimed,
             };
             migration.ended_at_ms = at_ms;

@@ -18,13 +18,17 @@ pub type ConsoleChunks = mpsc::Receiver<Result<Vec<u8>, Status>>;
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum BackendError {
     /// This node is in no cluster.
-    #[error("this node is in no cluster; make one: clusterctl cluster init, or let it into one: clusterctl node add")]
+    #[error(
+        "this node is in no cluster; make one: clusterctl cluster init, or let it into one: clusterctl node add"
+    )]
     NoCluster,
     /// It is in one already.
     #[error("this node is in a cluster already ({0})")]
     InCluster(String),
     /// No answer in time; whether the change was made is not known.
-    #[error("no quorum answered in time ({0}); whether the change was made is not known: ask again with the same --request-id")]
+    #[error(
+        "no quorum answered in time ({0}); whether the change was made is not known: ask again with the same --request-id"
+    )]
     NoQuorum(String),
     /// Something else.
     #[error("{0}")]
@@ -49,11 +53,20 @@ pub trait Backend: Send + Sync + 'static {
     /// Whether a quorum confirms, now, that what this node has applied is current.
     async fn confirm(&self) -> Result<(), BackendError>;
     /// Makes a cluster of this node; gives its id.
-    async fn init_cluster(&self, name: cluster_model::Name, fast: bool, actor: &str) -> Result<String, BackendError>;
+    async fn init_cluster(
+        &self,
+        name: cluster_model::Name,
+        fast: bool,
+        actor: &str,
+    ) -> Result<String, BackendError>;
     /// Joins the cluster that answers at `member`.
     async fn join(&self, member: &str, role: NodeRole) -> Result<NodeId, BackendError>;
     /// This node's storage broker.
     fn broker(&self) -> Result<Broker, BackendError>;
     /// The serial console of a machine, wherever it runs; what arrives on `typed` is sent to it.
-    async fn console(&self, vm: VmId, typed: mpsc::Receiver<Vec<u8>>) -> Result<ConsoleChunks, BackendError>;
+    async fn console(
+        &self,
+        vm: VmId,
+        typed: mpsc::Receiver<Vec<u8>>,
+    ) -> Result<ConsoleChunks, BackendError>;
 }

@@ -8,7 +8,10 @@ use super::backend::BackendError;
 /// A status with a stable code that programs may compare and people may look up.
 pub fn status(code: Code, stable: &'static str, message: impl Into<String>) -> Status {
     let mut status = Status::new(code, message.into());
-    status.metadata_mut().insert("baton-code", tonic::metadata::MetadataValue::from_static(stable));
+    status.metadata_mut().insert(
+        "baton-code",
+        tonic::metadata::MetadataValue::from_static(stable),
+    );
     status
 }
 
@@ -19,7 +22,11 @@ pub fn invalid(message: impl Into<String>) -> Status {
 
 /// No such thing.
 pub fn not_found(kind: &str, name: &str) -> Status {
-    status(Code::NotFound, "E-NOTFOUND", format!("there is no {kind} {name}; try: clusterctl {kind} list"))
+    status(
+        Code::NotFound,
+        "E-NOTFOUND",
+        format!("there is no {kind} {name}; try: clusterctl {kind} list"),
+    )
 }
 
 /// What a person may write as a name.
@@ -38,7 +45,9 @@ pub fn rejected(rejection: &Rejection) -> Status {
         Rejection::BadSettings(_) => (Code::InvalidArgument, "E-SETTING"),
         Rejection::Stale { .. } => (Code::Aborted, "E-STALE"),
         Rejection::Owned { .. } => (Code::FailedPrecondition, "E-RUNNING"),
-        Rejection::NotRunning { .. } | Rejection::NotDesired { .. } => (Code::FailedPrecondition, "E-STOPPED"),
+        Rejection::NotRunning { .. } | Rejection::NotDesired { .. } => {
+            (Code::FailedPrecondition, "E-STOPPED")
+        }
         Rejection::Held { .. } => (Code::FailedPrecondition, "E-HELD"),
         Rejection::NodeUnfit { .. } => (Code::FailedPrecondition, "E-NODE"),
         Rejection::NoRoom { .. } => (Code::ResourceExhausted, "E-ROOM"),

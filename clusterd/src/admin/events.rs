@@ -32,12 +32,17 @@ impl Filter {
         event.at_ms >= self.since_ms
             && event.severity >= self.severity
             && event.kind.starts_with(&self.kind_prefix)
-            && self.object.is_none_or(|object| event.objects.contains(&object))
+            && self
+                .object
+                .is_none_or(|object| event.objects.contains(&object))
     }
 }
 
 impl AdminService {
-    pub(super) async fn events(&self, request: EventsRequest) -> Result<Answers<EventView>, Status> {
+    pub(super) async fn events(
+        &self,
+        request: EventsRequest,
+    ) -> Result<Answers<EventView>, Status> {
         let mut states = self.backend.state();
         let state = self.cluster_state()?;
         let filter = Filter {
@@ -50,7 +55,11 @@ impl AdminService {
                 "" | "info" => Severity::Info,
                 "warn" => Severity::Warn,
                 "error" => Severity::Error,
-                other => return Err(invalid(format!("severity `{other}`: use info, warn or error"))),
+                other => {
+                    return Err(invalid(format!(
+                        "severity `{other}`: use info, warn or error"
+                    )));
+                }
             },
             kind_prefix: request.kind_prefix,
         };
@@ -69,7 +78,11 @@ impl AdminService {
                     seen = place;
                     if filter.lets_through(event) {
                         let view = views::event(&state, event);
-                        if sender.send_timeout(Ok(view), READER_PATIENCE).await.is_err() {
+                        if sender
+                            .send_timeout(Ok(view), READER_PATIENCE)
+                            .await
+                            .is_err()
+                        {
                             return;
                         }
                     }
@@ -89,7 +102,10 @@ impl AdminService {
     pub(super) async fn why(&self, request: WhyRequest) -> Result<WhyReply, Status> {
         let state = self.cluster_state()?;
         let object = views::parse_object(&state, &request.object).map_err(invalid)?;
-        let mut reply = WhyReply { object: request.object.clone(), ..WhyReply::default() };
+        let mut reply = WhyReply {
+            object: request.object.clone(),
+            ..WhyReply::default()
+        };
         let mut chain: Vec<EventView> = state
             .events
             .iter()
@@ -102,7 +118,10 @@ impl AdminService {
         reply.chain = chain;
         match object {
             Object::Vm(id) => {
-                let vm = state.vms.get(&id).ok_or_else(|| invalid("the machine is gone"))?;
+                let vm = state
+                    .vms
+                    .get(&id)
+                    .ok_or_else(|| invalid("the machine is gone"))?;
                 reply.summary = vm_summary(&state, vm);
                 let nodes: Vec<_> = match request.not_on.as_str() {
                     "" => state.nodes.values().collect(),
@@ -128,7 +147,10 @@ impl AdminService {
                 reply.next = next_of(&state, vm);
             }
             Object::Node(id) => {
-                let node = state.nodes.get(&id).ok_or_else(|| invalid("the node is gone"))?;
+                let node = state
+                    .nodes
+                    .get(&id)
+                    .ok_or_else(|| invalid("the node is gone"))?;
                 reply.summary = format!(
                     "{} is {} with {} machines",
                     node.name,
@@ -136,14 +158,20 @@ impl AdminService {
                     state.owned_by(id).count()
                 );
                 if let Some(drain) = state.drains.get(&id) {
-                    reply.next = format!("drained by {} ({}); take it back: clusterctl uncordon {}", drain.actor, drain.reason, node.name);
+                    reply.next = format!(
+                        "drained by {} ({}); take it back: clusterctl uncordon {}",
+                        drain.actor, drain.reason, node.name
+                    );
                 }
             }
             Object::Migration(id) => {
                 let soft = self.backend.soft().await;
                 if let Some(migration) = state.migrations.get(&id) {
                     let view = views::migration(&state, &soft, migration);
-                    reply.summary = format!("{} {} → {}: {} {}", view.vm, view.from, view.to, view.state, view.reason);
+                    reply.summary = format!(
+                        "{} {} → {}: {} {}",
+                        view.vm, view.from, view.to, view.state, view.reason
+                    );
                 }
             }
             Object::Volume(_) | Object::Cluster => {
@@ -164,7 +192,11 @@ fn vm_summary(state: &ClusterState, vm: &cluster_model::Vm) -> String {
             ownership.token,
             ownership.since,
             ownership.cause,
-            if ownership.activated { "" } else { "; it is being started" }
+            if ownership.activated {
+                ""
+            } else {
+                "; it is being started"
+            }
         )
         .to_lowercase(),
         None => format!(
@@ -174,7 +206,8 @@ fn vm_summary(state: &ClusterState, vm: &cluster_model::Vm) -> String {
             match (&vm.held, vm.desired) {
                 (Some(reason), _) => format!("held, {reason}"),
                 (None, cluster_model::Desired::Stopped) => "it should be stopped".into(),
-                (None, cluster_model::Desired::Running) => "it waits for a node that can take it".into(),
+                (None, cluster_model::Desired::Running) =>
+                    "it waits for a node that can take it".into(),
             }
         ),
     }
@@ -182,13 +215,25 @@ fn vm_summary(state: &ClusterState, vm: &cluster_model::Vm) -> String {
 
 fn next_of(state: &ClusterState, vm: &cluster_model::Vm) -> String {
     if let Some(migration) = state.open_migration(vm.id) {
-        return format!("it moves to {} ({})", state.node_label(migration.to), migration.id);
+        return format!(
+            "it moves to {} ({})",
+            state.node_label(migration.to),
+            migration.id
+        );
     }
     if vm.held.is_some() {
-        return format!("nothing until somebody says: clusterctl vm start {}", vm.name);
+        return format!(
+            "nothing until somebody says: clusterctl vm start {}",
+            vm.name
+        );
     }
     match vm.ownership.owner {
-        Some(owner) if state.drains.get(&owner).is_some_and(|drain| drain.ended_at_ms == 0) => {
+        Some(owner)
+            if state
+                .drains
+                .get(&owner)
+                .is_some_and(|drain| drain.ended_at_ms == 0) =>
+        {
             "its node is being drained: it will be moved".into()
         }
         _ => String::new(),

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use cluster_model::{Command, MigrationId};
 use proto::admin::{
-    MigrationCancelRequest, MigrationListReply, MigrationListRequest, MigrationView, MigrationWatchRequest,
+    MigrationCancelRequest, MigrationListReply, MigrationListRequest, MigrationView,
+    MigrationWatchRequest,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -22,10 +23,17 @@ const SUMMARY_PATIENCE: Duration = Duration::from_secs(3);
 const QUEUE: usize = 16;
 
 impl AdminService {
-    pub(super) async fn migration_list(&self, request: MigrationListRequest) -> Result<MigrationListReply, Status> {
+    pub(super) async fn migration_list(
+        &self,
+        request: MigrationListRequest,
+    ) -> Result<MigrationListReply, Status> {
         let state = self.cluster_state()?;
         let soft = self.backend.soft().await;
-        let only = if request.vm.is_empty() { None } else { Some(vm_named(&state, &request.vm)?.id) };
+        let only = if request.vm.is_empty() {
+            None
+        } else {
+            Some(vm_named(&state, &request.vm)?.id)
+        };
         let migrations = state
             .migrations
             .values()
@@ -36,7 +44,10 @@ impl AdminService {
         Ok(MigrationListReply { migrations })
     }
 
-    pub(super) async fn migration_watch(&self, request: MigrationWatchRequest) -> Result<Answers<MigrationView>, Status> {
+    pub(super) async fn migration_watch(
+        &self,
+        request: MigrationWatchRequest,
+    ) -> Result<Answers<MigrationView>, Status> {
         let id = migration_named(&*self.cluster_state()?, &request.migration)?.id;
         let (sender, receiver) = mpsc::channel(QUEUE);
         let service = self.clone();
@@ -47,7 +58,9 @@ impl AdminService {
             loop {
                 let view = service.migration_view(id).await;
                 let Some(view) = view else {
-                    let _ = sender.send(Err(not_found("migration", &id.to_string()))).await;
+                    let _ = sender
+                        .send(Err(not_found("migration", &id.to_string())))
+                        .await;
                     return;
                 };
                 let ended = !view.cancellable;
@@ -78,10 +91,16 @@ impl AdminService {
     pub(super) async fn migration_view(&self, id: MigrationId) -> Option<MigrationView> {
         let soft = self.backend.soft().await;
         let state = self.state();
-        state.migrations.get(&id).map(|migration| views::migration(&state, &soft, migration))
+        state
+            .migrations
+            .get(&id)
+            .map(|migration| views::migration(&state, &soft, migration))
     }
 
-    pub(super) async fn migration_cancel(&self, request: MigrationCancelRequest) -> Result<MigrationView, Status> {
+    pub(super) async fn migration_cancel(
+        &self,
+        request: MigrationCancelRequest,
+    ) -> Result<MigrationView, Status> {
         let change = asked(request.change)?;
         let id = migration_named(&*self.cluster_state()?, &request.migration)?.id;
         let reason = if change.reason.is_empty() {
@@ -89,7 +108,16 @@ impl AdminService {
         } else {
             format!("cancelled by {}: {}", change.actor, change.reason)
         };
-        self.propose(&change, Command::AbortMigration { migration: id, reason }).await?;
-        self.migration_view(id).await.ok_or_else(|| not_found("migration", &id.to_string()))
+        self.propose(
+            &change,
+            Command::AbortMigration {
+                migration: id,
+                reason,
+            },
+        )
+        .await?;
+        self.migration_view(id)
+            .await
+            .ok_or_else(|| not_found("migration", &id.to_string()))
     }
 }

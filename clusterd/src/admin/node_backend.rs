@@ -40,7 +40,10 @@ pub struct NodeBackend {
 impl NodeBackend {
     /// That node.
     pub fn new(node: NodeHandle) -> NodeBackend {
-        NodeBackend { node, empty: watch::channel(Arc::default()).0 }
+        NodeBackend {
+            node,
+            empty: watch::channel(Arc::default()).0,
+        }
     }
 
     fn begin_failed(error: BeginError) -> BackendError {
@@ -75,7 +78,9 @@ impl Backend for NodeBackend {
     }
 
     fn state(&self) -> watch::Receiver<Arc<ClusterState>> {
-        self.node.member().map_or_else(|| self.empty.subscribe(), |member| member.raft.state())
+        self.node
+            .member()
+            .map_or_else(|| self.empty.subscribe(), |member| member.raft.state())
     }
 
     fn raft(&self) -> Option<RaftStatus> {
@@ -87,8 +92,10 @@ impl Backend for NodeBackend {
         let heartbeat_ms = u64::from(self.node.state().settings.heartbeat_ms);
         let mut soft = Soft::default();
         if let Ok(Ok(reports)) = tokio::time::timeout(REPORTS_TIMEOUT, self.node.reports()).await {
-            soft.nodes =
-                reports.iter().map(|(&id, report)| (id, soft_node(report, now_ms, heartbeat_ms))).collect();
+            soft.nodes = reports
+                .iter()
+                .map(|(&id, report)| (id, soft_node(report, now_ms, heartbeat_ms)))
+                .collect();
         }
         // What this node knows of itself is newer than what the leader was told.
         if let Some(member) = self.node.member() {
@@ -120,18 +127,38 @@ impl Backend for NodeBackend {
     async fn confirm(&self) -> Result<(), BackendError> {
         let member = self.node.member().ok_or(BackendError::NoCluster)?;
         let read = async {
-            let index = member.raft.read_index().await.map_err(|error| error.to_string())?;
-            member.raft.wait_applied(index, CONFIRM_TIMEOUT).await.map_err(|error| error.to_string())
+            let index = member
+                .raft
+                .read_index()
+                .await
+                .map_err(|error| error.to_string())?;
+            member
+                .raft
+                .wait_applied(index, CONFIRM_TIMEOUT)
+                .await
+                .map_err(|error| error.to_string())
         };
         match tokio::time::timeout(CONFIRM_TIMEOUT, read).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(why)) => Err(BackendError::NoQuorum(why)),
-            Err(_) => Err(BackendError::NoQuorum(format!("no answer in {} s", CONFIRM_TIMEOUT.as_secs()))),
+            Err(_) => Err(BackendError::NoQuorum(format!(
+                "no answer in {} s",
+                CONFIRM_TIMEOUT.as_secs()
+            ))),
         }
     }
 
-    async fn init_cluster(&self, name: Name, fast: bool, actor: &str) -> Result<String, BackendError> {
-        let settings = if fast { Settings::fast() } else { Settings::default() };
+    async fn init_cluster(
+        &self,
+        name: Name,
+        fast: bool,
+        actor: &str,
+    ) -> Result<String, BackendError> {
+        let settings = if fast {
+            Settings::fast()
+        } else {
+            Settings::default()
+        };
         self.node
             .init_cluster(actor, name, settings)
             .await
@@ -145,15 +172,31 @@ impl Backend for NodeBackend {
             NodeRole::Learner => "learner",
             NodeRole::Witness => "witness",
         };
-        self.node.join(member, role, "").await.map(|(node, _)| node).map_err(NodeBackend::begin_failed)
+        self.node
+            .join(member, role, "")
+            .await
+            .map(|(node, _)| node)
+            .map_err(NodeBackend::begin_failed)
     }
 
     fn broker(&self) -> Result<Broker, BackendError> {
-        self.node.member().map(|member| member.broker.clone()).ok_or(BackendError::NoCluster)
+        self.node
+            .member()
+            .map(|member| member.broker.clone())
+            .ok_or(BackendError::NoCluster)
     }
 
-    async fn console(&self, vm: VmId, typed: mpsc::Receiver<Vec<u8>>) -> Result<ConsoleChunks, BackendError> {
-        let failed = |status: Status| BackendError::Failed(format!("the console cannot be reached: {}", status.message()));
+    async fn console(
+        &self,
+        vm: VmId,
+        typed: mpsc::Receiver<Vec<u8>>,
+    ) -> Result<ConsoleChunks, BackendError> {
+        let failed = |status: Status| {
+            BackendError::Failed(format!(
+                "the console cannot be reached: {}",
+                status.message()
+            ))
+        };
         if let Some(monitor) = self.node.monitor_of(vm) {
             let input = ReceiverStream::new(typed).map(|data| ConsoleInput { data });
             let output = monitor.console(input).await.map_err(failed)?;
@@ -165,9 +208,19 @@ impl Backend for NodeBackend {
             .map_err(|error| BackendError::Failed(error.to_string()))?
             .ok_or_else(|| BackendError::Failed("the machine does not run".into()))?;
         // Its owner answers for it; the first message names it.
-        let first = tokio_stream::once(VmConsoleInput { name: vm.to_string(), data: Vec::new() });
-        let rest = ReceiverStream::new(typed).map(|data| VmConsoleInput { name: String::new(), data });
-        let output = AdminClient::new(channel).vm_console(first.chain(rest)).await.map_err(failed)?.into_inner();
+        let first = tokio_stream::once(VmConsoleInput {
+            name: vm.to_string(),
+            data: Vec::new(),
+        });
+        let rest = ReceiverStream::new(typed).map(|data| VmConsoleInput {
+            name: String::new(),
+            data,
+        });
+        let output = AdminClient::new(channel)
+            .vm_console(first.chain(rest))
+            .await
+            .map_err(failed)?
+            .into_inner();
         Ok(pass_on(output, |chunk| chunk.data))
     }
 }

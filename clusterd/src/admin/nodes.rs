@@ -5,11 +5,12 @@ use std::collections::BTreeSet;
 use cluster_model::fleet::{NodeLoad, Observed};
 use cluster_model::placement;
 use cluster_model::{
-    ClusterState, Command, Duty, MigrationCause, MigrationOptions, MigrationState, NodeId, NodeRole, Vm, Why,
+    ClusterState, Command, Duty, MigrationCause, MigrationOptions, MigrationState, NodeId,
+    NodeRole, Vm, Why,
 };
 use proto::admin::{
-    DrainMove, DrainStatus, NodeDrainStatusRequest, NodeJoinReply, NodeJoinRequest, NodeListReply, NodeListRequest,
-    NodeRemoveRequest, NodeUncordonReply, NodeUncordonRequest,
+    DrainMove, DrainStatus, NodeDrainStatusRequest, NodeJoinReply, NodeJoinRequest, NodeListReply,
+    NodeListRequest, NodeRemoveRequest, NodeUncordonReply, NodeUncordonRequest,
 };
 use tonic::Status;
 
@@ -34,49 +35,83 @@ impl AdminService {
                 (node, load)
             })
             .collect();
-        Observed { nodes, ..Observed::default() }
+        Observed {
+            nodes,
+            ..Observed::default()
+        }
     }
 
     pub(super) async fn node_list(&self, _: NodeListRequest) -> Result<NodeListReply, Status> {
         let state = self.cluster_state()?;
         let soft = self.backend.soft().await;
         let leader = self.backend.raft().and_then(|raft| raft.leadership.leader);
-        let nodes = state.nodes.values().map(|node| views::node(&state, &soft, leader, node)).collect();
+        let nodes = state
+            .nodes
+            .values()
+            .map(|node| views::node(&state, &soft, leader, node))
+            .collect();
         Ok(NodeListReply { nodes })
     }
 
-    pub(super) async fn node_join(&self, request: NodeJoinRequest) -> Result<NodeJoinReply, Status> {
+    pub(super) async fn node_join(
+        &self,
+        request: NodeJoinRequest,
+    ) -> Result<NodeJoinReply, Status> {
         asked(request.change)?;
         let role = match request.role.as_str() {
             "" | "voter" => NodeRole::Voter,
             "learner" => NodeRole::Learner,
             "witness" => NodeRole::Witness,
-            other => return Err(invalid(format!("role `{other}`: use voter, learner or witness"))),
+            other => {
+                return Err(invalid(format!(
+                    "role `{other}`: use voter, learner or witness"
+                )));
+            }
         };
-        if request.member.rsplit_once(':').is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err()) {
-            return Err(invalid(format!("`{}` is not host:port of a node of the cluster", request.member)));
+        if request
+            .member
+            .rsplit_once(':')
+            .is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err())
+        {
+            return Err(invalid(format!(
+                "`{}` is not host:port of a node of the cluster",
+                request.member
+            )));
         }
         let node_id = self.backend.join(&request.member, role).await?.0;
         let state = self.state();
         let cluster = state.cluster.as_ref();
         Ok(NodeJoinReply {
             node_id,
-            cluster_id: cluster.map(|cluster| cluster.id.clone()).unwrap_or_default(),
-            cluster_name: cluster.map(|cluster| cluster.name.to_string()).unwrap_or_default(),
+            cluster_id: cluster
+                .map(|cluster| cluster.id.clone())
+                .unwrap_or_default(),
+            cluster_name: cluster
+                .map(|cluster| cluster.name.to_string())
+                .unwrap_or_default(),
         })
     }
 
-    pub(super) async fn node_remove(&self, request: NodeRemoveRequest) -> Result<proto::admin::Done, Status> {
+    pub(super) async fn node_remove(
+        &self,
+        request: NodeRemoveRequest,
+    ) -> Result<proto::admin::Done, Status> {
         let change = asked(request.change)?;
         let node = node_named(&*self.cluster_state()?, &request.node)?.id;
         let (index, _) = self.propose(&change, Command::RemoveNode { node }).await?;
         Ok(proto::admin::Done { log_index: index.0 })
     }
 
-    pub(super) async fn node_drain_status(&self, request: NodeDrainStatusRequest) -> Result<DrainStatus, Status> {
+    pub(super) async fn node_drain_status(
+        &self,
+        request: NodeDrainStatusRequest,
+    ) -> Result<DrainStatus, Status> {
         let state = self.cluster_state()?;
         let node = node_named(&state, &request.node)?;
-        let mut status = DrainStatus { node: node.name.to_string(), ..DrainStatus::default() };
+        let mut status = DrainStatus {
+            node: node.name.to_string(),
+            ..DrainStatus::default()
+        };
         let Some(drain) = state.drains.get(&node.id) else {
             status.state = "not-draining".into();
             return Ok(status);
@@ -90,14 +125,24 @@ impl AdminService {
         }
         .into();
         status.machines = u32::try_from(drain.machines.len()).unwrap_or(u32::MAX);
-        let gone = drain.machines.iter().filter(|vm| !left.iter().any(|left| left.id == **vm)).count();
+        let gone = drain
+            .machines
+            .iter()
+            .filter(|vm| !left.iter().any(|left| left.id == **vm))
+            .count();
         status.gone = u32::try_from(gone).unwrap_or(u32::MAX);
-        let now_ms = if drain.ended_at_ms == 0 { self.backend.wall_ms() } else { drain.ended_at_ms };
+        let now_ms = if drain.ended_at_ms == 0 {
+            self.backend.wall_ms()
+        } else {
+            drain.ended_at_ms
+        };
         status.elapsed_ms = now_ms.saturating_sub(drain.started_at_ms);
         for vm in left {
             match state.open_migration(vm.id) {
                 Some(migration) if migration.is_active() => {
-                    status.moving.push(views::migration(&state, &soft, migration));
+                    status
+                        .moving
+                        .push(views::migration(&state, &soft, migration));
                 }
                 _ if drain.stuck.contains_key(&vm.id) => status.stuck.push(DrainMove {
                     vm: vm.name.to_string(),
@@ -122,19 +167,31 @@ impl AdminService {
         Ok(status)
     }
 
-    pub(super) async fn node_uncordon(&self, request: NodeUncordonRequest) -> Result<NodeUncordonReply, Status> {
+    pub(super) async fn node_uncordon(
+        &self,
+        request: NodeUncordonRequest,
+    ) -> Result<NodeUncordonReply, Status> {
         let change = asked(request.change)?;
         let state = self.cluster_state()?;
         let node = node_named(&state, &request.node)?.clone();
         // Read before the entry that forgets the drain.
-        let machines = state.drains.get(&node.id).map(|drain| drain.machines.clone()).unwrap_or_default();
-        self.propose(&change, Command::Uncordon { node: node.id }).await?;
+        let machines = state
+            .drains
+            .get(&node.id)
+            .map(|drain| drain.machines.clone())
+            .unwrap_or_default();
+        self.propose(&change, Command::Uncordon { node: node.id })
+            .await?;
         let mut failback = Vec::new();
         if request.failback {
             let state = self.state();
-            let away = machines.iter().filter_map(|vm| state.vms.get(vm)).filter(|vm| {
-                vm.ownership.owner.is_some_and(|owner| owner != node.id) && vm.desired == cluster_model::Desired::Running
-            });
+            let away = machines
+                .iter()
+                .filter_map(|vm| state.vms.get(vm))
+                .filter(|vm| {
+                    vm.ownership.owner.is_some_and(|owner| owner != node.id)
+                        && vm.desired == cluster_model::Desired::Running
+                });
             for vm in away {
                 let command = Command::QueueMigration {
                     vm: vm.id,
@@ -143,13 +200,19 @@ impl AdminService {
                     cause: MigrationCause::Failback(node.id),
                     why: Why::rule("it was here before the drain"),
                 };
-                let asked_for = self.propose_part(&change, &format!("failback/{}", vm.id), command).await;
+                let asked_for = self
+                    .propose_part(&change, &format!("failback/{}", vm.id), command)
+                    .await;
                 failback.push(DrainMove {
                     vm: vm.name.to_string(),
                     how: if asked_for.is_ok() { "live" } else { "none" }.into(),
                     to: node.name.to_string(),
                     predicted_ms: predicted_ms(vm.spec.memory_mib),
-                    predicted_blackout_ms: u64::from(vm.spec.downtime_max_ms.unwrap_or(state.settings.downtime_max_ms)),
+                    predicted_blackout_ms: u64::from(
+                        vm.spec
+                            .downtime_max_ms
+                            .unwrap_or(state.settings.downtime_max_ms),
+                    ),
                     why: match asked_for {
                         Ok(_) => "it was here before the drain".into(),
                         Err(status) => status.message().to_owned(),
@@ -170,7 +233,8 @@ pub(super) fn choose(
 ) -> Result<(NodeId, Why), String> {
     match placement::best_node(state, vm, &BTreeSet::from([from]), loads) {
         Ok(choice) => {
-            let why = Why::rule("the best node that may take it").with("score", format!("{:?}", choice.score));
+            let why = Why::rule("the best node that may take it")
+                .with("score", format!("{:?}", choice.score));
             Ok((choice.node, why))
         }
         Err(nowhere) => Err(nowhere

@@ -3,7 +3,8 @@
 use cluster_model::drain::{self, Step};
 use cluster_model::{BalanceLevel, ClusterState, Command, Vm, VmId, balance};
 use proto::admin::{
-    BalanceMove, BalancePlan, BalanceRunRequest, BalanceStatusRequest, DrainMove, DrainPlan, NodeDrainRequest,
+    BalanceMove, BalancePlan, BalanceRunRequest, BalanceStatusRequest, DrainMove, DrainPlan,
+    NodeDrainRequest,
 };
 use tonic::Status;
 
@@ -20,9 +21,13 @@ impl AdminService {
         let loads = self.loads().await;
         let state = self.cluster_state()?;
         let node = node_named(&state, &request.node)?.clone();
-        let plan = drain::plan(&state, node.id, &loads, PREDICTED_BYTES_S).map_err(|rejection| rejected(&rejection))?;
-        let moves: Vec<DrainMove> =
-            plan.machines.iter().filter_map(|machine| planned(&state, machine.vm, &machine.step)).collect();
+        let plan = drain::plan(&state, node.id, &loads, PREDICTED_BYTES_S)
+            .map_err(|rejection| rejected(&rejection))?;
+        let moves: Vec<DrainMove> = plan
+            .machines
+            .iter()
+            .filter_map(|machine| planned(&state, machine.vm, &machine.step))
+            .collect();
         let cannot_move = moves.iter().filter(|planned| planned.how == "none").count();
         let mut view = DrainPlan {
             node: node.name.to_string(),
@@ -32,19 +37,35 @@ impl AdminService {
             started: false,
         };
         if !request.dry_run {
-            self.propose(&change, Command::StartDrain { node: node.id, reason: change.reason.clone() }).await?;
+            self.propose(
+                &change,
+                Command::StartDrain {
+                    node: node.id,
+                    reason: change.reason.clone(),
+                },
+            )
+            .await?;
             view.started = true;
         }
         Ok(view)
     }
 
-    pub(super) async fn balance_status(&self, _: BalanceStatusRequest) -> Result<BalancePlan, Status> {
+    pub(super) async fn balance_status(
+        &self,
+        _: BalanceStatusRequest,
+    ) -> Result<BalancePlan, Status> {
         let loads = self.loads().await;
         let state = self.cluster_state()?;
-        Ok(balance_view(&state, &balance::plan(&state, &loads, self.backend.wall_ms())))
+        Ok(balance_view(
+            &state,
+            &balance::plan(&state, &loads, self.backend.wall_ms()),
+        ))
     }
 
-    pub(super) async fn balance_run(&self, request: BalanceRunRequest) -> Result<BalancePlan, Status> {
+    pub(super) async fn balance_run(
+        &self,
+        request: BalanceRunRequest,
+    ) -> Result<BalancePlan, Status> {
         let change = asked(request.change)?;
         let loads = self.loads().await;
         let state = self.cluster_state()?;
@@ -52,7 +73,12 @@ impl AdminService {
         let mut view = balance_view(&state, &plan);
         if !request.dry_run {
             for planned in &plan.moves {
-                self.propose_part(&change, &format!("balance/{}", planned.vm), planned.command()).await?;
+                self.propose_part(
+                    &change,
+                    &format!("balance/{}", planned.vm),
+                    planned.command(),
+                )
+                .await?;
             }
             view.started = !plan.moves.is_empty();
         }
@@ -62,10 +88,22 @@ impl AdminService {
 
 fn planned(state: &ClusterState, vm: VmId, step: &Step) -> Option<DrainMove> {
     let vm: &Vm = state.vms.get(&vm)?;
-    let blackout = u64::from(vm.spec.downtime_max_ms.unwrap_or(state.settings.downtime_max_ms));
-    let base = DrainMove { vm: vm.name.to_string(), ..DrainMove::default() };
+    let blackout = u64::from(
+        vm.spec
+            .downtime_max_ms
+            .unwrap_or(state.settings.downtime_max_ms),
+    );
+    let base = DrainMove {
+        vm: vm.name.to_string(),
+        ..DrainMove::default()
+    };
     Some(match step {
-        Step::Move { to, predicted_ms, why, .. } => DrainMove {
+        Step::Move {
+            to,
+            predicted_ms,
+            why,
+            ..
+        } => DrainMove {
             how: "live".into(),
             to: state.node_label(*to),
             predicted_ms: *predicted_ms,
@@ -81,24 +119,48 @@ fn planned(state: &ClusterState, vm: VmId, step: &Step) -> Option<DrainMove> {
             why: "on its way already".into(),
             ..base
         },
-        Step::Later { reason } => DrainMove { how: "later".into(), why: reason.clone(), ..base },
-        Step::Stays { reason } => DrainMove { how: "none".into(), why: reason.clone(), ..base },
+        Step::Later { reason } => DrainMove {
+            how: "later".into(),
+            why: reason.clone(),
+            ..base
+        },
+        Step::Stays { reason } => DrainMove {
+            how: "none".into(),
+            why: reason.clone(),
+            ..base
+        },
     })
 }
 
 fn in_words(why: &cluster_model::Why) -> String {
-    let inputs: Vec<String> = why.inputs.iter().map(|(name, value)| format!("{name}: {value}")).collect();
-    if inputs.is_empty() { why.rule.clone() } else { format!("{} ({})", why.rule, inputs.join("; ")) }
+    let inputs: Vec<String> = why
+        .inputs
+        .iter()
+        .map(|(name, value)| format!("{name}: {value}"))
+        .collect();
+    if inputs.is_empty() {
+        why.rule.clone()
+    } else {
+        format!("{} ({})", why.rule, inputs.join("; "))
+    }
 }
 
 fn balance_view(state: &ClusterState, plan: &balance::BalancePlan) -> BalancePlan {
-    let worst = |pick: fn(u16, u16) -> u16, fills: &mut dyn Iterator<Item = u16>| fills.reduce(pick);
+    let worst =
+        |pick: fn(u16, u16) -> u16, fills: &mut dyn Iterator<Item = u16>| fills.reduce(pick);
     let fills: Vec<u16> = plan.nodes.values().map(|fill| fill.worst()).collect();
-    let spread = match (worst(u16::max, &mut fills.iter().copied()), worst(u16::min, &mut fills.iter().copied())) {
+    let spread = match (
+        worst(u16::max, &mut fills.iter().copied()),
+        worst(u16::min, &mut fills.iter().copied()),
+    ) {
         (Some(most), Some(least)) => f64::from(most - least) / 1_000.0,
         _ => 0.0,
     };
-    let gained: f64 = plan.moves.iter().map(|planned| f64::from(planned.gain_permille) / 1_000.0).sum();
+    let gained: f64 = plan
+        .moves
+        .iter()
+        .map(|planned| f64::from(planned.gain_permille) / 1_000.0)
+        .sum();
     BalancePlan {
         automatic: state.settings.balance_auto,
         level: match state.settings.balance_level {

@@ -3,7 +3,9 @@
 use std::pin::Pin;
 use std::sync::Arc;
 
-use cluster_model::{ClusterState, Command, Envelope, LogIndex, Name, Node, Outcome, RequestId, Volume};
+use cluster_model::{
+    ClusterState, Command, Envelope, LogIndex, Name, Node, Outcome, RequestId, Volume,
+};
 use futures::Stream;
 use proto::admin::admin_server::{Admin, AdminServer};
 use proto::admin::*;
@@ -47,11 +49,19 @@ impl AdminService {
     /// The replicated state, refusing where there is no cluster yet.
     pub(super) fn cluster_state(&self) -> Result<Arc<ClusterState>, Status> {
         let state = self.state();
-        if state.cluster.is_some() { Ok(state) } else { Err(super::BackendError::NoCluster.into()) }
+        if state.cluster.is_some() {
+            Ok(state)
+        } else {
+            Err(super::BackendError::NoCluster.into())
+        }
     }
 
     /// Proposes a command under the id that the client chose.
-    pub(super) async fn propose(&self, change: &Asked, command: Command) -> Result<(LogIndex, Outcome), Status> {
+    pub(super) async fn propose(
+        &self,
+        change: &Asked,
+        command: Command,
+    ) -> Result<(LogIndex, Outcome), Status> {
         self.propose_as(&change.request, change, command).await
     }
 
@@ -62,17 +72,27 @@ impl AdminService {
         part: &str,
         command: Command,
     ) -> Result<(LogIndex, Outcome), Status> {
-        self.propose_as(&format!("{}/{part}", change.request), change, command).await
+        self.propose_as(&format!("{}/{part}", change.request), change, command)
+            .await
     }
 
-    async fn propose_as(&self, request: &str, change: &Asked, command: Command) -> Result<(LogIndex, Outcome), Status> {
+    async fn propose_as(
+        &self,
+        request: &str,
+        change: &Asked,
+        command: Command,
+    ) -> Result<(LogIndex, Outcome), Status> {
         let envelope = Envelope {
             request: RequestId(request.to_owned()),
             actor: change.actor.clone(),
             at_ms: self.backend.wall_ms(),
             command,
         };
-        self.backend.propose(envelope).await?.into_result().map_err(|rejection| rejected(&rejection))
+        self.backend
+            .propose(envelope)
+            .await?
+            .into_result()
+            .map_err(|rejection| rejected(&rejection))
     }
 }
 
@@ -85,16 +105,30 @@ pub(super) struct Asked {
 
 /// Parses what every change carries.
 pub(super) fn asked(change: Option<Change>) -> Result<Asked, Status> {
-    let change = change.ok_or_else(|| invalid("the request carries no `change`; use a clusterctl of this version"))?;
+    let change = change.ok_or_else(|| {
+        invalid("the request carries no `change`; use a clusterctl of this version")
+    })?;
     let fits = |text: &str, max: usize| text.len() <= max && !text.chars().any(char::is_control);
     if change.request_id.is_empty() || !fits(&change.request_id, REQUEST_ID_BYTES_MAX) {
-        return Err(invalid(format!("--request-id: 1 to {REQUEST_ID_BYTES_MAX} printable characters")));
+        return Err(invalid(format!(
+            "--request-id: 1 to {REQUEST_ID_BYTES_MAX} printable characters"
+        )));
     }
     if !fits(&change.actor, ACTOR_BYTES_MAX) || !fits(&change.reason, 1_024) {
-        return Err(invalid("actor and reason: printable characters, 128 and 1,024 bytes at most"));
+        return Err(invalid(
+            "actor and reason: printable characters, 128 and 1,024 bytes at most",
+        ));
     }
-    let actor = if change.actor.is_empty() { "somebody".to_owned() } else { change.actor };
-    Ok(Asked { request: format!("api/{}", change.request_id), actor, reason: change.reason })
+    let actor = if change.actor.is_empty() {
+        "somebody".to_owned()
+    } else {
+        change.actor
+    };
+    Ok(Asked {
+        request: format!("api/{}", change.request_id),
+        actor,
+        reason: change.reason,
+    })
 }
 
 /// Parses a name.
@@ -105,11 +139,16 @@ pub(super) fn name(text: &str) -> Result<Name, Status> {
 /// The node of that name.
 pub(super) fn node_named<'s>(state: &'s ClusterState, text: &str) -> Result<&'s Node, Status> {
     let name = name(text.strip_prefix("node/").unwrap_or(text))?;
-    state.node_named(&name).ok_or_else(|| not_found("node", name.as_str()))
+    state
+        .node_named(&name)
+        .ok_or_else(|| not_found("node", name.as_str()))
 }
 
 /// The machine of that name.
-pub(super) fn vm_named<'s>(state: &'s ClusterState, text: &str) -> Result<&'s cluster_model::Vm, Status> {
+pub(super) fn vm_named<'s>(
+    state: &'s ClusterState,
+    text: &str,
+) -> Result<&'s cluster_model::Vm, Status> {
     let text = text.strip_prefix("vm/").unwrap_or(text);
     views::vm_named(state, text).ok_or_else(|| not_found("vm", text))
 }
@@ -117,7 +156,9 @@ pub(super) fn vm_named<'s>(state: &'s ClusterState, text: &str) -> Result<&'s cl
 /// The volume of that name.
 pub(super) fn volume_named<'s>(state: &'s ClusterState, text: &str) -> Result<&'s Volume, Status> {
     let name = name(text.strip_prefix("volume/").unwrap_or(text))?;
-    state.volume_named(&name).ok_or_else(|| not_found("volume", name.as_str()))
+    state
+        .volume_named(&name)
+        .ok_or_else(|| not_found("volume", name.as_str()))
 }
 
 /// The migration with that id.

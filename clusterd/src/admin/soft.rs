@@ -30,6 +30,11 @@ pub struct SoftNode {
 impl Soft {
     /// The monitor of a machine on a node.
     pub fn monitor(&self, node: NodeId, vm: VmId) -> Option<&MonitorStatus> {
-        self.nodes.get(&node)?.monitors.iter().filter(|monitor| monitor.vm_id == vm.0).max_by_key(|monitor| monitor.token)
+        self.nodes
+            .get(&node)?
+            .monitors
+            .iter()
+            .filter(|monitor| monitor.vm_id == vm.0)
+            .max_by_key(|monitor| monitor.token)
     }
 }

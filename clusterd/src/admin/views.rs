@@ -1,8 +1,9 @@
 //! What the API shows: the log's records joined with the nodes' soft state. Pure.
 
 use cluster_model::{
-    ClusterState, Desired, Duty, Event, Liveness, Migration, MigrationCause, MigrationId, MigrationState, Name, Node,
-    NodeId, NodeRole, Object, OwnershipCause, Severity, Vm, VmId, Volume,
+    ClusterState, Desired, Duty, Event, Liveness, Migration, MigrationCause, MigrationId,
+    MigrationState, Name, Node, NodeId, NodeRole, Object, OwnershipCause, Severity, Vm, VmId,
+    Volume,
 };
 use proto::admin::{
     EventView, GuestView, LeaseView, MigrationView, NodeView, Part, RoundView, VmView, VolumeView,
@@ -19,7 +20,13 @@ pub fn node(state: &ClusterState, soft: &Soft, leader: Option<NodeId>, node: &No
             .migrations
             .values()
             .filter(|migration| migration.is_active())
-            .filter(|migration| if out { migration.from == node.id } else { migration.to == node.id })
+            .filter(|migration| {
+                if out {
+                    migration.from == node.id
+                } else {
+                    migration.to == node.id
+                }
+            })
             .count();
         u32::try_from(count).unwrap_or(u32::MAX)
     };
@@ -50,7 +57,9 @@ pub fn node(state: &ClusterState, soft: &Soft, leader: Option<NodeId>, node: &No
         cpu_vendor: node.facts.cpu_vendor.clone(),
         incarnation: node.incarnation.0,
         cpu_load: known.map_or(0.0, |known| known.cpu_load),
-        note: node.absent_ms.map_or_else(String::new, |ms| format!("announced to be away for up to {ms} ms")),
+        note: node.absent_ms.map_or_else(String::new, |ms| {
+            format!("announced to be away for up to {ms} ms")
+        }),
     }
 }
 
@@ -73,12 +82,16 @@ pub fn vm(state: &ClusterState, soft: &Soft, vm: &Vm) -> VmView {
     let monitor = owner
         .and_then(|owner| soft.monitor(owner, vm.id))
         .filter(|monitor| monitor.token == vm.ownership.token.0);
-    let guest = monitor.and_then(|monitor| monitor.guest.as_ref()).filter(|guest| guest.present);
+    let guest = monitor
+        .and_then(|monitor| monitor.guest.as_ref())
+        .filter(|guest| guest.present);
     VmView {
         id: vm.id.0,
         name: vm.name.to_string(),
         state: vm_state(state, vm, monitor).into(),
-        node: owner.map(|owner| state.node_label(owner)).unwrap_or_default(),
+        node: owner
+            .map(|owner| state.node_label(owner))
+            .unwrap_or_default(),
         vcpus: vm.spec.vcpus,
         memory_mib: vm.spec.memory_mib,
         token: vm.ownership.token.0,
@@ -93,7 +106,9 @@ pub fn vm(state: &ClusterState, soft: &Soft, vm: &Vm) -> VmView {
         disks: leases(state, soft, vm),
         priority: u32::from(vm.spec.priority),
         failover: vm.spec.failover,
-        migration: state.open_migration(vm.id).map(|open| migration(state, soft, open)),
+        migration: state
+            .open_migration(vm.id)
+            .map(|open| migration(state, soft, open)),
         guest: guest.map(|guest| GuestView {
             steps: guest.steps,
             flushed: guest.flushed,
@@ -123,7 +138,10 @@ fn vm_state(state: &ClusterState, vm: &Vm, monitor: Option<&MonitorStatus>) -> &
     if vm.desired == Desired::Stopped {
         return "stopping";
     }
-    let alive = state.nodes.get(&owner).is_some_and(|node| node.liveness == Liveness::Up);
+    let alive = state
+        .nodes
+        .get(&owner)
+        .is_some_and(|node| node.liveness == Liveness::Up);
     match monitor.map(MonitorStatus::phase) {
         Some(Phase::Frozen) => "frozen",
         Some(Phase::Refused) => "refused",
@@ -153,13 +171,17 @@ fn ownership_cause(cause: OwnershipCause) -> &'static str {
 /// A machine's leases.
 pub fn leases(state: &ClusterState, soft: &Soft, vm: &Vm) -> Vec<LeaseView> {
     let owner = vm.ownership.owner;
-    let left = owner.and_then(|owner| soft.nodes.get(&owner)).and_then(|node| node.lease_left_ms);
+    let left = owner
+        .and_then(|owner| soft.nodes.get(&owner))
+        .and_then(|node| node.lease_left_ms);
     vm.spec
         .disks
         .iter()
         .map(|disk| LeaseView {
             vm: vm.name.to_string(),
-            holder: owner.map(|owner| state.node_label(owner)).unwrap_or_default(),
+            holder: owner
+                .map(|owner| state.node_label(owner))
+                .unwrap_or_default(),
             token: vm.ownership.token.0,
             state: match (owner, left) {
                 (None, _) => "unowned",
@@ -194,7 +216,11 @@ pub fn volume(state: &ClusterState, volume: &Volume) -> VolumeView {
         size_bytes: volume.size_bytes,
         free_bytes: 0,
         leases: u32::try_from(leases).unwrap_or(u32::MAX),
-        nodes: volume.nodes.iter().map(|&node| state.node_label(node)).collect(),
+        nodes: volume
+            .nodes
+            .iter()
+            .map(|&node| state.node_label(node))
+            .collect(),
         report: String::new(),
         uuid: volume.uuid.clone(),
     }
@@ -228,14 +254,19 @@ pub fn migration(state: &ClusterState, soft: &Soft, migration: &Migration) -> Mi
         MigrationState::Queued => {
             view.state = "queued".into();
         }
-        MigrationState::Active { expects, reserved, .. } => {
+        MigrationState::Active {
+            expects, reserved, ..
+        } => {
             view.state = "active".into();
             view.token_before = expects.0;
             view.token_after = reserved.0;
-            view.stage = progress.map_or("setup", |progress| stage_words(progress.stage())).into();
+            view.stage = progress
+                .map_or("setup", |progress| stage_words(progress.stage()))
+                .into();
         }
-        MigrationState::CutOver { at, token } => {
+        MigrationState::CutOver { at, expects, token } => {
             view.state = "cut-over".into();
+            view.token_before = expects.0;
             view.stage = "done".into();
             view.token_after = token.0;
             view.cutover_index = at.0;
@@ -279,12 +310,14 @@ fn fill_from_summary(view: &mut MigrationView, summary: &serde_json::Value) {
     view.blackout_us = number("blackout_us").unwrap_or(0);
     view.sent_bytes = number("sent_bytes").unwrap_or(view.sent_bytes);
     view.memory_total_bytes = number("memory_total_bytes").unwrap_or(view.memory_total_bytes);
-    view.token_before = number("token_before").and_then(|token| u32::try_from(token).ok()).unwrap_or(view.token_before);
     if let Some(parts) = summary.get("parts").and_then(serde_json::Value::as_array) {
         view.parts = parts
             .iter()
             .filter_map(|part| {
-                Some(Part { name: part.get("name")?.as_str()?.to_owned(), us: part.get("us")?.as_u64()? })
+                Some(Part {
+                    name: part.get("name")?.as_str()?.to_owned(),
+                    us: part.get("us")?.as_u64()?,
+                })
             })
             .collect();
     }
@@ -316,12 +349,18 @@ pub fn event(state: &ClusterState, event: &Event) -> EventView {
         sequence: event.sequence,
         at_ms: event.at_ms,
         severity: severity(event.severity).into(),
-        objects: event.objects.iter().map(|&object| object_label(state, object)).collect(),
+        objects: event
+            .objects
+            .iter()
+            .map(|&object| object_label(state, object))
+            .collect(),
         kind: event.kind.clone(),
         detail: event.detail.clone(),
         actor: event.actor.clone(),
         rule: why.map(|why| why.rule.clone()).unwrap_or_default(),
-        inputs: why.map(|why| why.inputs.clone().into_iter().collect()).unwrap_or_default(),
+        inputs: why
+            .map(|why| why.inputs.clone().into_iter().collect())
+            .unwrap_or_default(),
     }
 }
 
@@ -341,7 +380,10 @@ pub fn object_label(state: &ClusterState, object: Object) -> String {
         Object::Node(node) => format!("node/{}", state.node_label(node)),
         Object::Vm(vm) => format!("vm/{}", state.vm_label(vm)),
         Object::Volume(volume) => {
-            let name = state.volumes.get(&volume).map(|volume| volume.name.to_string());
+            let name = state
+                .volumes
+                .get(&volume)
+                .map(|volume| volume.name.to_string());
             format!("volume/{}", name.unwrap_or_else(|| volume.to_string()))
         }
         Object::Migration(migration) => format!("migration/{migration}"),
@@ -357,23 +399,41 @@ pub fn parse_object(state: &ClusterState, text: &str) -> Result<Object, String> 
         return Ok(Object::Cluster);
     }
     let Some((kind, name)) = text.split_once('/') else {
-        return Err(format!("`{text}` names nothing; write vm/NAME, node/NAME, volume/NAME, migration/ID or cluster"));
+        return Err(format!(
+            "`{text}` names nothing; write vm/NAME, node/NAME, volume/NAME, migration/ID or cluster"
+        ));
     };
     let named = || Name::new(name).map_err(|error| error.to_string());
     let unknown = || format!("there is no {kind} {name}; try: clusterctl {kind} list");
     match kind {
-        "vm" => vm_named(state, name).map(|vm| Object::Vm(vm.id)).ok_or_else(unknown),
-        "node" => state.node_named(&named()?).map(|node| Object::Node(node.id)).ok_or_else(unknown),
-        "volume" => state.volume_named(&named()?).map(|volume| Object::Volume(volume.id)).ok_or_else(unknown),
-        "migration" => parse_migration(state, name).map(|migration| Object::Migration(migration.id)).ok_or_else(unknown),
-        other => Err(format!("`{other}` is no kind of object; use vm, node, volume, migration or cluster")),
+        "vm" => vm_named(state, name)
+            .map(|vm| Object::Vm(vm.id))
+            .ok_or_else(unknown),
+        "node" => state
+            .node_named(&named()?)
+            .map(|node| Object::Node(node.id))
+            .ok_or_else(unknown),
+        "volume" => state
+            .volume_named(&named()?)
+            .map(|volume| Object::Volume(volume.id))
+            .ok_or_else(unknown),
+        "migration" => parse_migration(state, name)
+            .map(|migration| Object::Migration(migration.id))
+            .ok_or_else(unknown),
+        other => Err(format!(
+            "`{other}` is no kind of object; use vm, node, volume, migration or cluster"
+        )),
     }
 }
 
 /// The machine of that name, or numbered `vm-12`.
 pub fn vm_named<'s>(state: &'s ClusterState, text: &str) -> Option<&'s Vm> {
     let by_name = Name::new(text).ok().and_then(|name| state.vm_named(&name));
-    by_name.or_else(|| state.vms.get(&VmId(text.strip_prefix("vm-")?.parse().ok()?)))
+    by_name.or_else(|| {
+        state
+            .vms
+            .get(&VmId(text.strip_prefix("vm-")?.parse().ok()?))
+    })
 }
 
 /// The migration with that id, `m-12` or `12`.

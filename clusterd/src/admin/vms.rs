@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use cluster_model::{Command, Desired, MigrationCause, MigrationOptions, NodeId, Outcome, VmId, VmSpec, Why};
+use cluster_model::{
+    Command, Desired, MigrationCause, MigrationOptions, NodeId, Outcome, VmId, VmSpec, Why,
+};
 use proto::admin::{
-    Check, Done, VmConsoleInput, VmConsoleOutput, VmCreateRequest, VmDeleteRequest, VmListReply, VmListRequest,
-    VmMigrateReply, VmMigrateRequest, VmReply, VmStartRequest, VmStopRequest,
+    Check, Done, VmConsoleInput, VmConsoleOutput, VmCreateRequest, VmDeleteRequest, VmListReply,
+    VmListRequest, VmMigrateReply, VmMigrateRequest, VmReply, VmStartRequest, VmStopRequest,
 };
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
@@ -36,60 +38,88 @@ impl AdminService {
         let vm_name = name(&request.name)?;
         self.cluster_state()?;
         if request.spec_json.len() > SPEC_BYTES_MAX {
-            return Err(invalid(format!("the machine's spec is over {SPEC_BYTES_MAX} bytes")));
+            return Err(invalid(format!(
+                "the machine's spec is over {SPEC_BYTES_MAX} bytes"
+            )));
         }
         let spec: VmSpec = serde_json::from_str(&request.spec_json)
             .map_err(|error| invalid(format!("the machine's spec is malformed: {error}")))?;
         let mut images = BTreeMap::new();
         for (number, path) in request.images {
-            let number = usize::try_from(number).map_err(|_| invalid("image numbers are disk numbers"))?;
+            let number =
+                usize::try_from(number).map_err(|_| invalid("image numbers are disk numbers"))?;
             if !std::path::Path::new(&path).is_file() {
                 return Err(status(
                     Code::NotFound,
                     "E-IMAGE",
-                    format!("disk {number}: there is no image {path} on this node ({}); give the path of a raw image that every node has", self.backend.name()),
+                    format!(
+                        "disk {number}: there is no image {path} on this node ({}); give the path of a raw image that every node has",
+                        self.backend.name()
+                    ),
                 ));
             }
             images.insert(number, path);
         }
-        let desired = if request.start { Desired::Running } else { Desired::Stopped };
-        let command = Command::CreateVm { name: vm_name, spec, images, desired };
+        let desired = if request.start {
+            Desired::Running
+        } else {
+            Desired::Stopped
+        };
+        let command = Command::CreateVm {
+            name: vm_name,
+            spec,
+            images,
+            desired,
+        };
         let (_, outcome) = self.propose(&change, command).await?;
         match outcome {
             Outcome::Vm(id) => self.vm_reply(id).await,
-            other => Err(status(Code::Internal, "E-INTERNAL", format!("creating a machine gave {other:?}"))),
+            other => Err(status(
+                Code::Internal,
+                "E-INTERNAL",
+                format!("creating a machine gave {other:?}"),
+            )),
         }
     }
 
     async fn vm_reply(&self, id: VmId) -> Result<VmReply, Status> {
         let soft = self.backend.soft().await;
         let state = self.state();
-        Ok(VmReply { vm: state.vms.get(&id).map(|vm| views::vm(&state, &soft, vm)) })
+        Ok(VmReply {
+            vm: state.vms.get(&id).map(|vm| views::vm(&state, &soft, vm)),
+        })
     }
 
     pub(super) async fn vm_list(&self, request: VmListRequest) -> Result<VmListReply, Status> {
         let state = self.cluster_state()?;
         let soft = self.backend.soft().await;
         let vms = match request.name.as_str() {
-            "" => state.vms.values().map(|vm| views::vm(&state, &soft, vm)).collect(),
+            "" => state
+                .vms
+                .values()
+                .map(|vm| views::vm(&state, &soft, vm))
+                .collect(),
             text => vec![views::vm(&state, &soft, vm_named(&state, text)?)],
         };
         Ok(VmListReply { vms })
     }
 
     pub(super) async fn vm_start(&self, request: VmStartRequest) -> Result<VmReply, Status> {
-        self.desire(asked(request.change)?, &request.name, Desired::Running).await
+        self.desire(asked(request.change)?, &request.name, Desired::Running)
+            .await
     }
 
     pub(super) async fn vm_stop(&self, request: VmStopRequest) -> Result<VmReply, Status> {
         // The monitor stops the processors, drains and flushes the disks; there is no gentler way for a
         // guest without a power button, and --force asks for the same.
-        self.desire(asked(request.change)?, &request.name, Desired::Stopped).await
+        self.desire(asked(request.change)?, &request.name, Desired::Stopped)
+            .await
     }
 
     async fn desire(&self, change: Asked, text: &str, desired: Desired) -> Result<VmReply, Status> {
         let vm = vm_named(&*self.cluster_state()?, text)?.id;
-        self.propose(&change, Command::SetDesired { vm, desired }).await?;
+        self.propose(&change, Command::SetDesired { vm, desired })
+            .await?;
         self.vm_reply(vm).await
     }
 
@@ -101,26 +131,37 @@ impl AdminService {
             return Err(status(
                 Code::FailedPrecondition,
                 "E-RUNNING",
-                format!("{} is not stopped; stop it first: clusterctl vm stop {}", vm.name, vm.name),
+                format!(
+                    "{} is not stopped; stop it first: clusterctl vm stop {}",
+                    vm.name, vm.name
+                ),
             ));
         }
         // The record first: files without a record can be found and removed, a record without files
         // could be started.
-        let (index, _) = self.propose(&change, Command::DeleteVm { vm: vm.id }).await?;
+        let (index, _) = self
+            .propose(&change, Command::DeleteVm { vm: vm.id })
+            .await?;
         if !request.keep_disks && vm.disks_made {
             let broker = self.backend.broker()?;
             if let Err(error) = broker.delete_disks(&state, &vm).await {
                 return Err(status(
                     Code::FailedPrecondition,
                     "E-DISK",
-                    format!("{} is forgotten, but its disks are still there: {error}", vm.name),
+                    format!(
+                        "{} is forgotten, but its disks are still there: {error}",
+                        vm.name
+                    ),
                 ));
             }
         }
         Ok(Done { log_index: index.0 })
     }
 
-    pub(super) async fn vm_migrate(&self, request: VmMigrateRequest) -> Result<VmMigrateReply, Status> {
+    pub(super) async fn vm_migrate(
+        &self,
+        request: VmMigrateRequest,
+    ) -> Result<VmMigrateReply, Status> {
         let change = asked(request.change.clone())?;
         let state = self.cluster_state()?;
         let vm = vm_named(&state, &request.name)?.clone();
@@ -133,15 +174,21 @@ impl AdminService {
             text => (node_named(&state, text)?.id, Why::rule("asked for by name")),
         };
         let preflight = state.may_migrate(vm.id, from, to);
-        let open = state.open_migration(vm.id).map(|migration| cluster_model::Rejection::AlreadyMigrating {
-            vm: vm.id,
-            migration: migration.id,
+        let open = state.open_migration(vm.id).map(|migration| {
+            cluster_model::Rejection::AlreadyMigrating {
+                vm: vm.id,
+                migration: migration.id,
+            }
         });
         let mut reply = VmMigrateReply {
             migration: None,
             checks: checks(preflight.as_ref().err().or(open.as_ref())),
             predicted_ms: predicted_ms(vm.spec.memory_mib),
-            predicted_blackout_ms: u64::from(vm.spec.downtime_max_ms.unwrap_or(state.settings.downtime_max_ms)),
+            predicted_blackout_ms: u64::from(
+                vm.spec
+                    .downtime_max_ms
+                    .unwrap_or(state.settings.downtime_max_ms),
+            ),
         };
         if request.dry_run {
             return Ok(reply);
@@ -152,7 +199,13 @@ impl AdminService {
             bandwidth_max_bytes_s: request.bandwidth_max_bytes_s,
             downtime_max_ms: request.downtime_max_ms.min(60_000),
         };
-        let command = Command::QueueMigration { vm: vm.id, to, options, cause: MigrationCause::Asked, why };
+        let command = Command::QueueMigration {
+            vm: vm.id,
+            to,
+            options,
+            cause: MigrationCause::Asked,
+            why,
+        };
         let (_, outcome) = self.propose(&change, command).await?;
         if let Outcome::Migration(id) = outcome {
             reply.migration = self.migration_view(id).await;
@@ -164,11 +217,16 @@ impl AdminService {
         &self,
         mut input: Streaming<VmConsoleInput>,
     ) -> Result<Answers<VmConsoleOutput>, Status> {
-        let first = input.message().await?.ok_or_else(|| invalid("the console's first message names the machine"))?;
+        let first = input
+            .message()
+            .await?
+            .ok_or_else(|| invalid("the console's first message names the machine"))?;
         let state = self.cluster_state()?;
         let vm = vm_named(&state, &first.name)?;
         if vm.ownership.owner.is_none() {
-            return Err(rejected(&cluster_model::Rejection::NotRunning { vm: vm.id }));
+            return Err(rejected(&cluster_model::Rejection::NotRunning {
+                vm: vm.id,
+            }));
         }
         let (typed, queue) = mpsc::channel(CONSOLE_QUEUE);
         let output = self.backend.console(vm.id, queue).await?;
@@ -182,7 +240,8 @@ impl AdminService {
                 }
             }
         });
-        let output = ReceiverStream::new(output).map(|chunk| chunk.map(|data| VmConsoleOutput { data }));
+        let output =
+            ReceiverStream::new(output).map(|chunk| chunk.map(|data| VmConsoleOutput { data }));
         Ok(Box::pin(output))
     }
 
@@ -207,8 +266,16 @@ impl AdminService {
 /// Preflight's checks, in their order; those after the first failure were not reached.
 fn checks(failed: Option<&cluster_model::Rejection>) -> Vec<Check> {
     use cluster_model::Rejection as R;
-    const NAMES: [&str; 8] =
-        ["running", "not migrating", "destination", "cpu maker", "version", "volumes", "rules", "room"];
+    const NAMES: [&str; 8] = [
+        "running",
+        "not migrating",
+        "destination",
+        "cpu maker",
+        "version",
+        "volumes",
+        "rules",
+        "room",
+    ];
     let position = failed.map(|rejection| match rejection {
         R::NotRunning { .. } | R::NotDesired { .. } | R::Held { .. } => 0,
         R::AlreadyMigrating { .. } => 1,
@@ -226,7 +293,11 @@ fn checks(failed: Option<&cluster_model::Rejection>) -> Vec<Check> {
         .map(|(number, name)| Check {
             name: (*name).to_owned(),
             passed: position != Some(number),
-            detail: if position == Some(number) { failed.map(ToString::to_string).unwrap_or_default() } else { String::new() },
+            detail: if position == Some(number) {
+                failed.map(ToString::to_string).unwrap_or_default()
+            } else {
+                String::new()
+            },
         })
         .collect()
 }

@@ -2,8 +2,8 @@
 
 use cluster_model::{Command, FenceClass, Outcome};
 use proto::admin::{
-    Done, LeaseListReply, LeaseListRequest, VolumeAddRequest, VolumeListReply, VolumeListRequest, VolumeRemoveRequest,
-    VolumeView,
+    Done, LeaseListReply, LeaseListRequest, VolumeAddRequest, VolumeListReply, VolumeListRequest,
+    VolumeRemoveRequest, VolumeView,
 };
 use proto::broker::{AdoptVolumeRequest, ProbeVolumeRequest, VolumeProbe};
 use tonic::{Code, Status};
@@ -18,7 +18,10 @@ impl AdminService {
         let change = asked(request.change)?;
         let volume_name = name(&request.name)?;
         let state = self.cluster_state()?;
-        let cluster = state.cluster.clone().ok_or(super::BackendError::NoCluster)?;
+        let cluster = state
+            .cluster
+            .clone()
+            .ok_or(super::BackendError::NoCluster)?;
         let mut nodes = std::collections::BTreeSet::new();
         for node in &request.nodes {
             nodes.insert(node_named(&state, node)?.id);
@@ -27,7 +30,10 @@ impl AdminService {
             return Err(status(
                 Code::AlreadyExists,
                 "E-EXISTS",
-                format!("there is a volume named `{volume_name}` already ({}); choose another name", known.url),
+                format!(
+                    "there is a volume named `{volume_name}` already ({}); choose another name",
+                    known.url
+                ),
             ));
         }
         let broker = self.backend.broker()?;
@@ -64,7 +70,14 @@ impl AdminService {
             .await
             .map_err(|error| broker_failed(&error))?;
         let fence = FenceClass::parse(&adopted.fence_class).ok_or_else(|| {
-            status(Code::Internal, "E-FAILED", format!("the broker certified an unknown fence class `{}`", adopted.fence_class))
+            status(
+                Code::Internal,
+                "E-FAILED",
+                format!(
+                    "the broker certified an unknown fence class `{}`",
+                    adopted.fence_class
+                ),
+            )
         })?;
         let command = Command::AddVolume {
             name: volume_name.clone(),
@@ -80,15 +93,25 @@ impl AdminService {
             && let Some(volume) = self.state().volumes.get(&id)
         {
             let recorded = views::volume(&self.state(), volume);
-            view = VolumeView { free_bytes: view.free_bytes, state: view.state, ..recorded };
+            view = VolumeView {
+                free_bytes: view.free_bytes,
+                state: view.state,
+                ..recorded
+            };
         }
         view.report = adopted.report;
         Ok(view)
     }
 
-    pub(super) async fn volume_list(&self, _: VolumeListRequest) -> Result<VolumeListReply, Status> {
+    pub(super) async fn volume_list(
+        &self,
+        _: VolumeListRequest,
+    ) -> Result<VolumeListReply, Status> {
         let state = self.cluster_state()?;
-        let cluster = state.cluster.clone().ok_or(super::BackendError::NoCluster)?;
+        let cluster = state
+            .cluster
+            .clone()
+            .ok_or(super::BackendError::NoCluster)?;
         let broker = self.backend.broker().ok();
         let views = state.volumes.values().map(|volume| {
             let (broker, cluster) = (broker.clone(), cluster.clone());
@@ -105,7 +128,12 @@ impl AdminService {
                 };
                 match broker.probe_volume(probe).await {
                     Ok(probe) if probe.reachable => {
-                        view.state = if probe.writable { "healthy" } else { "read-only" }.into();
+                        view.state = if probe.writable {
+                            "healthy"
+                        } else {
+                            "read-only"
+                        }
+                        .into();
                         view.free_bytes = probe.free_bytes;
                         view.size_bytes = probe.size_bytes;
                     }
@@ -121,20 +149,31 @@ impl AdminService {
                 view
             }
         });
-        Ok(VolumeListReply { volumes: futures::future::join_all(views).await })
+        Ok(VolumeListReply {
+            volumes: futures::future::join_all(views).await,
+        })
     }
 
     pub(super) async fn volume_remove(&self, request: VolumeRemoveRequest) -> Result<Done, Status> {
         let change = asked(request.change)?;
         let volume = volume_named(&*self.cluster_state()?, &request.name)?.id;
-        let (index, _) = self.propose(&change, Command::RemoveVolume { volume }).await?;
+        let (index, _) = self
+            .propose(&change, Command::RemoveVolume { volume })
+            .await?;
         Ok(Done { log_index: index.0 })
     }
 
-    pub(super) async fn lease_list(&self, request: LeaseListRequest) -> Result<LeaseListReply, Status> {
+    pub(super) async fn lease_list(
+        &self,
+        request: LeaseListRequest,
+    ) -> Result<LeaseListReply, Status> {
         let state = self.cluster_state()?;
         let soft = self.backend.soft().await;
-        let only = if request.vm.is_empty() { None } else { Some(vm_named(&state, &request.vm)?.id) };
+        let only = if request.vm.is_empty() {
+            None
+        } else {
+            Some(vm_named(&state, &request.vm)?.id)
+        };
         let leases = state
             .vms
             .values()
@@ -169,8 +208,14 @@ fn check_probe(url: &str, cluster_id: &str, probe: &VolumeProbe) -> Result<(), S
         ));
     }
     if !probe.writable {
-        let why = if probe.error.is_empty() { "it is read-only, or its root belongs to somebody else" } else { &probe.error };
-        return Err(invalid(format!("{url} cannot be written: {why}; export it read-write to every node, its root writable")));
+        let why = if probe.error.is_empty() {
+            "it is read-only, or its root belongs to somebody else"
+        } else {
+            &probe.error
+        };
+        return Err(invalid(format!(
+            "{url} cannot be written: {why}; export it read-write to every node, its root writable"
+        )));
     }
     Ok(())
 }
