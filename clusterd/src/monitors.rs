@@ -8,13 +8,14 @@ use std::collections::BTreeMap;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use cluster_model::{MigrationId, Token, VmId};
 use proto::monitor as wire;
 use proto::monitor::monitor_client::MonitorClient;
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tonic::transport::Channel;
 
 use crate::process;
@@ -294,6 +295,7 @@ struct Inner {
     program: PathBuf,
     folder: PathBuf,
     table: watch::Sender<Table>,
+    watches: Mutex<JoinSet<()>>,
 }
 
 impl Monitors {
@@ -310,6 +312,7 @@ impl Monitors {
                 program,
                 folder: folder.clone(),
                 table: watch::channel(Table::default()).0,
+                watches: Mutex::default(),
             }),
         };
         let mut found = Vec::new();
@@ -326,7 +329,8 @@ impl Monitors {
 
     async fn find_again(&self, folder: Arc<Path>, pid: u32) {
         let client = client(&folder);
-        match first_status(&client, &folder, pid, FOUND_TIMEOUT).await {
+        let is_alive = || process::belongs(pid, &folder);
+        match first_status(&client, is_alive, FOUND_TIMEOUT).await {
             Ok(status) => {
                 tracing::info!(pid, vm = status.vm_id, phase = ?status.phase(), "found a monitor again");
                 self.watch(folder, pid, status, client);
@@ -379,7 +383,9 @@ impl Monitors {
             .id()
             .ok_or_else(|| failed("it ended at once".to_owned()))?;
         let client = client(&folder);
-        match first_status(&client, &folder, pid, START_TIMEOUT).await {
+        // Asked of the child itself: a process has no command line for a moment after it began.
+        let is_alive = || matches!(child.try_wait(), Ok(None));
+        match first_status(&client, is_alive, START_TIMEOUT).await {
             Ok(status) => {
                 tracing::info!(pid, vm = status.vm_id, incoming, "monitor started");
                 let nonce = status.nonce;
@@ -442,7 +448,10 @@ impl Monitors {
             Arc::make_mut(table).insert(nonce, monitor.clone());
         });
         let monitors = self.clone();
-        tokio::spawn(async move {
+        let mut watches = self.watches();
+        // Those that ended take no room.
+        while watches.try_join_next().is_some() {}
+        watches.spawn(async move {
             while monitor.is_alive() {
                 monitors.follow(&monitor).await;
                 if monitor.is_alive() {
@@ -451,6 +460,18 @@ impl Monitors {
             }
             monitors.remove(&monitor);
         });
+    }
+
+    fn watches(&self) -> std::sync::MutexGuard<'_, JoinSet<()>> {
+        self.inner
+            .watches
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Watches no monitor any more: this life of the daemon ends, the monitors go on.
+    pub fn let_go(&self) {
+        self.watches().abort_all();
     }
 
     /// Takes in what a monitor says until its stream ends or is silent for too long.
@@ -596,8 +617,7 @@ fn client(folder: &Path) -> MonitorClient<Channel> {
 
 async fn first_status(
     client: &MonitorClient<Channel>,
-    folder: &Path,
-    pid: u32,
+    mut is_alive: impl FnMut() -> bool,
     within: Duration,
 ) -> Result<wire::MonitorStatus, String> {
     let deadline = tokio::time::Instant::now() + within;
@@ -611,7 +631,7 @@ async fn first_status(
             Ok(Err(status)) => status.message().to_owned(),
             Err(_) => "no answer".to_owned(),
         };
-        if !process::belongs(pid, folder) {
+        if !is_alive() {
             return Err("it ended".to_owned());
         }
         if tokio::time::Instant::now() >= deadline {

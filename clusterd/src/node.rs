@@ -280,6 +280,7 @@ impl Node {
         self.stop_serving.cancel();
         let _ = self.serving.await;
         if let Some(member) = member {
+            member.monitors.let_go();
             member.raft.shutdown().await;
         }
     }

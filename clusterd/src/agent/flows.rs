@@ -9,7 +9,7 @@ use proto::monitor as wire;
 
 use super::Learnt;
 use crate::broker::{BrokerError, ClaimAck};
-use crate::failpoint::{self, Tripped};
+use proto::failpoint::{self, Tripped};
 use crate::machine_file::{self, Incoming, Place};
 use crate::member::{CommandError, Member};
 use crate::monitors::{self, Monitor, MonitorError};
@@ -20,6 +20,8 @@ use crate::raft::ReadError;
 const STOP_PATIENCE: Duration = Duration::from_secs(20);
 /// How often a stopping monitor is looked at.
 const STOP_LOOK: Duration = Duration::from_millis(50);
+/// How long a monitor that is ended may take to say what it measured.
+const LAST_WORD: Duration = Duration::from_millis(300);
 /// The settle time covers this many times the slowest writes that the machine has seen.
 const SETTLE_LATENCIES: u64 = 10;
 /// No settle takes longer, whatever was measured.
@@ -274,7 +276,8 @@ impl Flow {
             node: self.member.node,
             address: self.member.config.source_address(),
         };
-        let file = machine_file::write(&self.state, vm, token, place, incoming)?;
+        let bridges = &self.member.config.bridges;
+        let file = machine_file::write(&self.state, vm, token, place, bridges, incoming)?;
         Ok(self
             .member
             .monitors
@@ -376,7 +379,8 @@ impl Flow {
 
     /// A source's measurements go with its process; its summary still needs them.
     async fn keep_measurements(&self, monitor: &Monitor) {
-        let status = monitor.describe().await.ok();
+        let described = tokio::time::timeout(LAST_WORD, monitor.describe()).await;
+        let status = described.ok().and_then(Result::ok);
         let progress = status.as_ref().unwrap_or(&monitor.status).migration.clone();
         if let Some(progress) = progress {
             let migration = MigrationId(progress.migration_id);

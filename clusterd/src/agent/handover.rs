@@ -14,7 +14,7 @@ use proto::peer::peer_client::PeerClient;
 use super::Learnt;
 use super::flows::{ActError, Flow};
 use crate::broker::BrokerError;
-use crate::failpoint;
+use proto::failpoint;
 use crate::machine_file::Incoming;
 use crate::permit::Confirm;
 

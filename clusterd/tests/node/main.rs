@@ -1,4 +1,5 @@
 //! Whole nodes in one process, with real monitors and brokers where a test runs machines.
 
 mod formation;
+mod machines;
 mod rig;

@@ -1,3 +1,0 @@
-//! Failpoints: see [`proto::failpoint`].
-
-pub use proto::failpoint::{Tripped, reach};
