@@ -1,5 +1,6 @@
 //! What a node is started with: flags, a TOML file under the same names, and what follows from the host.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
@@ -71,6 +72,38 @@ struct Given {
     /// The storage broker's program [beside this one, or in PATH].
     #[arg(long, value_name = "PATH")]
     broker: Option<PathBuf>,
+    /// A bridge that machines name, and what it is called on this host, as `lan=br0`; may be repeated [the same].
+    #[arg(long, value_name = "NAME=BRIDGE")]
+    #[serde(default)]
+    bridge: Vec<Bridge>,
+}
+
+/// A bridge as machines name it, and as this host does.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+struct Bridge {
+    name: String,
+    here: String,
+}
+
+impl FromStr for Bridge {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Bridge, String> {
+        match text.split_once('=') {
+            Some((name, here)) if !name.is_empty() && !here.is_empty() => Ok(Bridge {
+                name: name.into(),
+                here: here.into(),
+            }),
+            _ => Err(format!("`{text}` names no two bridges: use NAME=BRIDGE, as lan=br0")),
+        }
+    }
+}
+
+impl TryFrom<String> for Bridge {
+    type Error = String;
+    fn try_from(text: String) -> Result<Bridge, String> {
+        text.parse()
+    }
 }
 
 /// Ports from `first` to `last`, both used.
@@ -138,6 +171,8 @@ pub struct Config {
     pub vmm: PathBuf,
     /// The broker's program.
     pub broker: PathBuf,
+    /// Bridges that machines name otherwise than this host does: their name to this host's.
+    pub bridges: BTreeMap<String, String>,
 }
 
 /// Why a node cannot be configured so.
@@ -216,6 +251,11 @@ impl Given {
             migration_advertise: self.migration_advertise.or(file.migration_advertise),
             vmm: self.vmm.or(file.vmm),
             broker: self.broker.or(file.broker),
+            bridge: if self.bridge.is_empty() {
+                file.bridge
+            } else {
+                self.bridge
+            },
         }
     }
 
@@ -292,6 +332,11 @@ impl Given {
             migration_advertise: self.migration_advertise,
             vmm: program("vmm", self.vmm)?,
             broker: program("broker", self.broker)?,
+            bridges: self
+                .bridge
+                .into_iter()
+                .map(|bridge| (bridge.name, bridge.here))
+                .collect(),
         })
     }
 }

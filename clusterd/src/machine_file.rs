@@ -1,5 +1,6 @@
 //! The machine file: what a monitor is told to be. The monitor checks it again (`vmm`'s `spec`).
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use cluster_model::state::{Boot, OnIsolation};
@@ -74,7 +75,8 @@ pub struct Place {
     pub address: IpAddr,
 }
 
-/// Writes the machine file of `vm` for a monitor on this node under `token`.
+/// Writes the machine file of `vm` for a monitor on this node under `token`; `bridges` are those that
+/// are called otherwise on this host.
 ///
 /// # Errors
 /// When the record names a volume that there is not.
@@ -83,6 +85,7 @@ pub fn write(
     vm: &Vm,
     token: Token,
     place: Place,
+    bridges: &BTreeMap<String, String>,
     incoming: Option<Incoming>,
 ) -> Result<Vec<u8>, BrokerError> {
     let disks = vm
@@ -108,8 +111,8 @@ pub fn write(
         .iter()
         .enumerate()
         .map(|(number, nic)| MachineNic {
-            tap: tap_name(vm.id, number),
-            bridge: &nic.bridge,
+            tap: tap_name(token, number),
+            bridge: bridges.get(&nic.bridge).unwrap_or(&nic.bridge),
             mac: &nic.mac,
         })
         .collect();
@@ -133,7 +136,8 @@ pub fn write(
     Ok(serde_json::to_vec_pretty(&file).unwrap_or_default())
 }
 
-/// The tap device of a machine's network interface: the same on every node, at most 15 bytes.
-pub fn tap_name(vm: VmId, number: usize) -> String {
-    format!("bt{:x}n{number}", vm.0 & 0xff_ffff_ffff)
+/// The tap device of a machine's network interface, at most 15 bytes. A token belongs to one grant, so
+/// the taps of a migration's two sides never collide, wherever they are.
+pub fn tap_name(token: Token, number: usize) -> String {
+    format!("bt{}n{number}", token.0)
 }
