@@ -45,6 +45,9 @@ pub fn run(args: &TestArgs) -> anyhow::Result<()> {
             "--color",
             "never",
         ]);
+        if args.all {
+            command.args(["--profile", "ci"]);
+        }
         command.args(&args.args);
     } else {
         // One test at a time: the suites run whole clusters.
@@ -83,7 +86,7 @@ pub fn run(args: &TestArgs) -> anyhow::Result<()> {
                     println!("{line}");
                     continue;
                 }
-                "FAIL" | "TIMEOUT" | "SIGABRT" | "SIGSEGV" | "SIGKILL" | "TERMINATING"
+                "FAIL" | "TRY" | "FLAKY" | "TIMEOUT" | "SIGABRT" | "SIGSEGV" | "SIGKILL" | "TERMINATING"
                 | "ABORT" | "SLOW" => {
                     passing = false;
                 }
