@@ -241,7 +241,7 @@ fn check_disk(file: &MachineFile, index: usize, disk: &MachineDisk) -> Result<Di
     let volume: VolumeUrl =
         disk.volume.parse().map_err(|error| field(name("volume"), format!("{error}")))?;
     let path: DiskPath = disk.path.parse().map_err(|error| field(name("path"), format!("{error}")))?;
-    if disk.size_bytes == 0 || disk.size_bytes % 512 != 0 {
+    if disk.size_bytes == 0 || !disk.size_bytes.is_multiple_of(512) {
         return Err(field(name("size_bytes"), format!("{} is not a multiple of 512", disk.size_bytes)));
     }
     let enforced = matches!(disk.fence_class.as_str(), "gid-token" | "uid-token");

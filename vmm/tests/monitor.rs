@@ -200,3 +200,70 @@ async fn a_source_that_fails_before_quiet_goes_on_by_itself() {
     assert!(!status.said_quiet);
     destination.wait_phase(Phase::Failed).await;
 }
+
+/// What is left of a migration when one side is killed at a failpoint.
+struct Killed {
+    failpoint: &'static str,
+    /// The source's phase, if it lives.
+    source: Option<Phase>,
+    /// The destination's phase, if it lives.
+    destination: Option<Phase>,
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whichever_side_dies_wherever_the_other_stands_as_the_design_says() {
+    needs_kvm!("whichever_side_dies_wherever_the_other_stands_as_the_design_says");
+    let cases = [
+        Killed { failpoint: "source.setup", source: None, destination: Some(Phase::Incoming) },
+        Killed { failpoint: "source.round", source: None, destination: Some(Phase::Failed) },
+        Killed { failpoint: "source.before_quiet", source: None, destination: Some(Phase::Failed) },
+        Killed { failpoint: "source.after_quiet", source: None, destination: Some(Phase::Failed) },
+        Killed { failpoint: "source.after_final", source: None, destination: Some(Phase::Complete) },
+        Killed { failpoint: "sink.before_complete", source: Some(Phase::Quiet), destination: None },
+        Killed { failpoint: "sink.after_complete", source: Some(Phase::Quiet), destination: None },
+    ];
+    for Killed { failpoint, source: source_phase, destination: destination_phase } in cases {
+        let directory = tempfile::tempdir().unwrap();
+        let file = machine_file(directory.path(), 32, 20, 8);
+        let points = format!("{failpoint}=kill");
+        let (at_source, at_sink) = if failpoint.starts_with("source") { (points.as_str(), "") } else { ("", points.as_str()) };
+        let mut source = Process::start(directory.path(), "s", &file, at_source).await;
+        source.run(5, LEASE).await.unwrap();
+        source.wait("working", |status| status.guest.as_ref().is_some_and(|g| g.steps > 20)).await;
+        let mut destination = Process::start(directory.path(), "d", &incoming(&file, 1, 6), at_sink).await;
+        // A source that dies at once may not live to answer.
+        let _ = source.send_to(1, &mut destination).await;
+        match source_phase {
+            None => assert!(!source.ended().await.success(), "{failpoint}"),
+            Some(phase) => {
+                assert!(!destination.ended().await.success(), "{failpoint}");
+                let status = source.wait_phase(phase).await;
+                assert_eq!(status.said_quiet, phase == Phase::Quiet, "{failpoint}");
+                if phase == Phase::Quiet {
+                    // Without the log's word it stays so, whatever its lease and its permit say.
+                    source.extend(5, LEASE).await.unwrap();
+                    assert!(source.run(5, LEASE).await.is_err(), "{failpoint}");
+                    source.rekey(7).await.unwrap();
+                    source.run(7, LEASE).await.unwrap();
+                    let on = |s: &proto::monitor::MonitorStatus| {
+                        s.guest.as_ref().is_some_and(|g| g.steps > status.guest.as_ref().map_or(0, |g| g.steps) + 20)
+                    };
+                    assert_eq!(source.wait("going on", on).await.guest.unwrap().error, "", "{failpoint}");
+                }
+            }
+        }
+        if let Some(phase) = destination_phase {
+            let status = destination.wait_phase(phase).await;
+            assert_eq!(status.phase(), phase, "{failpoint}");
+            if phase == Phase::Complete {
+                // The machine survives the death of its source.
+                destination.run(6, LEASE).await.unwrap();
+                let steps = status.guest.map_or(0, |g| g.steps);
+                let on = |s: &proto::monitor::MonitorStatus| s.guest.as_ref().is_some_and(|g| g.steps > steps + 20);
+                assert_eq!(destination.wait("going on", on).await.guest.unwrap().error, "", "{failpoint}");
+            } else {
+                assert!(destination.run(6, LEASE).await.is_err(), "{failpoint}");
+            }
+        }
+    }
+}

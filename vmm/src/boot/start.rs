@@ -202,7 +202,8 @@ pub fn write_identity_map(memory: &GuestMemory, bytes: u64, user: bool) -> Resul
         memory.write_obj(directory | flags, GuestAddress(pdpt + gigabyte * 8))?;
         let mut entries = Vec::with_capacity(4096);
         for page in 0..512 {
-            entries.extend(((gigabyte << 30) + (page << 21) | flags | LARGE).to_le_bytes());
+            let address = (gigabyte << 30) + (page << 21);
+            entries.extend((address | flags | LARGE).to_le_bytes());
         }
         memory.write_slice(&entries, GuestAddress(directory))?;
     }

@@ -19,8 +19,10 @@ extern "C" fn on_kick(_: libc::c_int) {
     let page = RUN_PAGE.get();
     if !page.is_null() {
         // SAFETY: the pointer was set by this thread to the run page of a vCPU that lives until
-        // `Registration` is dropped on this thread; KVM reads the byte only at KVM_RUN.
-        unsafe { ptr::addr_of_mut!((*page).immediate_exit).write_volatile(1) };
+        // `Registration` is dropped on this thread; only the field's address is taken here.
+        let flag = unsafe { ptr::addr_of_mut!((*page).immediate_exit) };
+        // SAFETY: as above; KVM reads the byte only at KVM_RUN.
+        unsafe { flag.write_volatile(1) };
     }
 }
 
