@@ -14,9 +14,9 @@ use tokio::sync::mpsc;
 use vm_memory::{Bytes, GuestAddress};
 use vmm::devices::MachineEvent;
 use vmm::devices::selfcheck::{GuestReport, SelfCheck, witness};
-use vmm::guest::DISK_BLOCKS;
+use vmm::guest::{DISK_BLOCKS, record_bytes};
 use vmm::guest::abi::{
-    BlockContents, ErrorCode, PAGE_BYTES, PAGE_WORDS, Report, WORKING_SET_START, block_slot, read_block,
+    BlockContents, ErrorCode, PAGE_BYTES, PAGE_WORDS, Report, WORKING_SET_START, block_slot, make_block, read_block,
 };
 use vmm::platform::{self, Platform};
 use vmm::spec::{Incoming, MachineDisk, MachineFile, ValidatedSpec};
@@ -372,6 +372,48 @@ async fn a_flushed_block_that_is_gone_at_boot_is_reported() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_was_not_flushed_may_be_missing_torn_or_there_out_of_order() {
+    if !kvm("what_was_not_flushed_may_be_missing_torn_or_there_out_of_order") {
+        return;
+    }
+    let host = Host::new();
+    // 100 was flushed when 101 to 104 were written; of those 102 is missing and 104 is torn.
+    for number in (1..=101).chain([103, 104]) {
+        put_block(&host, number, (number - 1) / 4 * 4);
+    }
+    change_block(&host, 103, |block| block[2048..].fill(0));
+    let guest = host.start(0).await;
+    let report = guest.wait("the disk was scanned", |report| report.life != 0).await;
+    assert_eq!((report.found_at_boot, report.highest_at_boot, report.life), (101, 103, 2));
+    // The guest goes on with 102 and finds nothing wrong with what lay there.
+    guest.wait("the disk was checked", |report| report.flushed > 200 && report.disk_checks > 200).await;
+    guest.assert_sound();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_ring_that_has_gone_round_is_whole_and_a_block_of_the_round_before_is_not() {
+    if !kvm("a_ring_that_has_gone_round_is_whole_and_a_block_of_the_round_before_is_not") {
+        return;
+    }
+    let host = Host::new();
+    let last = 2 * DISK_BLOCKS + 40;
+    for number in last - DISK_BLOCKS + 1..=last {
+        put_block(&host, number, (number - 1) / 4 * 4);
+    }
+    let guest = host.start(0).await;
+    let report = guest.wait("the disk was scanned", |report| report.life != 0).await;
+    assert_eq!(report.found_at_boot, last);
+    guest.wait("the disk was checked", |report| report.flushed > last + 40 && report.disk_checks > 50).await;
+    guest.assert_sound();
+    drop(guest);
+    put_block(&host, 11, 8);
+    let guest = host.start(0).await;
+    let (code, report) = guest.wait_for_error().await;
+    assert_eq!((code, report.error_where), (ErrorCode::BlockLost, 10));
+    assert_eq!((report.error_expected, report.error_found), (2 * DISK_BLOCKS + 11, 11));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_guests_gap_agrees_with_the_monitors_pause() {
     if !kvm("the_guests_gap_agrees_with_the_monitors_pause") {
         return;
@@ -461,6 +503,13 @@ fn block_at(disk: &[u8], slot: usize) -> [u64; PAGE_WORDS] {
         *word = u64::from_le_bytes(*bytes);
     }
     words
+}
+
+/// Writes block `number` as the guest of life 1 would have.
+fn put_block(host: &Host, number: u64, flushed: u64) {
+    let mut words = [0; PAGE_WORDS];
+    make_block(&mut words, 1, number, 1, flushed);
+    change_block(host, block_slot(number, DISK_BLOCKS), |block| block.copy_from_slice(&record_bytes(&words)));
 }
 
 /// Changes a block behind everyone's back.

@@ -33,8 +33,10 @@ pub const QUEUE_SIZE_MAX: u16 = 256;
 /// The unit of the device's addresses.
 pub const SECTOR_BYTES: u64 = 512;
 
-/// The block size that drivers are told to align to.
-const BLOCK_BYTES: u32 = 4096;
+/// The block size that disk images are made for: partition tables count in it.
+const BLOCK_BYTES: u32 = 512;
+/// Blocks of the size that storage likes, as a power of two of [`BLOCK_BYTES`]: 4 KiB.
+const PHYSICAL_BLOCK_EXPONENT: u8 = 3;
 /// Bytes in one piece of a request; with [`SEGMENTS_MAX`] it keeps a request within what the monitor accepts.
 const SEGMENT_BYTES_MAX: u32 = 64 << 10;
 /// Pieces of a request.
@@ -46,6 +48,7 @@ const FEATURE_SEGMENTS_MAX: u64 = 1 << 2;
 const FEATURE_READ_ONLY: u64 = 1 << 5;
 const FEATURE_BLOCK_SIZE: u64 = 1 << 6;
 const FEATURE_FLUSH: u64 = 1 << 9;
+const FEATURE_TOPOLOGY: u64 = 1 << 10;
 
 /// What the disk is called and whether it may be written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -85,7 +88,8 @@ impl Block {
             | FEATURE_SIZE_MAX
             | FEATURE_SEGMENTS_MAX
             | FEATURE_BLOCK_SIZE
-            | FEATURE_FLUSH;
+            | FEATURE_FLUSH
+            | FEATURE_TOPOLOGY;
         if config.read_only {
             features |= FEATURE_READ_ONLY;
         }
@@ -116,14 +120,16 @@ impl Block {
     }
 }
 
-/// The configuration space (virtio 1.x, section 5.2.4): capacity, segment limits, no geometry, block size.
+/// The configuration space (virtio 1.x, section 5.2.4): capacity, segment limits, no geometry, block sizes.
 fn config_space(sectors: u64) -> Vec<u8> {
-    let mut config = Vec::with_capacity(24);
+    let mut config = Vec::with_capacity(32);
     config.extend(sectors.to_le_bytes());
     config.extend(SEGMENT_BYTES_MAX.to_le_bytes());
     config.extend(SEGMENTS_MAX.to_le_bytes());
     config.extend([0; 4]);
     config.extend(BLOCK_BYTES.to_le_bytes());
+    // Exponent, alignment offset, smallest and best size of I/O.
+    config.extend([PHYSICAL_BLOCK_EXPONENT, 0, 8, 0, 0, 0, 0, 0]);
     config
 }
 

@@ -6,6 +6,7 @@
 //! ```
 //!
 //! A frame that finds no buffer waits in the tap's own queue, and is lost when that is full, as on any network.
+//! The tap's link is up exactly while the device is not quiesced.
 //! After a migration the device announces itself from the tap: see [`announce`].
 
 pub mod announce;
@@ -107,6 +108,12 @@ impl Net {
     /// The registers and queues.
     pub fn transport(&self) -> &Arc<Transport> {
         &self.transport
+    }
+
+    fn set_link(&self, up: bool) {
+        if let Err(error) = self.port.tap.set_link(up) {
+            tracing::error!(device = self.transport.name(), up, %error, "the tap's link cannot be set");
+        }
     }
 
     /// Tells the network where the machine is now: a RARP, and a gratuitous ARP where its address is known.
@@ -218,9 +225,11 @@ impl Migratable for Net {
 
     async fn quiesce(&self) {
         self.transport.quiesce().await;
+        self.set_link(false);
     }
 
     fn resume(&self) {
+        self.set_link(true);
         self.transport.resume();
     }
 }

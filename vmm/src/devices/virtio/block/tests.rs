@@ -172,14 +172,15 @@ async fn what_was_written_is_read_back_through_any_pieces() {
 async fn the_configuration_says_capacity_limits_and_block_size() {
     let (bench, disk) = (Bench::new(), MemoryDisk::new());
     let block = device(&bench, &disk, false);
-    let mut config = [0; 24];
+    let mut config = [0; 32];
     for (offset, part) in config.chunks_mut(4).enumerate() {
         block.transport().read(register::CONFIG + 4 * offset as u64, part);
     }
     assert_eq!(config[..8], (DISK_BYTES as u64 / 512).to_le_bytes());
     assert_eq!(config[8..12], SEGMENT_BYTES_MAX.to_le_bytes());
     assert_eq!(config[12..16], SEGMENTS_MAX.to_le_bytes());
-    assert_eq!(config[20..24], BLOCK_BYTES.to_le_bytes());
+    assert_eq!(config[20..24], 512u32.to_le_bytes());
+    assert_eq!(BLOCK_BYTES << config[24], 4096);
 }
 
 #[tokio::test]

@@ -1,4 +1,8 @@
 //! A tap: the host's end of the guest's network cable. `unsafe` for its ioctls.
+//!
+//! Its link is down until the guest runs, and down again once the guest is quiet: a bridge then neither
+//! sends frames to it nor remembers the guest's address there, so that of a migration's two taps it
+//! sees one at a time.
 #![allow(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
@@ -22,6 +26,15 @@ const SIOCBRADDIF: libc::c_ulong = 0x89a2;
 #[derive(Debug)]
 pub struct Tap {
     file: AsyncFd<File>,
+    /// `None`: not an interface, there is no link to set.
+    link: Option<Link>,
+}
+
+/// What an interface's link is set through.
+#[derive(Debug)]
+struct Link {
+    control: OwnedFd,
+    name: String,
 }
 
 /// Why a tap cannot be had.
@@ -30,6 +43,19 @@ pub enum TapError {
     /// Not a name.
     #[error("{0:?} is no name for a network interface: 1 to {NAME_BYTES_MAX} letters, digits, dots, dashes")]
     Name(String),
+    /// The bridge does not take it.
+    #[error(
+        "cannot plug {name} into the bridge {bridge}: {source}; it needs CAP_NET_ADMIN and a bridge of that \
+         name on this host (`ip link add {bridge} type bridge`), or clusterd's `--bridge` says what it is called here"
+    )]
+    Bridge {
+        /// The tap.
+        name: String,
+        /// The bridge.
+        bridge: String,
+        /// Why not.
+        source: io::Error,
+    },
     /// The host refused.
     #[error("cannot {doing} {name}: {source}; it needs CAP_NET_ADMIN, and the tun module")]
     Refused {
@@ -43,35 +69,33 @@ pub enum TapError {
 }
 
 impl Tap {
-    /// Opens the tap `name`, makes it where it is missing, plugs it into `bridge` and brings it up. Called on a tokio
-    /// runtime. A tap made here is gone when it is closed.
+    /// Opens the tap `name`, makes it where it is missing and plugs it into `bridge`, its link down. Called on a
+    /// tokio runtime. A tap made here is gone when it is closed.
     ///
     /// # Errors
     /// See [`TapError`].
     pub fn open(name: &str, bridge: &str) -> Result<Self, TapError> {
-        let tap = Self::attach(name)?;
-        let interface = request(name)?;
         let refused = |doing, source| TapError::Refused { doing, name: name.into(), source };
+        let mut interface = request(name)?;
+        let file = make(&mut interface).map_err(|source| refused("make the tap", source))?;
         let control = socket().map_err(|source| refused("open a control socket for", source))?;
-        plug(&control, interface, bridge).map_err(|source| refused("plug into its bridge", source))?;
-        bring_up(&control, interface).map_err(|source| refused("bring up", source))?;
-        Ok(tap)
+        plug(&control, interface, bridge).map_err(|source| TapError::Bridge {
+            name: name.into(),
+            bridge: bridge.into(),
+            source,
+        })?;
+        let link = Link { control, name: name.into() };
+        link.set(false).map_err(|source| refused("take down the link of", source))?;
+        let tap = Self::from_file(file).map_err(|source| refused("wait for", source))?;
+        Ok(Self { link: Some(link), ..tap })
     }
 
-    fn attach(name: &str) -> Result<Self, TapError> {
-        let mut interface = request(name)?;
-        let refused = |doing, source| TapError::Refused { doing, name: name.into(), source };
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
-            .open(Path::new("/dev/net/tun"))
-            .map_err(|source| refused("open /dev/net/tun for", source))?;
-        interface.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
-        // SAFETY: the descriptor is open and `interface` is a whole `ifreq`, which TUNSETIFF reads and fills.
-        let answer = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut interface) };
-        check(answer).map_err(|source| refused("make the tap", source))?;
-        Self::from_file(file).map_err(|source| refused("wait for", source))
+    /// Sets the link up or down.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn set_link(&self, up: bool) -> io::Result<()> {
+        self.link.as_ref().map_or(Ok(()), |link| link.set(up))
     }
 
     /// A tap, or anything else that carries one frame a read and write, already open and not blocking.
@@ -79,7 +103,7 @@ impl Tap {
     /// # Errors
     /// When it cannot be waited for.
     pub fn from_file(file: File) -> io::Result<Self> {
-        Ok(Self { file: watch_file(file)? })
+        Ok(Self { file: watch_file(file)?, link: None })
     }
 
     /// Waits until a frame may be there.
@@ -104,6 +128,12 @@ impl Tap {
     /// # Errors
     /// What the host says.
     pub async fn write(&self, frame: &[u8]) -> io::Result<()> {
+        // Tried before it is waited for: a tap whose link was down when it was first looked at is writable
+        // once the link is up, and need not say so.
+        match self.file.get_ref().write(frame) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            other => return other.map(|_| ()),
+        }
         self.file.async_io(Interest::WRITABLE, |mut file| file.write(frame)).await.map(|_| ())
     }
 }
@@ -123,8 +153,22 @@ fn request(name: &str) -> Result<libc::ifreq, TapError> {
     Ok(interface)
 }
 
+fn make(interface: &mut libc::ifreq) -> io::Result<File> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+        .open(Path::new("/dev/net/tun"))?;
+    interface.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
+    // SAFETY: the descriptor is open and `interface` is a whole `ifreq`, which TUNSETIFF reads and fills.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, std::ptr::from_mut(interface)) })?;
+    Ok(file)
+}
+
 fn socket() -> io::Result<OwnedFd> {
-    std::net::UdpSocket::bind((std::net::Ipv4Addr::LOCALHOST, 0)).map(OwnedFd::from)
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType};
+    // Bound to nothing: only its ioctls are used.
+    Ok(nix::sys::socket::socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?)
 }
 
 fn plug(control: &OwnedFd, mut port: libc::ifreq, bridge: &str) -> io::Result<()> {
@@ -139,12 +183,16 @@ fn plug(control: &OwnedFd, mut port: libc::ifreq, bridge: &str) -> io::Result<()
     }
 }
 
-fn bring_up(control: &OwnedFd, mut interface: libc::ifreq) -> io::Result<()> {
-    ioctl(control, libc::SIOCGIFFLAGS as libc::c_ulong, &mut interface)?;
-    // SAFETY: SIOCGIFFLAGS has filled this member.
-    let flags = unsafe { interface.ifr_ifru.ifru_flags };
-    interface.ifr_ifru.ifru_flags = flags | libc::IFF_UP as libc::c_short;
-    ioctl(control, libc::SIOCSIFFLAGS as libc::c_ulong, &mut interface)
+impl Link {
+    fn set(&self, up: bool) -> io::Result<()> {
+        let mut interface = request(&self.name).map_err(io::Error::other)?;
+        ioctl(&self.control, libc::SIOCGIFFLAGS as libc::c_ulong, &mut interface)?;
+        // SAFETY: SIOCGIFFLAGS has filled this member.
+        let flags = unsafe { interface.ifr_ifru.ifru_flags };
+        let is_up = libc::IFF_UP as libc::c_short;
+        interface.ifr_ifru.ifru_flags = if up { flags | is_up } else { flags & !is_up };
+        ioctl(&self.control, libc::SIOCSIFFLAGS as libc::c_ulong, &mut interface)
+    }
 }
 
 fn ioctl(control: &OwnedFd, number: libc::c_ulong, interface: &mut libc::ifreq) -> io::Result<()> {
