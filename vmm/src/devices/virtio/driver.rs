@@ -96,7 +96,7 @@ impl<'a> Driver<'a> {
     pub(crate) fn chain(&self, head: u16, pieces: &[(u64, u32, bool)]) {
         for (index, &(address, length, write)) in pieces.iter().enumerate() {
             let last = index + 1 == pieces.len();
-            let flags = u16::from(write) * WRITE | u16::from(!last) * NEXT;
+            let flags = if write { WRITE } else { 0 } | if last { 0 } else { NEXT };
             let index = head + index as u16;
             self.describe(index, Piece { address, length, flags, next: index + 1 });
         }

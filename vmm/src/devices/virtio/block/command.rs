@@ -110,7 +110,7 @@ fn number(bytes: &[u8]) -> u64 {
 }
 
 fn check(sector: u64, bytes: usize, sectors: u64) -> Result<u64, CommandError> {
-    if bytes as u64 % SECTOR_BYTES != 0 || bytes as u64 > REQUEST_BYTES_MAX {
+    if !(bytes as u64).is_multiple_of(SECTOR_BYTES) || bytes as u64 > REQUEST_BYTES_MAX {
         return Err(CommandError::Length { bytes });
     }
     let end = sector.checked_add(bytes as u64 / SECTOR_BYTES);
