@@ -12,13 +12,16 @@
 //! one direction of one channel. The header is the same in all versions of the protocol; what the
 //! payloads hold is agreed in *Hello* and *Accepted*.
 
+mod pages;
 mod payload;
+mod totals;
 
+pub use pages::{BatchBuilder, PageRun, decode_pages, decode_zero, encode_zero, push_run};
 pub use payload::{
-    BatchBuilder, ChannelTotals, DeviceStateChunk, Final, Hello, PageRun, RoundMark, Setup,
-    accepted, decode_accepted, decode_error, decode_pages, decode_zero, encode_error, encode_zero,
-    push_run,
+    DeviceStateChunk, Hello, RoundMark, Setup, accepted, decode_accepted, decode_error,
+    encode_error,
 };
+pub use totals::{ChannelTotals, Final};
 
 use crate::error::FrameError;
 use crate::pages::PAGE_SIZE;

@@ -38,6 +38,9 @@ const PUBLISH_EVERY: Duration = Duration::from_millis(100);
 /// Reports that wait for the driver at most; then the thread that writes memory waits.
 const REPORTS_MAX: usize = 64;
 
+/// How long a broken connection is given to yield the source's own reason.
+const REASON_WAIT: Duration = Duration::from_millis(200);
+
 /// How long the source may take to read why it was refused, or that all is complete.
 const GOODBYE_MAX: Duration = Duration::from_millis(300);
 
@@ -140,9 +143,10 @@ impl<S: MigrationSink + ?Sized> Driver<S> {
             tokio::select! {
                 biased;
                 Some(visitor) = self.visitors.recv() => self.admit(visitor?),
-                Some((channel, report)) = self.reports.recv() => {
-                    self.note(channel, report?);
-                }
+                Some((channel, report)) = self.reports.recv() => match report {
+                    Ok(arrived) => self.note(channel, arrived),
+                    Err(error) => return Err(self.weigh(error).await),
+                },
                 _ = tick.tick() => self.publish(),
                 () = tokio::time::sleep_until(deadline), if bounded => return Err(self.too_late()),
             }
@@ -215,6 +219,22 @@ impl<S: MigrationSink + ?Sized> Driver<S> {
                 self.last = Some((last, state));
             }
         }
+    }
+
+    /// A source that gives up closes every connection; its word for it may still be on its way on channel 0.
+    async fn weigh(&mut self, error: ReceiveError) -> ReceiveError {
+        if !matches!(error, ReceiveError::Connection { .. }) {
+            return error;
+        }
+        let word = async {
+            loop {
+                if let Some((_, Err(better @ ReceiveError::Source(_)))) = self.reports.recv().await
+                {
+                    return better;
+                }
+            }
+        };
+        timeout(REASON_WAIT, word).await.unwrap_or(error)
     }
 
     /// *Final* and the device state, once every channel has ended too.

@@ -10,14 +10,15 @@
 
 mod attend;
 mod channel;
+mod copy;
 mod meter;
 mod scan;
 
 use crate::clock::monotonic_ns;
 use crate::error::{HostError, SendError, SendFailed};
 use crate::frame::{
-    BATCH_PAGES_MAX, ChannelTotals, DEVICE_STATE_BYTES_MAX, DEVICE_STATE_CHUNK_BYTES,
-    DeviceStateChunk, Final, Frame, Kind, REGIONS_MAX, RoundMark, Setup, encode_error,
+    DEVICE_STATE_BYTES_MAX, DEVICE_STATE_CHUNK_BYTES, DeviceStateChunk, Final, Frame, Kind,
+    REGIONS_MAX, RoundMark, Setup, encode_error,
 };
 use crate::machine::MigrationSource;
 use crate::net::Connector;
@@ -28,7 +29,6 @@ use crate::policy::{Progress, StopReason, Verdict, judge, predict};
 use crate::stats::{RoundStats, SendStage, SendStatus, Sent};
 use channel::{Channel, Common, Counters, EVENTS_MAX, Heard, Outgoing};
 use meter::Meter;
-use scan::{Interrupted, Scan};
 use std::convert::Infallible;
 use std::future::Future;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -54,7 +54,7 @@ const SCANS_MAX: Duration = Duration::from_secs(1);
 /// It stops the machine when the policy says so, and resumes it on no path. Until *Quiet* `cancel`
 /// ends it; after, `cancel` has no effect. Dropping the future ends the attempt at any moment, but then only
 /// [`MachineSource::mark_quiet`](crate::MachineSource::mark_quiet) and `status` know
-/// what was said: cancel instead, and await the answer.
+/// what was said, and dirty logging is left to the source's own `Drop`: cancel instead where that is possible.
 pub async fn send<S: MigrationSource + ?Sized>(
     connector: Arc<dyn Connector>,
     credentials: Credentials,
@@ -92,6 +92,13 @@ struct Driver<S: ?Sized> {
     harvest_us: u64,
     meter: Meter,
     device_state_bytes: u64,
+}
+
+impl<S: ?Sized> Drop for Driver<S> {
+    /// A future that was dropped in the middle leaves threads behind that must notice.
+    fn drop(&mut self) {
+        self.common.stop.store(true, Ordering::Relaxed);
+    }
 }
 
 impl<S: MigrationSource + ?Sized> Driver<S> {
@@ -416,126 +423,6 @@ impl<S: MigrationSource + ?Sized> Driver<S> {
             }
         };
         let _ = timeout(GOODBYE_MAX, said).await;
-    }
-
-    /// Copies what the bitmaps name, over all channels at once.
-    async fn copy(&mut self, bitmaps: Vec<Vec<u64>>) -> Result<(), SendError> {
-        let bitmaps = Arc::new(bitmaps);
-        let batch_pages = self.batch_pages();
-        let mut scans = JoinSet::new();
-        for number in 0..self.channels.len() {
-            let channel = &mut self.channels[number];
-            let Some(buffers) = channel.buffers.take() else {
-                continue;
-            };
-            let scan = Scan {
-                source: Arc::clone(&self.source),
-                bitmaps: Arc::clone(&bitmaps),
-                channel: number as u16,
-                channels: self.options.channels,
-                batch_pages,
-                outgoing: channel.outgoing.clone(),
-                buffers,
-                stop: Arc::clone(&self.common.stop),
-            };
-            let alive = self.alive.clone();
-            scans.spawn_blocking(move || {
-                let _alive = alive;
-                (number, scan.run())
-            });
-        }
-        while let Some(joined) = self.attend(scans.join_next()).await? {
-            let what = "read guest memory";
-            match joined.map_err(|panic| SendError::Host {
-                what,
-                source: panic.into(),
-            })? {
-                (number, Ok(buffers)) => self.channels[number].buffers = Some(buffers),
-                (_, Err(Interrupted::Host(error))) => return Err(error),
-                // The channel's own error is on its way.
-                (_, Err(Interrupted::Gone)) => return self.wait_until(|_| false).await,
-            }
-        }
-        Ok(())
-    }
-
-    /// Pages of a batch: under a cap, no more than some 20 ms of it.
-    fn batch_pages(&self) -> usize {
-        match self.options.bandwidth_max_bytes_s {
-            0 => BATCH_PAGES_MAX / 2,
-            cap => (cap / 50 / PAGE_SIZE as u64).clamp(4, BATCH_PAGES_MAX as u64 / 2) as usize,
-        }
-    }
-
-    async fn harvest(&mut self) -> Result<Vec<Vec<u64>>, SendError> {
-        let source = Arc::clone(&self.source);
-        let regions = Arc::clone(&self.regions);
-        let began = Instant::now();
-        let bitmaps = self
-            .host("read the dirty log", move || {
-                let mut bitmaps = Vec::with_capacity(regions.len());
-                for (index, region) in regions.iter().enumerate() {
-                    let mut bits = source.harvest_dirty(index)?;
-                    if bits.len() != region.bitmap_words() {
-                        let due = region.bitmap_words();
-                        let found = bits.len();
-                        return Err(format!(
-                            "region {index} has {due} words of bitmap, {found} came"
-                        )
-                        .into());
-                    }
-                    region.mask_tail(&mut bits);
-                    bitmaps.push(bits);
-                }
-                Ok(bitmaps)
-            })
-            .await?;
-        self.harvest_us = micros(began.elapsed());
-        Ok(bitmaps)
-    }
-
-    async fn mark_round(&mut self, mark: RoundMark) -> Result<(), SendError> {
-        for number in 0..self.channels.len() {
-            self.say(number, mark.encode(Kind::RoundEnd)).await?;
-        }
-        Ok(())
-    }
-
-    /// Waits until everything said was handed to the network; what each channel carried.
-    async fn flush(&mut self) -> Result<Vec<ChannelTotals>, SendError> {
-        let mut totals = Vec::with_capacity(self.channels.len());
-        for number in 0..self.channels.len() {
-            let (done, flushed) = oneshot::channel();
-            self.order(number, Outgoing::Flush(done)).await?;
-            match self.attend(flushed).await? {
-                Ok(channel) => totals.push(channel),
-                Err(_) => self.wait_until(|_| false).await?,
-            }
-        }
-        Ok(totals)
-    }
-
-    async fn say(&mut self, channel: usize, frame: Frame) -> Result<(), SendError> {
-        self.order(channel, frame.into()).await
-    }
-
-    async fn order(&mut self, channel: usize, order: Outgoing) -> Result<(), SendError> {
-        let outgoing = self.channels[channel].outgoing.clone();
-        match self.attend(outgoing.send(order)).await? {
-            Ok(()) => Ok(()),
-            // The writer has ended, and left its error for us to hear.
-            Err(_) => self.wait_until(|_| false).await,
-        }
-    }
-
-    /// Runs a blocking part of the monitor.
-    async fn host<T: Send + 'static>(
-        &mut self,
-        what: &'static str,
-        work: impl FnOnce() -> Result<T, HostError> + Send + 'static,
-    ) -> Result<T, SendError> {
-        let done = self.attend(tokio::task::spawn_blocking(work)).await?;
-        flatten(what, done)
     }
 
     fn begin_round(&mut self, number: u32, bitmaps: &[Vec<u64>]) -> RoundStats {

@@ -140,7 +140,8 @@ async fn a_cut_of_what_the_source_sends_has_the_promised_outcome_at_every_frame(
     for (_, end) in &ends {
         cuts.extend([*end, end + 16]);
     }
-    cuts.retain(|cut| *cut <= final_end);
+    cuts.push(final_end + 1000);
+    let mut finals = 0;
     for at in cuts {
         let name =
             format!("cut after {at} bytes (quiet ends at {quiet_end}, final at {final_end})");
@@ -152,17 +153,18 @@ async fn a_cut_of_what_the_source_sends_has_the_promised_outcome_at_every_frame(
             at >= before_quiet,
             "{name}"
         );
-        let source = &done.outcome.source;
-        assert_eq!(
-            source.is_ok(),
-            at >= final_end,
-            "{name}: {:?}",
-            source.as_ref().err()
-        );
         let heard = done.outcome.destination_status.quiet_received_ns != 0;
         assert_eq!(heard, at >= quiet_end, "{name}");
-        assert_eq!(done.outcome.destination.is_ok(), at >= final_end, "{name}");
+        // The pages after quiet come in one frame or in two, as saving the state falls before or
+        // after the first look at the log: so what arrived is read off this run's own record.
+        let sent = frame_ends(&done.record.lock().unwrap().sent);
+        let all = sent.iter().any(|(kind, _)| *kind == FINAL);
+        let (source, destination) = (&done.outcome.source, &done.outcome.destination);
+        assert_eq!(destination.is_ok(), all, "{name}");
+        assert_eq!(source.is_ok(), all, "{name}: {:?}", source.as_ref().err());
+        finals += u32::from(all);
     }
+    assert!(finals >= 1, "no run got as far as Final");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
