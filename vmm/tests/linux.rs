@@ -133,8 +133,9 @@ async fn linux_boots_to_a_shell_and_works_on_in_another_process() {
     terminal.type_line("n=41; echo answer $((n+1))").await;
     terminal.wait_for("answer 42", seen).await;
     let mut asked = 0;
-    let mut blocks = works(&mut terminal, &mut asked, 2).await;
-    for id in 1..=3 {
+    let mut blocks = 0;
+    // The first time at once: perhaps the disk has not been used since the driver looked at it.
+    for id in 1..=4 {
         let token = 5 + id as u32;
         let name = format!("d{id}");
         let mut destination = Process::start(directory.path(), &name, &incoming(&file, id, token), "").await;
