@@ -1,7 +1,5 @@
 //! What the demo found, as one JSON object and as a screen.
 
-use std::collections::BTreeMap;
-
 use proto::admin::{MigrationView, VmView};
 use serde::Serialize;
 
@@ -26,12 +24,22 @@ pub struct Migration {
     pub to: String,
     pub total_ms: f64,
     pub blackout_ms: f64,
-    pub parts: BTreeMap<String, f64>,
+    /// In their order; a JSON object.
+    #[serde(serialize_with = "as_object")]
+    pub parts: Vec<(String, f64)>,
     pub cutover_index: u64,
     pub token_before: u32,
     pub token_after: u32,
     pub sent_bytes: u64,
     pub verified: bool,
+}
+
+/// Writes pairs as an object, in their order.
+fn as_object<S: serde::Serializer>(
+    parts: &[(String, f64)],
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(parts.iter().map(|(name, ms)| (name, ms)))
 }
 
 /// The drain.
