@@ -34,3 +34,4 @@ pub mod process;
 pub mod raft;
 pub mod report;
 pub mod telemetry;
+pub mod volumes;

@@ -21,5 +21,6 @@ async fn main() -> anyhow::Result<()> {
         _ = interrupt.recv() => {}
     }
     node.stop().await;
+    clusterd::telemetry::stop();
     Ok(())
 }

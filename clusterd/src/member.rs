@@ -1,11 +1,11 @@
 //! What the tasks of a node that belongs to a cluster share: who it is, its log, its lease, its means.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use cluster_model::{
-    ClusterState, Command, Envelope, Incarnation, LogIndex, MigrationId, NodeId, Outcome,
+    ClusterState, Command, Envelope, Incarnation, LogIndex, MigrationId, Name, NodeId, Outcome,
     Rejection, Reply, RequestId,
 };
 use proto::monitor::MigrationProgress;
@@ -51,6 +51,10 @@ pub struct Member {
     pub session_since: watch::Sender<Option<LogIndex>>,
     /// What it keeps for when it leads.
     pub leader: Leader,
+    /// Volumes that this node does not reach at the moment.
+    pub volumes_down: watch::Sender<BTreeSet<Name>>,
+    /// The cluster's id, once it is known here.
+    pub cluster: OnceLock<String>,
     /// What was measured of migrations that this node has or had a part in.
     pub measured: Mutex<BTreeMap<MigrationId, Measured>>,
 }
@@ -106,6 +110,16 @@ impl Member {
     /// The newest state applied here.
     pub fn state(&self) -> Arc<ClusterState> {
         self.raft.state().borrow().clone()
+    }
+
+    /// The cluster's id; empty before it is known here.
+    pub fn cluster_id(&self) -> &str {
+        if self.cluster.get().is_none()
+            && let Some(cluster) = &self.state().cluster
+        {
+            let _ = self.cluster.set(cluster.id.clone());
+        }
+        self.cluster.get().map_or("", String::as_str)
     }
 
     /// What this node calls itself as an actor.

@@ -279,8 +279,8 @@ impl Monitor {
         .await
     }
 
-    fn is_alive(&self) -> bool {
-        process::belongs(self.pid, &self.folder)
+    fn is_gone(&self) -> bool {
+        process::is_gone(self.pid, &self.folder)
     }
 }
 
@@ -452,9 +452,9 @@ impl Monitors {
         // Those that ended take no room.
         while watches.try_join_next().is_some() {}
         watches.spawn(async move {
-            while monitor.is_alive() {
+            while !monitor.is_gone() {
                 monitors.follow(&monitor).await;
-                if monitor.is_alive() {
+                if !monitor.is_gone() {
                     tokio::time::sleep(WATCH_PAUSE).await;
                 }
             }

@@ -36,7 +36,7 @@ use crate::monitors::{Monitor, Monitors};
 use crate::net::{self, Dialer};
 use crate::raft::{self, ProposeError, RaftService, StartError};
 use crate::report::Reports;
-use crate::{agent, controllers, heartbeat, leader, peer_service};
+use crate::{agent, controllers, heartbeat, leader, peer_service, volumes};
 
 /// How long a node that makes or joins a cluster waits for itself to be in the log.
 const BEGIN_TIMEOUT: Duration = Duration::from_secs(30);
@@ -223,16 +223,19 @@ impl Node {
                 config,
             }),
         };
+        let config = &handle.shared.config;
         let routes = Routes::new(peer_service::service(handle.clone()))
             .add_service(handle.shared.raft_service.clone());
         let routes = more(&handle, routes);
         let stop_serving = CancellationToken::new();
-        let stop = stop_serving.clone().cancelled_owned();
-        let serving = tokio::spawn(async move {
-            if let Err(error) = net::serve(listener, routes, stop).await {
-                tracing::error!(%error, "this node can no longer be reached");
-            }
-        });
+        let socket = config.admin_socket();
+        let local = proto::unix::listen(&socket)
+            .await
+            .map_err(|source| NodeError::Listen {
+                address: socket.display().to_string(),
+                source,
+            })?;
+        let serving = serve(listener, local, routes, &stop_serving);
         let node = Node {
             handle,
             serving,
@@ -580,6 +583,8 @@ impl NodeHandle {
             lease: watch::channel(LeaseView::default()).0,
             session_since: watch::channel(None).0,
             leader: leader::Leader::default(),
+            volumes_down: watch::channel(Default::default()).0,
+            cluster: Default::default(),
             measured: Mutex::default(),
         });
         tracing::info!(node = %member.node, name = %config.name, address = config.advertise, "this node is a member");
@@ -589,6 +594,7 @@ impl NodeHandle {
         self.spawn(agent::run(member.clone()));
         self.spawn(controllers::planners(member.clone()));
         self.spawn(controllers::membership(member.clone()));
+        self.spawn(volumes::watch(member.clone()));
         let for_broker = member.clone();
         self.spawn(async move {
             // Ready before the first machine needs it.
@@ -646,6 +652,33 @@ impl NodeHandle {
             }
         }
     }
+}
+
+/// Serves the same to peers on the network and to `clusterctl` on this host.
+fn serve(
+    listener: TcpListener,
+    local: tokio_stream::wrappers::UnixListenerStream,
+    routes: Routes,
+    stop: &CancellationToken,
+) -> tokio::task::JoinHandle<()> {
+    let for_peers = net::serve(listener, routes.clone(), stop.clone().cancelled_owned());
+    let for_host = tonic::transport::Server::builder()
+        .add_routes(routes)
+        .serve_with_incoming_shutdown(local, stop.clone().cancelled_owned());
+    let stop = stop.clone();
+    tokio::spawn(async move {
+        let host = tokio::spawn(async move {
+            if let Err(error) = for_host.await {
+                tracing::error!(%error, "this node no longer answers on its socket");
+            }
+        });
+        if let Err(error) = for_peers.await {
+            tracing::error!(%error, "this node can no longer be reached");
+        }
+        stop.cancelled().await;
+        // Streams that clusterctl follows do not hold the stop up.
+        host.abort();
+    })
 }
 
 async fn ask<T>(

@@ -13,15 +13,33 @@ use nix::unistd::Pid;
 /// How often a wait looks.
 const LOOK: Duration = Duration::from_millis(2);
 
-/// Whether `pid` lives and its command line names something inside `folder`. A zombie has no command
-/// line: it is gone.
+/// Whether `pid` surely lives and its command line names something inside `folder`.
 pub fn belongs(pid: u32, folder: &Path) -> bool {
+    command_line(pid).is_ok_and(|line| names(&line, folder))
+}
+
+/// Whether `pid` surely no longer belongs to `folder`: what cannot be looked at counts as living.
+/// A zombie has no command line; it is gone.
+pub fn is_gone(pid: u32, folder: &Path) -> bool {
+    match command_line(pid) {
+        Ok(line) => !names(&line, folder),
+        Err(error) => {
+            // ESRCH: it ended while it was looked at.
+            error.kind() == std::io::ErrorKind::NotFound
+                || error.raw_os_error() == Some(nix::libc::ESRCH)
+        }
+    }
+}
+
+fn command_line(pid: u32) -> std::io::Result<Vec<u8>> {
+    std::fs::read(format!("/proc/{pid}/cmdline"))
+}
+
+fn names(command_line: &[u8], folder: &Path) -> bool {
     let folder = folder.as_os_str().as_bytes();
-    std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| {
-        line.split(|&byte| byte == 0).any(|argument| {
-            argument.starts_with(folder) && argument.get(folder.len()) == Some(&b'/')
-        })
-    })
+    command_line
+        .split(|&byte| byte == 0)
+        .any(|argument| argument.starts_with(folder) && argument.get(folder.len()) == Some(&b'/'))
 }
 
 /// Every process that belongs to `folder`.
@@ -52,7 +70,7 @@ pub fn kill(pid: u32, folder: &Path) {
 /// Waits until `pid` no longer belongs to `folder`; `false` when it still does after `within`.
 pub async fn wait_gone(pid: u32, folder: &Path, within: Duration) -> bool {
     let deadline = tokio::time::Instant::now() + within;
-    while belongs(pid, folder) {
+    while !is_gone(pid, folder) {
         if tokio::time::Instant::now() >= deadline {
             return false;
         }

@@ -84,7 +84,7 @@ impl Reporter {
             lease_slack_ms: lease.slack_ms,
             lease_left_ms: left_ns / 1_000_000,
             cpu_permille: u16::try_from(permille).unwrap_or(u16::MAX),
-            volumes_down: BTreeSet::new(),
+            volumes_down: member.volumes_down.borrow().clone(),
             vm_cpu_milli: self.milli.clone(),
             monitors: table
                 .values()

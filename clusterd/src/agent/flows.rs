@@ -9,12 +9,12 @@ use proto::monitor as wire;
 
 use super::Learnt;
 use crate::broker::{BrokerError, ClaimAck};
-use proto::failpoint::{self, Tripped};
 use crate::machine_file::{self, Incoming, Place};
 use crate::member::{CommandError, Member};
 use crate::monitors::{self, Monitor, MonitorError};
 use crate::permit::{Confirm, PermitError, RunPermit};
 use crate::raft::ReadError;
+use proto::failpoint::{self, Tripped};
 
 /// A guest that was asked to stop may take this long before it is stopped.
 const STOP_PATIENCE: Duration = Duration::from_secs(20);

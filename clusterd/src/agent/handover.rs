@@ -14,9 +14,9 @@ use proto::peer::peer_client::PeerClient;
 use super::Learnt;
 use super::flows::{ActError, Flow};
 use crate::broker::BrokerError;
-use proto::failpoint;
 use crate::machine_file::Incoming;
 use crate::permit::Confirm;
+use proto::failpoint;
 
 /// How long the destination may take to have its monitor ready: it reserves the machine's memory.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -100,7 +100,17 @@ impl Flow {
             return Ok(());
         };
         let ticket = unhex(ticket).ok_or(ActError::BadTicket)?;
-        let addresses = match self.ask_destination(migration.to, id).await {
+        let (begun, begun_at) = (std::time::Instant::now(), std::time::SystemTime::now());
+        let asked = self.ask_destination(migration.to, id).await;
+        crate::telemetry::step(
+            self.member.cluster_id(),
+            id,
+            "setup: the destination is ready",
+            self.member.config.name.as_str(),
+            begun_at,
+            begun.elapsed(),
+        );
+        let addresses = match asked {
             Ok(addresses) => addresses,
             Err(error) => {
                 // Not tried for ever: whoever wants the move queues it again.
@@ -114,7 +124,7 @@ impl Flow {
             addresses,
             ticket,
             options: Some(self.options(vm, migration)),
-            traceparent: crate::telemetry::traceparent(id),
+            traceparent: crate::telemetry::traceparent(self.member.cluster_id(), id),
         };
         let nonce = monitor.nonce();
         let sent = monitor.send_migration(request).await;
@@ -299,7 +309,7 @@ impl Flow {
 
 fn unhex(text: &str) -> Option<Vec<u8>> {
     let bytes = text.as_bytes();
-    if bytes.len() % 2 != 0 {
+    if !bytes.len().is_multiple_of(2) {
         return None;
     }
     bytes

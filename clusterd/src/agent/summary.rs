@@ -1,6 +1,6 @@
 //! What a migration took: both sides' measurements put together by the destination, once, for the log.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use cluster_model::{Command, MigrationId, SUMMARY_BYTES_MAX, VmId};
 use proto::monitor as wire;
@@ -191,7 +191,21 @@ impl Flow {
         };
         let handover = self.member.measured(id).handover;
         let summary = MigrationSummary::new(source.as_ref(), &progress, &handover, same_host);
-        crate::telemetry::migration_ended(id, &summary);
+        // When the guest ran, on the wall's clock.
+        let running_ns = progress.timings.map_or(0, |timings| timings.running_ns);
+        let ago_ns = self
+            .member
+            .clock
+            .monotonic_ns()
+            .saturating_sub(running_ns.max(1));
+        let running_at = SystemTime::now() - Duration::from_nanos(ago_ns);
+        crate::telemetry::migration_ended(
+            self.member.cluster_id(),
+            self.member.config.name.as_str(),
+            migration,
+            &summary,
+            running_at,
+        );
         let mut json = serde_json::to_value(&summary).unwrap_or_default();
         if json.to_string().len() > SUMMARY_BYTES_MAX {
             json["rounds"] = serde_json::Value::Array(Vec::new());

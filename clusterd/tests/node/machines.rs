@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use clusterd::agent::MigrationSummary;
 use cluster_model::{
     Command, Desired, FenceClass, MigrationCause, MigrationOptions, MigrationState, Name, NodeId,
     Outcome, RequestId, Settings, VmId, Why,
 };
+use clusterd::agent::MigrationSummary;
 use proto::monitor::Phase;
 
 use crate::rig::{Rig, eventually};
@@ -21,10 +21,17 @@ fn programs() -> Result<(PathBuf, PathBuf), String> {
     for program in [&vmm, &broker] {
         if !program.is_file() {
             let what = program.display();
-            return Err(format!("there is no {what}; build it: cargo build -p vmm -p storage-broker"));
+            return Err(format!(
+                "there is no {what}; build it: cargo build -p vmm -p storage-broker"
+            ));
         }
     }
-    if std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_err() {
+    if std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .is_err()
+    {
         return Err("/dev/kvm cannot be opened".into());
     }
     Ok((vmm, broker))
@@ -113,9 +120,14 @@ impl Scene {
     /// The node that owns a machine, once the log says that it runs.
     async fn running_on(&self, vm: VmId, from: usize) -> NodeId {
         self.rig
-            .until(from, "the machine runs", |state| state.vms[&vm].ownership.activated)
+            .until(from, "the machine runs", |state| {
+                state.vms[&vm].ownership.activated
+            })
             .await;
-        self.rig.handle(from).state().vms[&vm].ownership.owner.unwrap()
+        self.rig.handle(from).state().vms[&vm]
+            .ownership
+            .owner
+            .unwrap()
     }
 
     fn number_of(&self, node: NodeId) -> usize {
@@ -133,7 +145,11 @@ impl Scene {
 
     /// The guest works, and found nothing wrong.
     async fn works(&self, node: NodeId, vm: VmId) -> proto::monitor::GuestReport {
-        let report = || self.status(node, vm).and_then(|status| status.guest).unwrap_or_default();
+        let report = || {
+            self.status(node, vm)
+                .and_then(|status| status.guest)
+                .unwrap_or_default()
+        };
         let before = report();
         eventually("the guest goes on", || {
             let now = report();
@@ -145,7 +161,12 @@ impl Scene {
         now
     }
 
-    async fn migrate(&self, vm: VmId, to: NodeId, options: MigrationOptions) -> cluster_model::MigrationId {
+    async fn migrate(
+        &self,
+        vm: VmId,
+        to: NodeId,
+        options: MigrationOptions,
+    ) -> cluster_model::MigrationId {
         let queued = self
             .propose(Command::QueueMigration {
                 vm,
@@ -178,7 +199,12 @@ fn serve_nfs(rig: &Rig, broker: &Path) -> tokio::process::Child {
     std::fs::create_dir_all(&root).unwrap();
     let log = std::fs::File::create(rig.folder.path().join("nfs.log")).unwrap();
     tokio::process::Command::new(broker)
-        .args(["serve-nfs", "--listen", &format!("{}:2049", rig.ip(90)), "--root"])
+        .args([
+            "serve-nfs",
+            "--listen",
+            &format!("{}:2049", rig.ip(90)),
+            "--root",
+        ])
         .arg(root)
         .args(["--export", "/baton"])
         .stdin(Stdio::null())
@@ -210,12 +236,17 @@ async fn a_machine_starts_moves_live_and_stops() {
     let ids: Vec<NodeId> = (1..=3).map(|number| scene.rig.node_id(number)).collect();
     let destination = ids.into_iter().find(|id| *id != source).unwrap();
 
-    let id = scene.migrate(vm, destination, MigrationOptions::default()).await;
+    let id = scene
+        .migrate(vm, destination, MigrationOptions::default())
+        .await;
     scene
         .rig
         .until(1, "the migration has a summary", |state| {
             let migration = &state.migrations[&id];
-            assert!(!matches!(migration.state, MigrationState::Aborted { .. }), "{migration:?}");
+            assert!(
+                !matches!(migration.state, MigrationState::Aborted { .. }),
+                "{migration:?}"
+            );
             migration.summary.is_some()
         })
         .await;
@@ -226,48 +257,109 @@ async fn a_machine_starts_moves_live_and_stops() {
     let summary: MigrationSummary =
         serde_json::from_value(migration.summary.clone().unwrap()).unwrap();
     assert!(summary.same_host);
-    assert!(summary.blackout_us > 0 && summary.total_us > summary.blackout_us, "{summary:?}");
+    assert!(
+        summary.blackout_us > 0 && summary.total_us > summary.blackout_us,
+        "{summary:?}"
+    );
     let sum: u64 = summary.parts.iter().map(|part| part.us).sum();
     assert!(sum.abs_diff(summary.blackout_us) <= 5, "{summary:?}");
     eprintln!("{summary:#?}");
     let guest = scene.works(destination, vm).await;
     assert_eq!(guest.found_at_boot, 0, "it was not booted again");
-    eventually("the source's monitor is gone", || scene.monitors_of(vm) == 1).await;
+    eventually("the source's monitor is gone", || {
+        scene.monitors_of(vm) == 1
+    })
+    .await;
 
-    scene.propose(Command::SetDesired { vm, desired: Desired::Stopped }).await;
+    scene
+        .propose(Command::SetDesired {
+            vm,
+            desired: Desired::Stopped,
+        })
+        .await;
     scene
         .rig
-        .until(1, "nobody owns it", |state| state.vms[&vm].ownership.owner.is_none())
+        .until(1, "nobody owns it", |state| {
+            state.vms[&vm].ownership.owner.is_none()
+        })
         .await;
     eventually("no monitor is left", || scene.monitors_of(vm) == 0).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_crash_of_clusterd_touches_no_guest_when_it_comes_back_in_time() {
-    let mut scene = scene!("a_crash_of_clusterd_touches_no_guest_when_it_comes_back_in_time", 1);
+    let mut scene = scene!(
+        "a_crash_of_clusterd_touches_no_guest_when_it_comes_back_in_time",
+        1
+    );
     let vm = scene.create("vm-a").await;
     let node = scene.running_on(vm, 1).await;
     scene.works(node, vm).await;
     let before = scene.status(node, vm).unwrap();
     scene.rig.take(1).crash().await;
     scene.rig.start(1).await;
-    eventually("the monitor is found again", || scene.status(node, vm).is_some()).await;
+    eventually("the monitor is found again", || {
+        scene.status(node, vm).is_some()
+    })
+    .await;
     let deadline = scene.status(node, vm).unwrap().lease_deadline_ns;
     eventually("its lease is renewed", || {
-        scene.status(node, vm).is_some_and(|status| status.lease_deadline_ns > deadline)
+        scene
+            .status(node, vm)
+            .is_some_and(|status| status.lease_deadline_ns > deadline)
     })
     .await;
     let after = scene.status(node, vm).unwrap();
-    assert_eq!((after.pid, after.nonce, after.token), (before.pid, before.nonce, before.token));
+    assert_eq!(
+        (after.pid, after.nonce, after.token),
+        (before.pid, before.nonce, before.token)
+    );
     assert_eq!(after.phase(), Phase::Running);
     scene.works(node, vm).await;
-    assert_eq!(scene.rig.handle(1).state().vms[&vm].ownership.token.0, before.token);
+    assert_eq!(
+        scene.rig.handle(1).state().vms[&vm].ownership.token.0,
+        before.token
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_planned_stop_longer_than_the_lease_touches_no_guest() {
+    let mut scene = scene!("a_planned_stop_longer_than_the_lease_touches_no_guest", 1);
+    let vm = scene.create("vm-a").await;
+    let node = scene.running_on(vm, 1).await;
+    scene.works(node, vm).await;
+    let monitor = scene.rig.handle(1).monitor_of(vm).unwrap();
+    scene.rig.take(1).stop().await;
+    // Longer than freeze and lost together; what passes here is the subject.
+    let settings = Settings::fast();
+    let away = Duration::from_millis(u64::from(settings.freeze_ms + settings.lost_ms));
+    let until = tokio::time::Instant::now() + away;
+    while tokio::time::Instant::now() < until {
+        let status = monitor.describe().await.unwrap();
+        assert_eq!(status.phase(), Phase::Running);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    scene.rig.start(1).await;
+    eventually("the monitor is found again", || {
+        scene.status(node, vm).is_some()
+    })
+    .await;
+    scene.works(node, vm).await;
+    let after = scene.status(node, vm).unwrap();
+    assert_eq!(
+        (after.nonce, after.token),
+        (monitor.nonce(), monitor.token().0)
+    );
+    let gap_ms = after.guest.unwrap().longest_gap_ns / 1_000_000;
+    assert!(gap_ms < 100, "the guest stood still for {gap_ms} ms");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_machine_of_a_node_that_is_away_too_long_freezes_and_thaws_in_place() {
-    let mut scene =
-        scene!("a_machine_of_a_node_that_is_away_too_long_freezes_and_thaws_in_place", 1);
+    let mut scene = scene!(
+        "a_machine_of_a_node_that_is_away_too_long_freezes_and_thaws_in_place",
+        1
+    );
     let vm = scene.create("vm-a").await;
     let node = scene.running_on(vm, 1).await;
     scene.works(node, vm).await;
@@ -279,10 +371,14 @@ async fn a_machine_of_a_node_that_is_away_too_long_freezes_and_thaws_in_place() 
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    tokio::time::timeout(crate::rig::PATIENCE, frozen).await.unwrap();
+    tokio::time::timeout(crate::rig::PATIENCE, frozen)
+        .await
+        .unwrap();
     scene.rig.start(1).await;
     eventually("it runs again", || {
-        scene.status(node, vm).is_some_and(|status| status.phase() == Phase::Running)
+        scene
+            .status(node, vm)
+            .is_some_and(|status| status.phase() == Phase::Running)
     })
     .await;
     let after = scene.status(node, vm).unwrap();
@@ -293,8 +389,10 @@ async fn a_machine_of_a_node_that_is_away_too_long_freezes_and_thaws_in_place() 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_machine_of_a_lost_node_is_restarted_elsewhere_and_its_old_monitor_ended() {
-    let mut scene =
-        scene!("a_machine_of_a_lost_node_is_restarted_elsewhere_and_its_old_monitor_ended", 3);
+    let mut scene = scene!(
+        "a_machine_of_a_lost_node_is_restarted_elsewhere_and_its_old_monitor_ended",
+        3
+    );
     let vm = scene.create("vm-a").await;
     let lost = scene.running_on(vm, 1).await;
     scene.works(lost, vm).await;
@@ -312,7 +410,10 @@ async fn a_machine_of_a_lost_node_is_restarted_elsewhere_and_its_old_monitor_end
             record.activated && record.owner != Some(lost) && record.token > before
         })
         .await;
-    let node = scene.rig.handle(other).state().vms[&vm].ownership.owner.unwrap();
+    let node = scene.rig.handle(other).state().vms[&vm]
+        .ownership
+        .owner
+        .unwrap();
     let guest = scene.works(node, vm).await;
     assert!(guest.found_at_boot >= promised, "what was flushed is there");
     scene.rig.start(number).await;
