@@ -32,10 +32,10 @@ impl Memory {
         Arc::new(Memory((0..mib / 2).map(chunk).map(Mutex::new).collect()))
     }
 
-    fn with<T>(&self, page: u64, length: usize, work: impl Fn(&mut [u8]) -> T) -> T {
+    fn with(&self, page: u64, length: usize, work: impl FnOnce(&mut [u8])) {
         let at = page as usize * PAGE_SIZE;
         let mut chunk = self.0[at / CHUNK].lock().unwrap();
-        work(&mut chunk[at % CHUNK..at % CHUNK + length])
+        work(&mut chunk[at % CHUNK..at % CHUNK + length]);
     }
 
     fn layout(&self) -> Vec<Region> {
@@ -61,10 +61,7 @@ impl MemorySource for Memory {
         Ok(())
     }
     fn read_pages(&self, _: usize, page: u64, buffer: &mut [u8]) -> Result<(), HostError> {
-        let out = Mutex::new(buffer);
-        self.with(page, out.lock().unwrap().len(), |bytes| {
-            out.lock().unwrap().copy_from_slice(bytes)
-        });
+        self.with(page, buffer.len(), |bytes| buffer.copy_from_slice(bytes));
         Ok(())
     }
     fn stop_dirty_log(&self) -> Result<(), HostError> {

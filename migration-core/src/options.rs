@@ -64,7 +64,7 @@ pub struct SendOptions {
     pub setup_timeout: Duration,
     /// Bound of stopping the vCPUs and of draining the disks, each.
     pub stop_timeout: Duration,
-    /// Bound from *Quiet* to *Complete*. The caller's log decides what happens after it.
+    /// Bound from *Final* to *Complete*. The caller's log decides what happens after it.
     pub final_timeout: Duration,
 }
 
@@ -97,7 +97,7 @@ pub struct ReceiveOptions {
     pub heartbeat: Duration,
     /// A peer that was silent for so long is dead.
     pub dead_after: Duration,
-    /// Bound from *Quiet* to *Complete*.
+    /// From *Quiet* on: bound of a standstill, and of loading the device state.
     pub final_timeout: Duration,
 }
 

@@ -147,7 +147,12 @@ impl<S: MigrationSink + ?Sized> Driver<S> {
                     Ok(arrived) => self.note(channel, arrived),
                     Err(error) => return Err(self.weigh(error).await),
                 },
-                _ = tick.tick() => self.publish(),
+                _ = tick.tick() => {
+                    if self.publish() && self.status.borrow().stage == ReceiveStage::QuietReceived {
+                        // What remains may be much and the link slow: only a standstill ends it.
+                        self.expect_more();
+                    }
+                }
                 () = tokio::time::sleep_until(deadline), if bounded => return Err(self.too_late()),
             }
         }
@@ -207,7 +212,7 @@ impl<S: MigrationSink + ?Sized> Driver<S> {
                 }
             }
             Arrived::Quiet { at_ns } => {
-                self.deadline = Deadline::new("the hand-over", self.options.final_timeout);
+                self.expect_more();
                 self.status.send_modify(|status| {
                     status.stage = ReceiveStage::QuietReceived;
                     status.quiet_received_ns = at_ns;
@@ -258,6 +263,7 @@ impl<S: MigrationSink + ?Sized> Driver<S> {
             sent.compare(arrived).map_err(bad)?;
         }
         let bytes = state.len() as u64;
+        self.expect_more();
         let sink = Arc::clone(&self.sink);
         // A task of its own, so that a cancel never leaves it half done.
         let loading = tokio::spawn(async move { sink.load_device_state(state).await });
@@ -334,12 +340,19 @@ impl<S: MigrationSink + ?Sized> Driver<S> {
         ReceiveError::TimedOut { what, limit_ms }
     }
 
-    fn publish(&self) {
+    fn expect_more(&mut self) {
+        self.deadline = Deadline::new("the rest of the hand-over", self.options.final_timeout);
+    }
+
+    /// Brings the live figures up to date; answers whether anything had arrived since.
+    fn publish(&self) -> bool {
         let shared = &self.shared;
+        let before = self.status.borrow().received_bytes;
         self.status.send_modify(|status| {
             status.pages = shared.pages.load(Ordering::Relaxed);
             status.zero_pages = shared.zero_pages.load(Ordering::Relaxed);
             status.received_bytes = shared.bytes.load(Ordering::Relaxed);
         });
+        self.status.borrow().received_bytes != before
     }
 }

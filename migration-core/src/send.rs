@@ -162,8 +162,7 @@ impl<S: MigrationSource + ?Sized> Driver<S> {
         self.status
             .send_modify(|status| status.why_stopped_copying = reason.to_string());
         self.stop_machine().await?;
-        let bound = self.options.final_timeout;
-        within("handing over", bound, self.hand_over()).await
+        self.hand_over().await
     }
 
     /// Refuses what cannot be sent before anyone is bothered.
@@ -363,7 +362,10 @@ impl<S: MigrationSource + ?Sized> Driver<S> {
             status.stage = SendStage::FinalSent;
             status.remaining_bytes = 0;
         });
-        self.wait_until(|driver| driver.complete).await
+        // Until here a standstill was the bound: what remains may be much, and the link slow.
+        let bound = self.options.final_timeout;
+        let complete = self.wait_until(|driver| driver.complete);
+        within("the destination's verifying and loading", bound, complete).await
     }
 
     /// Ends the attempt: goodbye, threads, dirty log, status.

@@ -247,7 +247,10 @@ async fn the_same_guest_moves_by_stop_and_copy_when_that_is_allowed() {
     let (source, sink) = (Fake::filled(6), Fake::new());
     let _guest = Guest::start(&source, 3000, Duration::from_micros(50));
     let mut attempt = in_process(1);
-    attempt.send_options.bandwidth_max_bytes_s = 24 << 20;
+    attempt.send_options.bandwidth_max_bytes_s = 6 << 20;
+    // The last pages take longer than either side's bound of the hand-over: only a standstill ends it.
+    attempt.send_options.final_timeout = Duration::from_secs(1);
+    attempt.receive_options.final_timeout = Duration::from_secs(1);
     attempt.send_options.policy = Policy {
         downtime_max_ms: 30,
         rounds_max: 2,
@@ -263,6 +266,11 @@ async fn the_same_guest_moves_by_stop_and_copy_when_that_is_allowed() {
             .contains("stop-and-copy")
     );
     assert_eq!(outcome.source_status.rounds.len(), 3);
+    let t = outcome.source_status.timings;
+    assert!(
+        t.final_sent_ns - t.quiet_ns > 1_200_000_000,
+        "the last pages took too short a time to tell"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
