@@ -86,8 +86,8 @@ pub fn run(args: &TestArgs) -> anyhow::Result<()> {
                     println!("{line}");
                     continue;
                 }
-                "FAIL" | "TRY" | "FLAKY" | "TIMEOUT" | "SIGABRT" | "SIGSEGV" | "SIGKILL" | "TERMINATING"
-                | "ABORT" | "SLOW" => {
+                "FAIL" | "TRY" | "FLAKY" | "TIMEOUT" | "SIGABRT" | "SIGSEGV" | "SIGKILL"
+                | "TERMINATING" | "ABORT" | "SLOW" => {
                     passing = false;
                 }
                 _ if word.starts_with("────") && !line.contains("STD") => passing = false,
