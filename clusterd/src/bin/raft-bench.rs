@@ -1,27 +1,31 @@
-//! Measures commit latency against fdatasync: JSON on stdout, a table on stderr.
-//!
-//! `raft-bench [directory] [seconds]`: the directory chooses the disk (default: the current one).
+//! Measures commit latency against fdatasync: a table on stderr and, with `--json`, an object on stdout.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context;
+use clap::Parser;
 use clusterd::raft::bench::{self, BenchOptions};
 
+/// Commit latency of three durable nodes beside one fdatasync on the same disk, in the same run.
+#[derive(Parser)]
+struct Args {
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+    /// Where to write: chooses the disk.
+    #[arg(long, default_value = ".")]
+    folder: PathBuf,
+    /// How long each measurement takes, seconds.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=600))]
+    seconds: u64,
+}
+
 fn main() -> anyhow::Result<()> {
-    let mut arguments = std::env::args_os().skip(1);
-    let base = arguments
-        .next()
-        .map_or_else(|| PathBuf::from("."), PathBuf::from);
-    let seconds = match arguments.next() {
-        Some(text) => text
-            .to_string_lossy()
-            .parse()
-            .context("the second argument is a number of seconds")?,
-        None => 3,
-    };
-    let mut options = BenchOptions::new(base.join(format!("raft-bench.{}", std::process::id())));
-    options.duration = Duration::from_secs(seconds);
+    let args = Args::parse();
+    let folder = format!("raft-bench.{}", std::process::id());
+    let mut options = BenchOptions::new(args.folder.join(folder));
+    options.duration = Duration::from_secs(args.seconds);
     let runtime = tokio::runtime::Runtime::new().context("cannot start the runtime")?;
     let report = runtime.block_on(bench::run(options))?;
     for figure in &report.figures {
@@ -29,10 +33,12 @@ fn main() -> anyhow::Result<()> {
             .ratio
             .map_or_else(String::new, |ratio| format!("{ratio:>8.2} x"));
         eprintln!(
-            "{:<36} {:>10.0} {:<4}{ratio}",
+            "{:<36} {:>10.2} {:<4}{ratio}",
             figure.name, figure.value, figure.unit
         );
     }
-    println!("{}", serde_json::to_string(&report)?);
+    if args.json {
+        println!("{}", serde_json::to_string(&report)?);
+    }
     Ok(())
 }
