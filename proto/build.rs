@@ -10,8 +10,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     tonic_prost_build::configure()
         // What `-o json` prints is the wire's own objects, under the same names; monitors' status
         // rides in heartbeats the same way.
-        .type_attribute(".baton.admin.v1", "#[derive(serde::Serialize, serde::Deserialize)]")
-        .type_attribute(".baton.monitor.v1", "#[derive(serde::Serialize, serde::Deserialize)]")
+        .type_attribute(
+            ".baton.admin.v1",
+            "#[derive(serde::Serialize, serde::Deserialize)]",
+        )
+        .type_attribute(
+            ".baton.monitor.v1",
+            "#[derive(serde::Serialize, serde::Deserialize)]",
+        )
         .compile_fds(descriptors)?;
     Ok(())
 }

@@ -19,8 +19,14 @@ const CODEGEN: [&str; 9] = [
     "default-linker-libraries=no",
 ];
 
-const LINKER: [&str; 6] =
-    ["-nostartfiles", "-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none", "-Wl,-z,max-page-size=4096"];
+const LINKER: [&str; 6] = [
+    "-nostartfiles",
+    "-nostdlib",
+    "-static",
+    "-no-pie",
+    "-Wl,--build-id=none",
+    "-Wl,-z,max-page-size=4096",
+];
 
 fn main() -> ExitCode {
     println!("cargo::rerun-if-changed=guest");
@@ -29,12 +35,26 @@ fn main() -> ExitCode {
     let output = variable("OUT_DIR").join("selfcheck-guest.elf");
     let mut rustc = Command::new(env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()));
     rustc
-        .args(["--edition", "2024", "--crate-name", "selfcheck_guest", "--crate-type", "bin"])
+        .args([
+            "--edition",
+            "2024",
+            "--crate-name",
+            "selfcheck_guest",
+            "--crate-type",
+            "bin",
+        ])
         .args(["--target", "x86_64-unknown-linux-gnu", "-D", "warnings"])
         .args(CODEGEN.iter().flat_map(|option| ["-C", option]))
-        .args(LINKER.iter().flat_map(|option| ["-C".to_owned(), format!("link-arg={option}")]))
+        .args(
+            LINKER
+                .iter()
+                .flat_map(|option| ["-C".to_owned(), format!("link-arg={option}")]),
+        )
         .arg("-C")
-        .arg(format!("link-arg=-Wl,-T,{}", source.join("link.ld").display()))
+        .arg(format!(
+            "link-arg=-Wl,-T,{}",
+            source.join("link.ld").display()
+        ))
         .arg("-o")
         .arg(&output)
         .arg(source.join("main.rs"));

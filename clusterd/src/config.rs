@@ -94,7 +94,9 @@ impl FromStr for Bridge {
                 name: name.into(),
                 here: here.into(),
             }),
-            _ => Err(format!("`{text}` names no two bridges: use NAME=BRIDGE, as lan=br0")),
+            _ => Err(format!(
+                "`{text}` names no two bridges: use NAME=BRIDGE, as lan=br0"
+            )),
         }
     }
 }

@@ -8,6 +8,7 @@
 //!
 //! The kernel takes bridges, taps and addresses away with the last process of the namespace, however a test ends.
 
+use std::collections::VecDeque;
 use std::io::Read;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::process::Command;
@@ -21,6 +22,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use tokio::time::MissedTickBehavior;
 
 use crate::cluster::{Setup, TestCluster};
 use crate::linux::{LinuxGuest, Nic, PROMPT, Status, Terminal};
@@ -39,10 +41,16 @@ const ECHO: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 77, 0, 2))
 const NODES: u8 = 3;
 /// How often the peer sends.
 const BEAT: Duration = Duration::from_millis(5);
-/// What the peer sends each time: a number, the same sixteen digits wide.
+/// What the peer sends each time: a number, so many bytes wide.
 const RECORD_BYTES: usize = 16;
 /// Records on their way at most: what a guest that stands still leaves in the peer's socket.
 const UNANSWERED_MAX: u64 = 256;
+/// Shorter times without an answer are not noted.
+const PAUSE_MIN: Duration = Duration::from_millis(5);
+/// Notes of pauses that are kept; a migration takes a few seconds.
+const PAUSES_KEPT: usize = 4096;
+/// How long the guest may leave a peer without an answer before the connection counts as lost.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(60);
 /// Linux's ETH_P_RARP.
 const ETHERTYPE_RARP: u16 = 0x8035;
 
@@ -79,16 +87,7 @@ fn ip(arguments: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The port behind which the switch believes the guest, as `to-n2`.
-///
-/// # Errors
-/// When the switch cannot be asked.
-pub fn guest_port() -> anyhow::Result<Option<String>> {
-    let entries = forwarding_entries(SWITCH)?;
-    Ok(entries.into_iter().next())
-}
-
-/// The ports of `bridge` behind which it believes the guest.
+/// The ports of `bridge` behind which it believes the guest: on the switch `to-n2`, on a node's bridge its tap.
 ///
 /// # Errors
 /// When it cannot be asked.
@@ -163,7 +162,10 @@ impl RarpEar {
     /// # Errors
     /// When the socket fails.
     pub fn heard_guest(&mut self) -> anyhow::Result<bool> {
-        let mac = GUEST.mac.split(':').map(|byte| u8::from_str_radix(byte, 16));
+        let mac = GUEST
+            .mac
+            .split(':')
+            .map(|byte| u8::from_str_radix(byte, 16));
         let mac = mac.collect::<Result<Vec<_>, _>>()?;
         let mut heard = false;
         let mut frame = [0; 64];
@@ -183,14 +185,11 @@ impl RarpEar {
     }
 }
 
-/// A cluster of three nodes on this network, with a Linux guest that has booted.
+/// A cluster of three nodes on this network, with a Linux guest that has booted and works.
 ///
 /// # Errors
 /// When any of it does not come up.
-pub async fn cluster_with_guest(
-    guest: &LinuxGuest,
-    name: &str,
-) -> anyhow::Result<(TestCluster, Status)> {
+pub async fn cluster_with_guest(guest: &LinuxGuest, name: &str) -> anyhow::Result<TestCluster> {
     let cluster = TestCluster::start(Setup {
         fast: false,
         relay: false,
@@ -202,8 +201,8 @@ pub async fn cluster_with_guest(
     let mut terminal = Terminal::open(&cluster, name).await?;
     terminal.wait_for("baton guest ready").await?;
     terminal.wait_for(PROMPT).await?;
-    let status = terminal.wait_progress(Status::default()).await?;
-    Ok((cluster, status))
+    terminal.wait_progress(Status::default()).await?;
+    Ok(cluster)
 }
 
 /// A node other than the one that the machine runs on, a different one each round.
@@ -223,59 +222,53 @@ pub async fn next_node(cluster: &TestCluster, vm: &str, round: usize) -> anyhow:
 /// A TCP connection to the guest's echo service on which a number goes out every few milliseconds, and
 /// must come back, each in its turn.
 pub struct EchoPeer {
-    answered: watch::Receiver<Answered>,
+    answers: watch::Receiver<Answers>,
     task: JoinHandle<anyhow::Result<()>>,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Answered {
+/// When answers came.
+#[derive(Clone, Debug)]
+struct Answers {
     count: u64,
     last: Instant,
-    /// The longest time without an answer since [`EchoPeer::reset`].
-    longest: Duration,
-    /// Answers at the last reset.
-    resets: u64,
+    /// The ends of pauses longer than [`PAUSE_MIN`], and how long each was; the oldest are forgotten.
+    pauses: VecDeque<(Instant, Duration)>,
 }
 
 impl EchoPeer {
-    /// Connects and begins.
+    /// Connects, and waits for the first answers.
     ///
     /// # Errors
     /// When the guest does not answer.
     pub async fn connect() -> anyhow::Result<EchoPeer> {
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + ANSWER_PATIENCE;
         let stream = loop {
-            match tokio::time::timeout(Duration::from_secs(5), TcpStream::connect(ECHO)).await {
+            match tokio::time::timeout(ANSWER_PATIENCE / 10, TcpStream::connect(ECHO)).await {
                 Ok(Ok(stream)) => break stream,
                 other => ensure!(
                     Instant::now() < deadline,
                     "the guest's echo service does not answer: {other:?}"
                 ),
             }
-            tokio::time::sleep(Duration::from_millis(100)).await;
+            tokio::time::sleep(BEAT).await;
         };
         stream.set_nodelay(true)?;
-        let (tell, answered) = watch::channel(Answered {
+        let (tell, answers) = watch::channel(Answers {
             count: 0,
             last: Instant::now(),
-            longest: Duration::ZERO,
-            resets: 0,
+            pauses: VecDeque::new(),
         });
         let task = tokio::spawn(echo(stream, tell));
-        Ok(EchoPeer { answered, task })
+        let mut peer = EchoPeer { answers, task };
+        peer.wait_answers(10).await?;
+        Ok(peer)
     }
 
-    /// The longest time without an answer up to now, counted since the last call.
-    ///
-    /// # Errors
-    /// When the connection has ended or an answer was wrong.
-    pub async fn take_gap(&mut self) -> anyhow::Result<Duration> {
-        self.wait_answers(1).await?;
-        Ok(self.take())
-    }
-
-    fn take(&mut self) -> Duration {
-        LONGEST.with_taken(&self.answered)
+    /// The longest time without an answer, of all that ended after `since`.
+    pub fn longest_pause(&self, since: Instant) -> Duration {
+        let answers = self.answers.borrow();
+        let ended = answers.pauses.iter().filter(|(end, _)| *end > since);
+        ended.map(|(_, pause)| *pause).max().unwrap_or(PAUSE_MIN)
     }
 
     /// Waits for that many further answers.
@@ -283,15 +276,69 @@ impl EchoPeer {
     /// # Errors
     /// When they do not come within a minute, the connection has ended, or an answer was wrong.
     pub async fn wait_answers(&mut self, more: u64) -> anyhow::Result<()> {
-        let wanted = self.answered.borrow().count + more;
-        let answered = self.answered.wait_for(|answered| answered.count >= wanted);
-        match tokio::time::timeout(Duration::from_secs(60), answered).await {
+        let wanted = self.answers.borrow().count + more;
+        let answered = self.answers.wait_for(|answers| answers.count >= wanted);
+        match tokio::time::timeout(ANSWER_PATIENCE, answered).await {
             Ok(Ok(_)) => Ok(()),
-            Err(_) => bail!("the guest has not answered for a minute"),
+            Err(_) => bail!("the guest has not answered for {ANSWER_PATIENCE:?}"),
             Ok(Err(_)) => {
                 (&mut self.task).await??;
                 bail!("the connection has ended")
             }
         }
     }
+}
+
+impl Drop for EchoPeer {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Sends numbers and compares what comes back, until something is wrong.
+async fn echo(stream: TcpStream, tell: watch::Sender<Answers>) -> anyhow::Result<()> {
+    let (mut reader, mut writer) = stream.into_split();
+    let answered = tell.subscribe();
+    let send = async {
+        let mut beat = tokio::time::interval(BEAT);
+        beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        for number in 0u64.. {
+            beat.tick().await;
+            let mut heard = answered.clone();
+            heard
+                .wait_for(|answers| number < answers.count + UNANSWERED_MAX)
+                .await?;
+            writer.write_all(record(number).as_bytes()).await?;
+        }
+        anyhow::Ok(())
+    };
+    let receive = async {
+        let mut bytes = [0; RECORD_BYTES];
+        for number in 0u64.. {
+            reader.read_exact(&mut bytes).await?;
+            ensure!(
+                bytes == record(number).as_bytes(),
+                "number {number} came back as {:?}",
+                String::from_utf8_lossy(&bytes)
+            );
+            tell.send_modify(|answers| {
+                let now = Instant::now();
+                let pause = now - answers.last;
+                if pause > PAUSE_MIN {
+                    answers.pauses.push_back((now, pause));
+                    let excess = answers.pauses.len().saturating_sub(PAUSES_KEPT);
+                    answers.pauses.drain(..excess);
+                }
+                answers.count += 1;
+                answers.last = now;
+            });
+        }
+        anyhow::Ok(())
+    };
+    tokio::try_join!(send, receive)?;
+    Ok(())
+}
+
+fn record(number: u64) -> String {
+    format!("{number:0width$}\n", width = RECORD_BYTES - 1)
 }

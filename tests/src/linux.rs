@@ -205,7 +205,10 @@ impl Terminal {
             let left = deadline.saturating_duration_since(Instant::now());
             match tokio::time::timeout(left, self.output.message()).await {
                 Ok(Ok(Some(output))) => self.text.push_str(&String::from_utf8_lossy(&output.data)),
-                Ok(end) => bail!("the console ended ({end:?}) without `{wanted}`:\n{}", self.text),
+                Ok(end) => bail!(
+                    "the console ended ({end:?}) without `{wanted}`:\n{}",
+                    self.text
+                ),
                 Err(_) => bail!("no `{wanted}` within {PATIENCE:?}:\n{}", self.text),
             }
         }
@@ -225,10 +228,17 @@ impl Terminal {
     /// Asks for the worker's status.
     ///
     /// # Errors
-    /// When the guest does not answer, or not so.
+    /// When the guest does not answer.
     pub async fn status(&mut self) -> anyhow::Result<Status> {
-        let text = self.run("cat /tmp/status").await?;
-        Status::parse(&text).with_context(|| format!("no status: `{text}`"))
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let text = self.run("cat /tmp/status").await?;
+            // The file is not there at first, and empty for a moment whenever the worker writes it anew.
+            match Status::parse(&text) {
+                Some(status) => return Ok(status),
+                None => ensure!(Instant::now() < deadline, "no status: `{text}`"),
+            }
+        }
     }
 
     /// Waits until the worker has checked its memory and written blocks beyond `before`.
@@ -256,7 +266,9 @@ impl Status {
     /// Reads `rounds=R errors=E block=B gap_us=G`.
     pub fn parse(text: &str) -> Option<Status> {
         let field = |name: &str| -> Option<u64> {
-            let value = text.split_whitespace().find_map(|word| word.strip_prefix(name))?;
+            let value = text
+                .split_whitespace()
+                .find_map(|word| word.strip_prefix(name))?;
             value.parse().ok()
         };
         Some(Status {

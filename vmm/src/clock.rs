@@ -5,7 +5,8 @@ use nix::time::{ClockId, clock_gettime};
 fn read(clock: ClockId) -> u64 {
     // These clocks exist on every Linux that has KVM; a zero makes a lease lapse, the safe side.
     clock_gettime(clock).map_or(0, |time| {
-        u64::try_from(time.tv_sec()).unwrap_or(0) * 1_000_000_000 + u64::try_from(time.tv_nsec()).unwrap_or(0)
+        u64::try_from(time.tv_sec()).unwrap_or(0) * 1_000_000_000
+            + u64::try_from(time.tv_nsec()).unwrap_or(0)
     })
 }
 

@@ -39,7 +39,9 @@ impl Default for Console {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    mutex
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 impl Console {
@@ -58,7 +60,10 @@ impl Console {
         let ring = lock(&self.ring);
         let start = ring.end - ring.bytes.len() as u64;
         let skip = from.max(start).min(ring.end) - start;
-        (ring.bytes.iter().skip(skip as usize).copied().collect(), ring.end)
+        (
+            ring.bytes.iter().skip(skip as usize).copied().collect(),
+            ring.end,
+        )
     }
 
     /// Tells of output: the position after the last byte written.
@@ -110,8 +115,14 @@ mod tests {
     #[test]
     fn input_beyond_the_bound_is_dropped() {
         let console = Console::default();
-        assert_eq!(console.type_input(&vec![b'x'; CONSOLE_INPUT_BYTES_MAX + 5]), CONSOLE_INPUT_BYTES_MAX);
-        assert_eq!(console.take_input(usize::MAX).len(), CONSOLE_INPUT_BYTES_MAX);
+        assert_eq!(
+            console.type_input(&vec![b'x'; CONSOLE_INPUT_BYTES_MAX + 5]),
+            CONSOLE_INPUT_BYTES_MAX
+        );
+        assert_eq!(
+            console.take_input(usize::MAX).len(),
+            CONSOLE_INPUT_BYTES_MAX
+        );
         assert_eq!(console.type_input(b"y"), 1);
     }
 }

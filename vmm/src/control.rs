@@ -15,7 +15,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::monitor::{
-    CancelError, Monitor, MonitorRekeyError, NotForUs, RunError, SendRefused, SendRequest, StopError,
+    CancelError, Monitor, MonitorRekeyError, NotForUs, RunError, SendRefused, SendRequest,
+    StopError,
 };
 use crate::permit::PermitRefused;
 
@@ -58,13 +59,19 @@ impl monitor_server::Monitor for Control {
         Ok(Response::new(self.monitor.status()))
     }
 
-    async fn watch(&self, _: Request<wire::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+    async fn watch(
+        &self,
+        _: Request<wire::WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
         let (send, answers) = mpsc::channel(STREAM_MAX);
         tokio::spawn(watch(self.monitor.clone(), send));
         Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
     }
 
-    async fn run(&self, request: Request<wire::RunPermit>) -> Result<Response<wire::RunReply>, Status> {
+    async fn run(
+        &self,
+        request: Request<wire::RunPermit>,
+    ) -> Result<Response<wire::RunReply>, Status> {
         // In a task of its own: a client that hangs up in the middle leaves no half-done step.
         let monitor = self.monitor.clone();
         let permit = request.into_inner();
@@ -80,7 +87,10 @@ impl monitor_server::Monitor for Control {
         Ok(Response::new(wire::ExtendLeaseReply { phase }))
     }
 
-    async fn rekey(&self, request: Request<wire::RekeyRequest>) -> Result<Response<wire::RekeyReply>, Status> {
+    async fn rekey(
+        &self,
+        request: Request<wire::RekeyRequest>,
+    ) -> Result<Response<wire::RekeyReply>, Status> {
         let monitor = self.monitor.clone();
         let wire::RekeyRequest { token, nonce } = *request.get_ref();
         finish(async move { monitor.rekey(Token(token), nonce).await }).await??;
@@ -91,7 +101,8 @@ impl monitor_server::Monitor for Control {
         &self,
         request: Request<wire::SendMigrationRequest>,
     ) -> Result<Response<wire::SendMigrationReply>, Status> {
-        self.monitor.send(SendRequest::try_from(request.get_ref())?)?;
+        self.monitor
+            .send(SendRequest::try_from(request.get_ref())?)?;
         Ok(Response::new(wire::SendMigrationReply {}))
     }
 
@@ -99,21 +110,31 @@ impl monitor_server::Monitor for Control {
         &self,
         request: Request<wire::CancelMigrationRequest>,
     ) -> Result<Response<wire::CancelMigrationReply>, Status> {
-        let wire::CancelMigrationRequest { migration_id, reason } = request.into_inner();
+        let wire::CancelMigrationRequest {
+            migration_id,
+            reason,
+        } = request.into_inner();
         let monitor = self.monitor.clone();
         let said_quiet =
-            finish(async move { monitor.cancel(MigrationId(migration_id), &reason).await }).await??;
+            finish(async move { monitor.cancel(MigrationId(migration_id), &reason).await })
+                .await??;
         Ok(Response::new(wire::CancelMigrationReply { said_quiet }))
     }
 
-    async fn stop(&self, request: Request<wire::StopRequest>) -> Result<Response<wire::StopReply>, Status> {
+    async fn stop(
+        &self,
+        request: Request<wire::StopRequest>,
+    ) -> Result<Response<wire::StopReply>, Status> {
         let monitor = self.monitor.clone();
         let wire::StopRequest { token, force } = *request.get_ref();
         finish(async move { monitor.stop(Some(Token(token)), force).await }).await??;
         Ok(Response::new(wire::StopReply {}))
     }
 
-    async fn quit(&self, request: Request<wire::QuitRequest>) -> Result<Response<wire::QuitReply>, Status> {
+    async fn quit(
+        &self,
+        request: Request<wire::QuitRequest>,
+    ) -> Result<Response<wire::QuitReply>, Status> {
         let wire::QuitRequest { token, reason } = request.into_inner();
         self.monitor.quit(Token(token), &reason)?;
         Ok(Response::new(wire::QuitReply {}))
@@ -130,8 +151,12 @@ impl monitor_server::Monitor for Control {
 }
 
 /// Runs a step to its end, whatever becomes of the client.
-async fn finish<T: Send + 'static>(step: impl Future<Output = T> + Send + 'static) -> Result<T, Status> {
-    tokio::spawn(step).await.map_err(|error| Status::internal(format!("the monitor failed: {error}")))
+async fn finish<T: Send + 'static>(
+    step: impl Future<Output = T> + Send + 'static,
+) -> Result<T, Status> {
+    tokio::spawn(step)
+        .await
+        .map_err(|error| Status::internal(format!("the monitor failed: {error}")))
 }
 
 async fn watch(monitor: Arc<Monitor>, send: mpsc::Sender<Result<wire::MonitorStatus, Status>>) {
@@ -164,7 +189,13 @@ async fn console(
         let (data, end) = console.output_from(position);
         position = end;
         for chunk in data.chunks(CONSOLE_CHUNK_BYTES) {
-            if send.send(Ok(wire::ConsoleOutput { data: chunk.to_vec() })).await.is_err() {
+            if send
+                .send(Ok(wire::ConsoleOutput {
+                    data: chunk.to_vec(),
+                }))
+                .await
+                .is_err()
+            {
                 return;
             }
         }
@@ -192,10 +223,13 @@ fn refused(error: impl std::error::Error) -> Status {
 impl From<RunError> for Status {
     fn from(error: RunError) -> Status {
         match &error {
-            RunError::Permit(PermitRefused::OlderToken { .. }) => Status::permission_denied(error.to_string()),
-            RunError::Permit(_) | RunError::NotNow(_) | RunError::TooLate(_) | RunError::Tripped(_) => {
-                refused(error)
+            RunError::Permit(PermitRefused::OlderToken { .. }) => {
+                Status::permission_denied(error.to_string())
             }
+            RunError::Permit(_)
+            | RunError::NotNow(_)
+            | RunError::TooLate(_)
+            | RunError::Tripped(_) => refused(error),
         }
     }
 }

@@ -88,7 +88,9 @@ pub enum StateError {
         kind: String,
     },
     /// It was saved by another version.
-    #[error("{kind} was saved in version {found}; this monitor knows {known}: upgrade it, or migrate to a newer one")]
+    #[error(
+        "{kind} was saved in version {found}; this monitor knows {known}: upgrade it, or migrate to a newer one"
+    )]
     Version {
         /// The device.
         kind: String,
@@ -112,8 +114,10 @@ pub enum StateError {
 /// # Errors
 /// When the value has no JSON form.
 pub fn encode_state<T: Serialize>(kind: &str, state: &T) -> Result<Vec<u8>, StateError> {
-    serde_json::to_vec(state)
-        .map_err(|error| StateError::Invalid { kind: kind.into(), reason: error.to_string() })
+    serde_json::to_vec(state).map_err(|error| StateError::Invalid {
+        kind: kind.into(),
+        reason: error.to_string(),
+    })
 }
 
 /// Reads what [`encode_state`] wrote.
@@ -121,8 +125,10 @@ pub fn encode_state<T: Serialize>(kind: &str, state: &T) -> Result<Vec<u8>, Stat
 /// # Errors
 /// When it is not exactly one value of the type.
 pub fn decode_state<T: DeserializeOwned>(kind: &str, state: &[u8]) -> Result<T, StateError> {
-    serde_json::from_slice(state)
-        .map_err(|error| StateError::Invalid { kind: kind.into(), reason: error.to_string() })
+    serde_json::from_slice(state).map_err(|error| StateError::Invalid {
+        kind: kind.into(),
+        reason: error.to_string(),
+    })
 }
 
 /// Address ranges and the device behind each; built once, then only read.
@@ -146,9 +152,17 @@ impl Bus {
     ///
     /// # Errors
     /// When part of the range is taken already.
-    pub fn insert(&mut self, base: u64, length: u64, device: Arc<dyn BusDevice>) -> Result<(), RangeTaken> {
+    pub fn insert(
+        &mut self,
+        base: u64,
+        length: u64,
+        device: Arc<dyn BusDevice>,
+    ) -> Result<(), RangeTaken> {
         let taken = RangeTaken { base, length };
-        let end = base.checked_add(length).filter(|_| length > 0).ok_or(taken.clone())?;
+        let end = base
+            .checked_add(length)
+            .filter(|_| length > 0)
+            .ok_or(taken.clone())?;
         if let Some((&before, (before_length, _))) = self.ranges.range(..end).next_back()
             && before + before_length > base
         {
@@ -183,7 +197,9 @@ impl Bus {
 
 impl fmt::Debug for Bus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list().entries(self.ranges.iter().map(|(base, (length, _))| (base, length))).finish()
+        f.debug_list()
+            .entries(self.ranges.iter().map(|(base, (length, _))| (base, length)))
+            .finish()
     }
 }
 
@@ -231,14 +247,20 @@ pub struct WakeHub {
 impl WakeHub {
     /// Something happened.
     pub fn wake_all(&self) {
-        *self.generation.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) += 1;
+        *self
+            .generation
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner()) += 1;
         self.changed.notify_all();
     }
 
     /// Waits until the generation is not `seen`; answers the generation then.
     fn wait(&self, seen: u64, timeout: Duration) -> (u64, Waited) {
         let deadline = Instant::now() + timeout;
-        let mut generation = self.generation.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut generation = self
+            .generation
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
         while *generation == seen {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -285,7 +307,9 @@ impl IrqLine {
 
 impl fmt::Debug for IrqLine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("IrqLine").field("irq", &self.irq).finish_non_exhaustive()
+        f.debug_struct("IrqLine")
+            .field("irq", &self.irq)
+            .finish_non_exhaustive()
     }
 }
 
@@ -329,7 +353,11 @@ pub struct DeviceContext {
 impl DeviceContext {
     /// The line numbered `irq`.
     pub fn irq_line(&self, irq: u32) -> IrqLine {
-        IrqLine { controller: self.interrupts.clone(), wake: self.wake.clone(), irq }
+        IrqLine {
+            controller: self.interrupts.clone(),
+            wake: self.wake.clone(),
+            irq,
+        }
     }
 }
 
@@ -357,8 +385,18 @@ mod tests {
         let mut bus = Bus::default();
         bus.insert(0x10, 4, Arc::new(Nothing)).unwrap();
         bus.insert(0x14, 4, Arc::new(Nothing)).unwrap();
-        for (base, length) in [(0x10, 1), (0x0f, 2), (0x17, 1), (0x00, 0x100), (0x20, 0), (u64::MAX, 2)] {
-            assert_eq!(bus.insert(base, length, Arc::new(Nothing)), Err(RangeTaken { base, length }));
+        for (base, length) in [
+            (0x10, 1),
+            (0x0f, 2),
+            (0x17, 1),
+            (0x00, 0x100),
+            (0x20, 0),
+            (u64::MAX, 2),
+        ] {
+            assert_eq!(
+                bus.insert(base, length, Arc::new(Nothing)),
+                Err(RangeTaken { base, length })
+            );
         }
         let (wake, seen) = (WakeHub::default(), AtomicU64::new(0));
         let context = ExitContext::new(0, &wake, &seen);

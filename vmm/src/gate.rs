@@ -62,7 +62,9 @@ pub struct Lapsed {
 
 impl fmt::Debug for Gate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Gate").field("inner", &self.inner).finish_non_exhaustive()
+        f.debug_struct("Gate")
+            .field("inner", &self.inner)
+            .finish_non_exhaustive()
     }
 }
 
@@ -81,16 +83,30 @@ impl Gate {
         for disk in &disks {
             disk.hold();
         }
-        let timer = Arc::new(TimerFd::new(ClockId::CLOCK_BOOTTIME, TimerFlags::TFD_CLOEXEC)?);
+        let timer = Arc::new(TimerFd::new(
+            ClockId::CLOCK_BOOTTIME,
+            TimerFlags::TFD_CLOEXEC,
+        )?);
         let inner = Mutex::default();
-        let gate = Arc::new(Gate { vcpus, devices, disks, on_lapse, inner, timer: timer.clone() });
+        let gate = Arc::new(Gate {
+            vcpus,
+            devices,
+            disks,
+            on_lapse,
+            inner,
+            timer: timer.clone(),
+        });
         let watched = Arc::downgrade(&gate);
-        std::thread::Builder::new().name("lease".into()).spawn(move || watch(&watched, &timer, lapsed))?;
+        std::thread::Builder::new()
+            .name("lease".into())
+            .spawn(move || watch(&watched, &timer, lapsed))?;
         Ok(gate)
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.inner
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// Lets the guest run, and uses the permit up; answers when (CLOCK_MONOTONIC ns). With the gate
@@ -151,7 +167,10 @@ impl Gate {
     /// When a vCPU does not stop in time; the permit is gone then.
     pub fn stop_vcpus(&self) -> Result<(Option<RunPermit>, u64), PauseTimedOut> {
         let mut inner = self.lock();
-        let permit = inner.permit.take().map(|permit| permit.renewed(inner.deadline_ns));
+        let permit = inner
+            .permit
+            .take()
+            .map(|permit| permit.renewed(inner.deadline_ns));
         let stopped_ns = self.vcpus.pause(PAUSE_TIMEOUT)?;
         Ok((permit, stopped_ns))
     }
@@ -186,7 +205,10 @@ impl Gate {
 
     fn arm(&self, deadline_ns: u64) {
         let at = TimeSpec::from_duration(Duration::from_nanos(deadline_ns.max(1)));
-        let armed = self.timer.set(Expiration::OneShot(at), TimerSetTimeFlags::TFD_TIMER_ABSTIME);
+        let armed = self.timer.set(
+            Expiration::OneShot(at),
+            TimerSetTimeFlags::TFD_TIMER_ABSTIME,
+        );
         if let Err(error) = armed {
             // Cannot happen with a valid time; without a timer there is no lease.
             tracing::error!(%error, "the lease timer cannot be set: this monitor ends");
@@ -201,7 +223,9 @@ impl Gate {
         if !due || self.on_lapse == OnLapse::RunUntilFenced {
             return None;
         }
-        Some(Lapsed { stopped: self.close_locked(&mut inner) })
+        Some(Lapsed {
+            stopped: self.close_locked(&mut inner),
+        })
     }
 }
 

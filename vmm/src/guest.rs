@@ -68,13 +68,17 @@ pub enum GuestParamsError {
         most_mib: u64,
     },
     /// Its disk is too small.
-    #[error("a disk of {bytes} bytes is too small for the self-checking guest: use at least {DISK_BYTES_MIN}")]
+    #[error(
+        "a disk of {bytes} bytes is too small for the self-checking guest: use at least {DISK_BYTES_MIN}"
+    )]
     DiskTooSmall {
         /// The disk's size.
         bytes: u64,
     },
     /// The clock would not run.
-    #[error("the frequency of the time stamp counter is not known; the self-checking guest cannot tell time")]
+    #[error(
+        "the frequency of the time stamp counter is not known; the self-checking guest cannot tell time"
+    )]
     NoTscFrequency,
 }
 
@@ -97,7 +101,11 @@ pub fn boot_params(
         return Err(GuestParamsError::NoWorkingSet);
     }
     if working_set_mib > most_mib {
-        return Err(GuestParamsError::WorkingSetTooLarge { working_set_mib, memory_mib, most_mib });
+        return Err(GuestParamsError::WorkingSetTooLarge {
+            working_set_mib,
+            memory_mib,
+            most_mib,
+        });
     }
     if let Some(GuestDisk { bytes, .. }) = disk
         && bytes < DISK_BYTES_MIN
@@ -108,7 +116,8 @@ pub fn boot_params(
         return Err(GuestParamsError::NoTscFrequency);
     }
     let pages = (working_set_mib << 20) / PAGE_BYTES;
-    let low_pages = (memory::regions(memory_mib << 20)[0].1.min(LOW_RAM_END) - WORKING_SET_START) / PAGE_BYTES;
+    let low_pages =
+        (memory::regions(memory_mib << 20)[0].1.min(LOW_RAM_END) - WORKING_SET_START) / PAGE_BYTES;
     Ok(BootParams {
         vm_id,
         range0_start: WORKING_SET_START,
@@ -117,7 +126,11 @@ pub fn boot_params(
         range1_pages: pages.saturating_sub(low_pages),
         dirty_mib_s: u64::from(dirty_mib_s),
         disk_mmio: disk.map_or(0, |disk| disk.mmio_address),
-        disk_blocks: disk.map_or(0, |disk| (disk.bytes / PAGE_BYTES).min(DISK_BLOCKS).min(DISK_BLOCKS_MAX)),
+        disk_blocks: disk.map_or(0, |disk| {
+            (disk.bytes / PAGE_BYTES)
+                .min(DISK_BLOCKS)
+                .min(DISK_BLOCKS_MAX)
+        }),
         flush_interval_us: FLUSH_INTERVAL_US,
         blocks_per_flush: BLOCKS_PER_FLUSH,
         tsc_khz,

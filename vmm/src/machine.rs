@@ -58,7 +58,9 @@ pub struct Machine {
 
 impl std::fmt::Debug for Machine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Machine").field("memory_mib", &self.memory_mib).finish_non_exhaustive()
+        f.debug_struct("Machine")
+            .field("memory_mib", &self.memory_mib)
+            .finish_non_exhaustive()
     }
 }
 
@@ -140,7 +142,9 @@ impl Machine {
     pub fn assemble(
         config: Config,
         events: mpsc::Sender<MachineEvent>,
-        attach: impl FnOnce(&DeviceContext) -> Result<DeviceSet, Box<dyn std::error::Error + Send + Sync>>,
+        attach: impl FnOnce(
+            &DeviceContext,
+        ) -> Result<DeviceSet, Box<dyn std::error::Error + Send + Sync>>,
         load: Option<impl FnOnce(&GuestMemory, u64) -> Result<Start, BootError>>,
         lapsed: impl Fn(Lapsed) + Send + 'static,
     ) -> Result<Machine, AssembleError> {
@@ -173,8 +177,13 @@ impl Machine {
             start::apply(first, &memory, &start)?;
         }
         let vcpus = Vcpus::start(vcpus, &devices.buses, wake, events)?;
-        let gate =
-            Gate::new(vcpus, devices.migratable.clone(), config.disks.clone(), config.on_lapse, lapsed)?;
+        let gate = Gate::new(
+            vcpus,
+            devices.migratable.clone(),
+            config.disks.clone(),
+            config.on_lapse,
+            lapsed,
+        )?;
         Ok(Machine {
             vm,
             gate,
@@ -215,7 +224,9 @@ impl Machine {
             join_all(self.devices.iter().map(|device| device.quiesce())).await;
             try_join_all(self.disks.iter().map(|disk| disk.drain(timeout))).await
         };
-        tokio::time::timeout(timeout, all).await.map_err(|_| DrainError::TimedOut(timeout))??;
+        tokio::time::timeout(timeout, all)
+            .await
+            .map_err(|_| DrainError::TimedOut(timeout))??;
         self.gate.hold();
         Ok(())
     }
@@ -238,7 +249,11 @@ impl Machine {
         let mut devices = Vec::with_capacity(self.devices.len());
         for device in &self.devices {
             let (kind, version) = (device.kind(), device.version());
-            devices.push(DeviceState { kind, version, state: Hex(device.save()?) });
+            devices.push(DeviceState {
+                kind,
+                version,
+                state: Hex(device.save()?),
+            });
         }
         Ok(MachineState {
             version: STATE_VERSION,
@@ -256,22 +271,44 @@ impl Machine {
     /// See [`RestoreError`]. After one the machine is of no use.
     pub fn restore(&self, state: &MachineState) -> Result<(), RestoreError> {
         let differs = |what, saved: String, here: String| {
-            if saved == here { Ok(()) } else { Err(RestoreError::OtherMachine { what, saved, here }) }
+            if saved == here {
+                Ok(())
+            } else {
+                Err(RestoreError::OtherMachine { what, saved, here })
+            }
         };
         let vcpus = self.gate.vcpus();
         let kinds = |kinds: Vec<String>| format!("[{}]", kinds.join(", "));
-        differs("memory, MiB", state.memory_mib.to_string(), self.memory_mib.to_string())?;
-        differs("vCPUs", state.cpus.len().to_string(), vcpus.count().to_string())?;
+        differs(
+            "memory, MiB",
+            state.memory_mib.to_string(),
+            self.memory_mib.to_string(),
+        )?;
+        differs(
+            "vCPUs",
+            state.cpus.len().to_string(),
+            vcpus.count().to_string(),
+        )?;
         differs(
             "devices",
-            kinds(state.devices.iter().map(|device| device.kind.clone()).collect()),
+            kinds(
+                state
+                    .devices
+                    .iter()
+                    .map(|device| device.kind.clone())
+                    .collect(),
+            ),
             kinds(self.devices.iter().map(|device| device.kind()).collect()),
         )?;
         let elapsed_ns = elapsed_ns(state.saved_at_realtime_ns, clock::realtime_ns());
         for (index, saved) in state.cpus.iter().enumerate() {
             let (host, saved) = (self.host.clone(), saved.clone());
-            let restored = vcpus.on_vcpu(index, move |vcpu| cpu::restore(vcpu, &saved, elapsed_ns, &host));
-            restored.ok_or(RestoreError::Gone)?.map_err(|source| RestoreError::Cpu { index, source })?;
+            let restored = vcpus.on_vcpu(index, move |vcpu| {
+                cpu::restore(vcpu, &saved, elapsed_ns, &host)
+            });
+            restored
+                .ok_or(RestoreError::Gone)?
+                .map_err(|source| RestoreError::Cpu { index, source })?;
         }
         self.vm.restore(&state.vm, elapsed_ns)?;
         for (device, saved) in self.devices.iter().zip(&state.devices) {
@@ -284,7 +321,11 @@ impl Machine {
 /// How far the guest's clocks advance between two readings of CLOCK_REALTIME: never back.
 fn elapsed_ns(saved_ns: u64, now_ns: u64) -> u64 {
     let elapsed = now_ns.saturating_sub(saved_ns);
-    if u128::from(elapsed) <= ELAPSED_MAX.as_nanos() { elapsed } else { 0 }
+    if u128::from(elapsed) <= ELAPSED_MAX.as_nanos() {
+        elapsed
+    } else {
+        0
+    }
 }
 
 #[cfg(test)]

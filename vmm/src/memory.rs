@@ -47,7 +47,8 @@ pub fn regions(bytes: u64) -> Vec<(u64, u64)> {
 /// See [`MemoryError`].
 pub fn allocate(mib: u64) -> Result<GuestMemory, MemoryError> {
     let reserve = |source: io::Error| MemoryError::Reserve { mib, source };
-    let descriptor = memfd_create(c"guest-memory", MFdFlags::MFD_CLOEXEC).map_err(|e| reserve(e.into()))?;
+    let descriptor =
+        memfd_create(c"guest-memory", MFdFlags::MFD_CLOEXEC).map_err(|e| reserve(e.into()))?;
     let file = File::from(descriptor);
     file.set_len(mib << 20).map_err(reserve)?;
     let file = Arc::new(file);
@@ -60,8 +61,11 @@ pub fn allocate(mib: u64) -> Result<GuestMemory, MemoryError> {
             (GuestAddress(start), length as usize, Some(place))
         })
         .collect();
-    let memory = GuestMemoryMmap::from_ranges_with_files(ranges)
-        .map_err(|error| MemoryError::Map { mib, reason: error.to_string() })?;
+    let memory =
+        GuestMemoryMmap::from_ranges_with_files(ranges).map_err(|error| MemoryError::Map {
+            mib,
+            reason: error.to_string(),
+        })?;
     for region in memory.iter() {
         // Refused where the host has no huge pages for shared memory; small pages serve as well.
         if let Err(error) = advise(region.as_ptr(), region.len() as usize, libc::MADV_HUGEPAGE) {
@@ -75,7 +79,11 @@ fn advise(start: *mut u8, length: usize, advice: libc::c_int) -> io::Result<()> 
     // SAFETY: the range is a whole mapping that `GuestMemoryMmap` owns and keeps mapped while its
     // caller borrows it; the advice keeps the contents.
     let answer = unsafe { libc::madvise(start.cast(), length, advice) };
-    if answer == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if answer == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 #[cfg(test)]
@@ -86,7 +94,10 @@ mod tests {
     fn memory_beyond_the_devices_goes_on_above_four_gib() {
         assert_eq!(regions(64 << 20), [(0, 64 << 20)]);
         assert_eq!(regions(LOW_RAM_END), [(0, LOW_RAM_END)]);
-        assert_eq!(regions(4 << 30), [(0, LOW_RAM_END), (1 << 32, (4 << 30) - LOW_RAM_END)]);
+        assert_eq!(
+            regions(4 << 30),
+            [(0, LOW_RAM_END), (1 << 32, (4 << 30) - LOW_RAM_END)]
+        );
     }
 
     #[test]

@@ -36,7 +36,7 @@ use crate::platform::{self, BuildError, Platform};
 use crate::spec::ValidatedSpec;
 use crate::vcpu::PauseTimedOut;
 
-pub use migration::{CancelError, IncomingError, SendRequest, SendRefused};
+pub use migration::{CancelError, IncomingError, SendRefused, SendRequest};
 
 /// Events of the guest, the disks and the deadline not looked at yet; a sender beyond it has said enough.
 const HAPPENINGS_MAX: usize = 64;
@@ -104,7 +104,9 @@ pub enum RunError {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NotForUs {
     /// Another life of the monitor.
-    #[error("the call carries the nonce of another monitor: ask this one for its own with Describe")]
+    #[error(
+        "the call carries the nonce of another monitor: ask this one for its own with Describe"
+    )]
     OtherMonitor,
     /// An older token.
     #[error("the call carries {offered}, and this monitor has seen {highest}")]
@@ -156,7 +158,9 @@ pub enum StopError {
     #[error(transparent)]
     Pause(#[from] PauseTimedOut),
     /// The disks do not complete their I/O.
-    #[error("the vCPUs are stopped, the disks do not drain: {0}; force the stop to leave unflushed writes behind")]
+    #[error(
+        "the vCPUs are stopped, the disks do not drain: {0}; force the stop to leave unflushed writes behind"
+    )]
     Drain(#[from] DrainError),
 }
 
@@ -176,7 +180,11 @@ impl Monitor {
         };
         let platform = platform::build(&spec, guest_events, lapsed).await?;
         let file = spec.file();
-        let phase = if spec.incoming().is_some() { Phase::Incoming } else { Phase::Ready };
+        let phase = if spec.incoming().is_some() {
+            Phase::Incoming
+        } else {
+            Phase::Ready
+        };
         let state = State {
             phase,
             failure: String::new(),
@@ -218,7 +226,9 @@ impl Monitor {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.state
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// What this monitor was told to be.
@@ -325,7 +335,12 @@ impl Monitor {
 
     /// A disk may have wanted a re-key before the machine ran, when that did not count yet.
     fn check_disks(&self) {
-        let refused = self.platform.machine.disks().iter().any(|disk| wants_rekey(&disk.watch().borrow().state));
+        let refused = self
+            .platform
+            .machine
+            .disks()
+            .iter()
+            .any(|disk| wants_rekey(&disk.watch().borrow().state));
         if refused {
             tracing::warn!("a disk wants a re-key");
             self.freeze(Event::DiskRefused);
@@ -338,22 +353,36 @@ impl Monitor {
     /// When the call is not for this monitor or its token.
     pub fn extend(&self, request: &wire::ExtendLeaseRequest) -> Result<Phase, NotForUs> {
         self.check_call(Token(request.token), Some(request.nonce), true)?;
-        self.platform.machine.gate().extend(request.lease_deadline_ns);
+        self.platform
+            .machine
+            .gate()
+            .extend(request.lease_deadline_ns);
         Ok(self.lock().phase)
     }
 
     /// Compares a call's token and nonce with this monitor's, and notes a higher token.
-    fn check_call(&self, token: Token, nonce: Option<u64>, under_disks: bool) -> Result<(), NotForUs> {
+    fn check_call(
+        &self,
+        token: Token,
+        nonce: Option<u64>,
+        under_disks: bool,
+    ) -> Result<(), NotForUs> {
         if nonce.is_some_and(|nonce| nonce != self.nonce) {
             return Err(NotForUs::OtherMonitor);
         }
         let mut state = self.lock();
         if token < state.highest_token {
-            return Err(NotForUs::OlderToken { offered: token, highest: state.highest_token });
+            return Err(NotForUs::OlderToken {
+                offered: token,
+                highest: state.highest_token,
+            });
         }
         state.highest_token = token;
         if under_disks && token != state.disk_token {
-            return Err(NotForUs::NotRekeyed { offered: token, disks: state.disk_token });
+            return Err(NotForUs::NotRekeyed {
+                offered: token,
+                disks: state.disk_token,
+            });
         }
         Ok(())
     }
@@ -378,7 +407,9 @@ impl Monitor {
                 // A repeated call, or one that another disk's failure cut short.
                 return Ok(());
             }
-            disk.rekey(token, REKEY_TIMEOUT).await.map_err(|source| MonitorRekeyError::Disk { index, source })
+            disk.rekey(token, REKEY_TIMEOUT)
+                .await
+                .map_err(|source| MonitorRekeyError::Disk { index, source })
         }))
         .await?;
         self.lock().disk_token = token;
@@ -465,7 +496,9 @@ impl Monitor {
                     tracing::error!(%error, "a lapse in a phase that knows none");
                 }
             }
-            Happening::Guest(MachineEvent::ShutDown | MachineEvent::Reset) => self.guest_ended().await,
+            Happening::Guest(MachineEvent::ShutDown | MachineEvent::Reset) => {
+                self.guest_ended().await
+            }
             Happening::Guest(MachineEvent::Failed(reason)) => {
                 self.freeze(Event::Failed);
                 self.fail(&reason);
@@ -495,12 +528,23 @@ impl Monitor {
         match state {
             DiskState::Ready => self.tell(),
             DiskState::Reconnecting { error } => {
-                tracing::warn!(index, error, "a disk's server cannot be reached; its requests wait");
+                tracing::warn!(
+                    index,
+                    error,
+                    "a disk's server cannot be reached; its requests wait"
+                );
             }
             DiskState::Stalled { reason } => {
-                tracing::warn!(index, reason, "a disk's server cannot do what is asked; its requests wait");
+                tracing::warn!(
+                    index,
+                    reason,
+                    "a disk's server cannot do what is asked; its requests wait"
+                );
             }
-            DiskState::NeedsRekey { reason, writes_unanswered } => {
+            DiskState::NeedsRekey {
+                reason,
+                writes_unanswered,
+            } => {
                 tracing::warn!(index, %reason, writes_unanswered, "a disk wants a re-key");
                 let counts = !matches!(self.lock().phase, Phase::Incoming | Phase::Complete);
                 if counts {
@@ -516,7 +560,10 @@ impl Monitor {
 
     /// The migration under way or last, if it is `id`.
     fn is_migration(&self, id: MigrationId) -> bool {
-        self.lock().migration.as_ref().is_some_and(|migration| migration.id == id)
+        self.lock()
+            .migration
+            .as_ref()
+            .is_some_and(|migration| migration.id == id)
     }
 }
 

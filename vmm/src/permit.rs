@@ -39,10 +39,14 @@ pub enum PermitRefused {
         here: VmId,
     },
     /// It is for another life of this machine's monitor.
-    #[error("the permit carries the nonce of another monitor: ask this one for its own with Describe")]
+    #[error(
+        "the permit carries the nonce of another monitor: ask this one for its own with Describe"
+    )]
     OtherMonitor,
     /// A newer token has been seen.
-    #[error("the permit is for {permit}, and this monitor has seen {highest}: the machine has moved on")]
+    #[error(
+        "the permit is for {permit}, and this monitor has seen {highest}: the machine has moved on"
+    )]
     OlderToken {
         /// The permit's token.
         permit: Token,
@@ -71,24 +75,43 @@ impl RunPermit {
     ///
     /// # Errors
     /// See [`PermitRefused`].
-    pub fn new(permit: &wire::RunPermit, expected: &Expected, now_ns: u64) -> Result<RunPermit, PermitRefused> {
+    pub fn new(
+        permit: &wire::RunPermit,
+        expected: &Expected,
+        now_ns: u64,
+    ) -> Result<RunPermit, PermitRefused> {
         let token = Token(permit.token);
         if VmId(permit.vm_id) != expected.vm {
-            return Err(PermitRefused::OtherMachine { permit: VmId(permit.vm_id), here: expected.vm });
+            return Err(PermitRefused::OtherMachine {
+                permit: VmId(permit.vm_id),
+                here: expected.vm,
+            });
         }
         if permit.nonce != expected.nonce {
             return Err(PermitRefused::OtherMonitor);
         }
         if token < expected.highest_token {
-            return Err(PermitRefused::OlderToken { permit: token, highest: expected.highest_token });
+            return Err(PermitRefused::OlderToken {
+                permit: token,
+                highest: expected.highest_token,
+            });
         }
         if token != expected.disk_token {
-            return Err(PermitRefused::NotRekeyed { permit: token, disks: expected.disk_token });
+            return Err(PermitRefused::NotRekeyed {
+                permit: token,
+                disks: expected.disk_token,
+            });
         }
         if now_ns >= permit.lease_deadline_ns {
-            return Err(PermitRefused::DeadlinePassed { late_ns: now_ns - permit.lease_deadline_ns });
+            return Err(PermitRefused::DeadlinePassed {
+                late_ns: now_ns - permit.lease_deadline_ns,
+            });
         }
-        Ok(RunPermit { token, log_index: LogIndex(permit.log_index), deadline_ns: permit.lease_deadline_ns })
+        Ok(RunPermit {
+            token,
+            log_index: LogIndex(permit.log_index),
+            deadline_ns: permit.lease_deadline_ns,
+        })
     }
 
     /// Under which token.
@@ -103,7 +126,10 @@ impl RunPermit {
 
     /// The same right under a renewed lease.
     pub(crate) fn renewed(self, deadline_ns: u64) -> RunPermit {
-        RunPermit { deadline_ns: self.deadline_ns.max(deadline_ns), ..self }
+        RunPermit {
+            deadline_ns: self.deadline_ns.max(deadline_ns),
+            ..self
+        }
     }
 
     /// Until when, CLOCK_BOOTTIME nanoseconds.
@@ -116,50 +142,93 @@ impl RunPermit {
 mod tests {
     use super::*;
 
-    const EXPECTED: Expected =
-        Expected { vm: VmId(7), nonce: 99, highest_token: Token(12), disk_token: Token(12) };
+    const EXPECTED: Expected = Expected {
+        vm: VmId(7),
+        nonce: 99,
+        highest_token: Token(12),
+        disk_token: Token(12),
+    };
 
     fn permit() -> wire::RunPermit {
-        wire::RunPermit { vm_id: 7, token: 12, log_index: 40, lease_deadline_ns: 1_000, nonce: 99 }
+        wire::RunPermit {
+            vm_id: 7,
+            token: 12,
+            log_index: 40,
+            lease_deadline_ns: 1_000,
+            nonce: 99,
+        }
     }
 
     #[test]
     fn a_permit_that_agrees_is_accepted() {
         let accepted = RunPermit::new(&permit(), &EXPECTED, 999).unwrap();
-        assert_eq!((accepted.token(), accepted.deadline_ns()), (Token(12), 1_000));
+        assert_eq!(
+            (accepted.token(), accepted.deadline_ns()),
+            (Token(12), 1_000)
+        );
     }
 
     #[test]
     fn a_permit_for_another_machine_is_refused() {
-        let wrong = wire::RunPermit { vm_id: 8, ..permit() };
-        let refused = PermitRefused::OtherMachine { permit: VmId(8), here: VmId(7) };
+        let wrong = wire::RunPermit {
+            vm_id: 8,
+            ..permit()
+        };
+        let refused = PermitRefused::OtherMachine {
+            permit: VmId(8),
+            here: VmId(7),
+        };
         assert_eq!(RunPermit::new(&wrong, &EXPECTED, 0), Err(refused));
     }
 
     #[test]
     fn a_permit_for_another_monitor_is_refused() {
-        let wrong = wire::RunPermit { nonce: 98, ..permit() };
-        assert_eq!(RunPermit::new(&wrong, &EXPECTED, 0), Err(PermitRefused::OtherMonitor));
+        let wrong = wire::RunPermit {
+            nonce: 98,
+            ..permit()
+        };
+        assert_eq!(
+            RunPermit::new(&wrong, &EXPECTED, 0),
+            Err(PermitRefused::OtherMonitor)
+        );
     }
 
     #[test]
     fn a_permit_with_an_older_token_is_refused() {
-        let wrong = wire::RunPermit { token: 11, ..permit() };
-        let refused = PermitRefused::OlderToken { permit: Token(11), highest: Token(12) };
+        let wrong = wire::RunPermit {
+            token: 11,
+            ..permit()
+        };
+        let refused = PermitRefused::OlderToken {
+            permit: Token(11),
+            highest: Token(12),
+        };
         assert_eq!(RunPermit::new(&wrong, &EXPECTED, 0), Err(refused));
     }
 
     #[test]
     fn a_permit_for_the_disks_token_is_refused_once_a_newer_token_was_seen() {
-        let expected = Expected { highest_token: Token(13), ..EXPECTED };
-        let refused = PermitRefused::OlderToken { permit: Token(12), highest: Token(13) };
+        let expected = Expected {
+            highest_token: Token(13),
+            ..EXPECTED
+        };
+        let refused = PermitRefused::OlderToken {
+            permit: Token(12),
+            highest: Token(13),
+        };
         assert_eq!(RunPermit::new(&permit(), &expected, 0), Err(refused));
     }
 
     #[test]
     fn a_permit_whose_token_the_disks_do_not_bear_is_refused() {
-        let wrong = wire::RunPermit { token: 13, ..permit() };
-        let refused = PermitRefused::NotRekeyed { permit: Token(13), disks: Token(12) };
+        let wrong = wire::RunPermit {
+            token: 13,
+            ..permit()
+        };
+        let refused = PermitRefused::NotRekeyed {
+            permit: Token(13),
+            disks: Token(12),
+        };
         assert_eq!(RunPermit::new(&wrong, &EXPECTED, 0), Err(refused));
     }
 

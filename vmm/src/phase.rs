@@ -101,11 +101,20 @@ impl Phase {
             },
             Event::LeaseLapsed => match self {
                 Running => Ok(Frozen),
-                Ready | Frozen | Refused { .. } | Stopping | Quiet { .. } | Incoming | Complete | Stopped
+                Ready
+                | Frozen
+                | Refused { .. }
+                | Stopping
+                | Quiet { .. }
+                | Incoming
+                | Complete
+                | Stopped
                 | Failed => Ok(self),
             },
             Event::DiskRefused => match self {
-                Running | Frozen | Ready | Stopping | Refused { .. } => Ok(Refused { rekeyed: false }),
+                Running | Frozen | Ready | Stopping | Refused { .. } => {
+                    Ok(Refused { rekeyed: false })
+                }
                 Quiet { .. } => Ok(Quiet { rekeyed: false }),
                 // A destination's disks are not its own yet: what they say counts once it runs.
                 Incoming | Complete | Stopped | Failed => Ok(self),
@@ -118,22 +127,50 @@ impl Phase {
             },
             Event::StopForCutover => match self {
                 Running => Ok(Stopping),
-                Ready | Frozen | Refused { .. } | Stopping | Quiet { .. } | Incoming | Complete | Stopped
+                Ready
+                | Frozen
+                | Refused { .. }
+                | Stopping
+                | Quiet { .. }
+                | Incoming
+                | Complete
+                | Stopped
                 | Failed => refused,
             },
             Event::SaidQuiet => match self {
                 // A refusal may come between the drain and the promise: the promise is given all the same.
                 Stopping | Refused { .. } => Ok(Quiet { rekeyed: false }),
-                Ready | Running | Frozen | Quiet { .. } | Incoming | Complete | Stopped | Failed => refused,
+                Ready
+                | Running
+                | Frozen
+                | Quiet { .. }
+                | Incoming
+                | Complete
+                | Stopped
+                | Failed => refused,
             },
             Event::GaveUp => match self {
                 Stopping => Ok(Frozen),
-                Ready | Running | Frozen | Refused { .. } | Quiet { .. } | Incoming | Complete | Stopped
+                Ready
+                | Running
+                | Frozen
+                | Refused { .. }
+                | Quiet { .. }
+                | Incoming
+                | Complete
+                | Stopped
                 | Failed => Ok(self),
             },
             Event::Arrived => match self {
                 Incoming => Ok(Complete),
-                Ready | Running | Frozen | Refused { .. } | Stopping | Quiet { .. } | Complete | Stopped
+                Ready
+                | Running
+                | Frozen
+                | Refused { .. }
+                | Stopping
+                | Quiet { .. }
+                | Complete
+                | Stopped
                 | Failed => refused,
             },
             Event::ShutDown => match self {
@@ -143,7 +180,14 @@ impl Phase {
             },
             Event::Failed => match self {
                 Stopped => Ok(Stopped),
-                Ready | Running | Frozen | Refused { .. } | Stopping | Quiet { .. } | Incoming | Complete
+                Ready
+                | Running
+                | Frozen
+                | Refused { .. }
+                | Stopping
+                | Quiet { .. }
+                | Incoming
+                | Complete
                 | Failed => Ok(Failed),
             },
         }
@@ -250,14 +294,26 @@ mod tests {
             (Frozen, Event::Permitted, Running),
             (Running, Event::DiskRefused, Refused { rekeyed: false }),
             (Frozen, Event::DiskRefused, Refused { rekeyed: false }),
-            (Refused { rekeyed: false }, Event::Rekeyed, Refused { rekeyed: true }),
-            (Refused { rekeyed: true }, Event::DiskRefused, Refused { rekeyed: false }),
+            (
+                Refused { rekeyed: false },
+                Event::Rekeyed,
+                Refused { rekeyed: true },
+            ),
+            (
+                Refused { rekeyed: true },
+                Event::DiskRefused,
+                Refused { rekeyed: false },
+            ),
             (Refused { rekeyed: true }, Event::Permitted, Running),
             (Running, Event::StopForCutover, Stopping),
             (Stopping, Event::SaidQuiet, Quiet { rekeyed: false }),
             (Stopping, Event::GaveUp, Frozen),
             (Stopping, Event::DiskRefused, Refused { rekeyed: false }),
-            (Quiet { rekeyed: false }, Event::Rekeyed, Quiet { rekeyed: true }),
+            (
+                Quiet { rekeyed: false },
+                Event::Rekeyed,
+                Quiet { rekeyed: true },
+            ),
             (Quiet { rekeyed: true }, Event::Permitted, Running),
             (Incoming, Event::Arrived, Complete),
             (Complete, Event::Permitted, Running),
@@ -293,7 +349,10 @@ mod tests {
                             phase = next;
                         }
                         rekeyed |= event == Event::Rekeyed;
-                        assert!(phase != Phase::Running || rekeyed, "{first}, {second}, {third}");
+                        assert!(
+                            phase != Phase::Running || rekeyed,
+                            "{first}, {second}, {third}"
+                        );
                     }
                 }
             }

@@ -48,7 +48,9 @@ pub enum BuildError {
     #[error(transparent)]
     Disk(#[from] OpenError),
     /// A disk is not the one that the log has.
-    #[error("disk {index} has {found} bytes and should have {expected}: another file lies in its place")]
+    #[error(
+        "disk {index} has {found} bytes and should have {expected}: another file lies in its place"
+    )]
     DiskSize {
         /// Which.
         index: usize,
@@ -87,31 +89,56 @@ pub async fn build(
     let attach = |context: &DeviceContext| {
         let mut set = DeviceSet::default();
         let serial = Serial::new(context, SERIAL_IRQ, console.clone());
-        set.buses.pio.insert(SERIAL_PORT, SERIAL_PORTS, serial.clone())?;
+        set.buses
+            .pio
+            .insert(SERIAL_PORT, SERIAL_PORTS, serial.clone())?;
         set.migratable.push(serial);
         let i8042 = I8042::new(context);
-        set.buses.pio.insert(I8042_PORT, I8042_PORTS, i8042.clone())?;
+        set.buses
+            .pio
+            .insert(I8042_PORT, I8042_PORTS, i8042.clone())?;
         set.migratable.push(i8042);
         if matches!(file.boot, Boot::SelfCheck { .. }) {
             let port = SelfCheck::new(context, REPORT_ADDRESS, file.witness.clone());
-            set.buses.pio.insert(REPORT_PORT, REPORT_PORTS, port.clone())?;
+            set.buses
+                .pio
+                .insert(REPORT_PORT, REPORT_PORTS, port.clone())?;
             set.migratable.push(port.clone());
             selfcheck = Some(port);
         }
         for (index, disk) in disks.iter().enumerate() {
             let (address, irq) = (virtio_mmio_address(index), virtio_irq(index));
             let serial = format!("{}-{index}", file.vm_id);
-            let config = BlockConfig { index, address, irq, serial, read_only: false };
+            let config = BlockConfig {
+                index,
+                address,
+                irq,
+                serial,
+                read_only: false,
+            };
             let block = Block::new(context, &config, disk.clone())?;
-            set.buses.mmio.insert(address, VIRTIO_MMIO_SLOT_BYTES, block.clone())?;
+            set.buses
+                .mmio
+                .insert(address, VIRTIO_MMIO_SLOT_BYTES, block.clone())?;
             set.migratable.push(block);
         }
         for (index, (nic, mac)) in file.nics.iter().zip(spec.macs()).enumerate() {
             let slot = disks.len() + index;
             let (address, irq) = (virtio_mmio_address(slot), virtio_irq(slot));
             let tap = Tap::open(&nic.tap, &nic.bridge)?;
-            let net = Net::new(context, &NetConfig { index, address, irq, mac: MacAddress(*mac) }, tap)?;
-            set.buses.mmio.insert(address, VIRTIO_MMIO_SLOT_BYTES, net.clone())?;
+            let net = Net::new(
+                context,
+                &NetConfig {
+                    index,
+                    address,
+                    irq,
+                    mac: MacAddress(*mac),
+                },
+                tap,
+            )?;
+            set.buses
+                .mmio
+                .insert(address, VIRTIO_MMIO_SLOT_BYTES, net.clone())?;
             set.migratable.push(net.clone());
             nics.push(net);
         }
@@ -120,37 +147,66 @@ pub async fn build(
     let load = |memory: &GuestMemory, tsc_khz: u64| load_guest(spec, memory, tsc_khz);
     let load = spec.incoming().is_none().then_some(load);
     let machine = Machine::assemble(config, events, attach, load, lapsed)?;
-    Ok(Platform { machine, console, selfcheck, nics })
+    Ok(Platform {
+        machine,
+        console,
+        selfcheck,
+        nics,
+    })
 }
 
 async fn open_disks(spec: &ValidatedSpec) -> Result<Vec<Arc<dyn Disk>>, BuildError> {
-    let dialer = spec.file().node_address.map_or_else(Dialer::default, Dialer::from_source);
+    let dialer = spec
+        .file()
+        .node_address
+        .map_or_else(Dialer::default, Dialer::from_source);
     let mut disks = Vec::new();
     for (index, (open, recorded)) in spec.disks().iter().zip(&spec.file().disks).enumerate() {
         let disk = open_disk(open, &dialer).await?;
         let (found, expected) = (disk.size_bytes(), recorded.size_bytes);
         if found != expected {
-            return Err(BuildError::DiskSize { index, found, expected });
+            return Err(BuildError::DiskSize {
+                index,
+                found,
+                expected,
+            });
         }
         disks.push(disk);
     }
     Ok(disks)
 }
 
-fn load_guest(spec: &ValidatedSpec, memory: &GuestMemory, tsc_khz: u64) -> Result<Start, BootError> {
+fn load_guest(
+    spec: &ValidatedSpec,
+    memory: &GuestMemory,
+    tsc_khz: u64,
+) -> Result<Start, BootError> {
     let file = spec.file();
     match &file.boot {
-        Boot::SelfCheck { working_set_mib, dirty_mib_s } => {
-            let disk = file
-                .disks
-                .first()
-                .map(|disk| GuestDisk { mmio_address: virtio_mmio_address(0), bytes: disk.size_bytes });
+        Boot::SelfCheck {
+            working_set_mib,
+            dirty_mib_s,
+        } => {
+            let disk = file.disks.first().map(|disk| GuestDisk {
+                mmio_address: virtio_mmio_address(0),
+                bytes: disk.size_bytes,
+            });
             let working_set_mib = u64::from(*working_set_mib);
-            let params =
-                boot_params(file.vm_id.0, file.memory_mib, working_set_mib, *dirty_mib_s, disk, tsc_khz)?;
+            let params = boot_params(
+                file.vm_id.0,
+                file.memory_mib,
+                working_set_mib,
+                *dirty_mib_s,
+                disk,
+                tsc_khz,
+            )?;
             selfcheck::load(memory, &params)
         }
-        Boot::Linux { kernel, initrd, cmdline } => linux::load(
+        Boot::Linux {
+            kernel,
+            initrd,
+            cmdline,
+        } => linux::load(
             memory,
             &LinuxImage {
                 kernel: kernel.as_ref(),

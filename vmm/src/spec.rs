@@ -147,7 +147,10 @@ pub enum SpecError {
 }
 
 fn field(field: impl Into<String>, problem: impl Into<String>) -> SpecError {
-    SpecError::Field { field: field.into(), problem: problem.into() }
+    SpecError::Field {
+        field: field.into(),
+        problem: problem.into(),
+    }
 }
 
 /// A machine file whose every value is known to be usable.
@@ -166,10 +169,15 @@ impl ValidatedSpec {
     /// See [`SpecError`].
     pub fn read(path: &Path) -> Result<ValidatedSpec, SpecError> {
         use std::io::Read;
-        let error = |source| SpecError::Read { path: path.into(), source };
+        let error = |source| SpecError::Read {
+            path: path.into(),
+            source,
+        };
         let mut text = String::new();
         let file = std::fs::File::open(path).map_err(error)?;
-        file.take(FILE_BYTES_MAX).read_to_string(&mut text).map_err(error)?;
+        file.take(FILE_BYTES_MAX)
+            .read_to_string(&mut text)
+            .map_err(error)?;
         ValidatedSpec::new(serde_json::from_str(&text)?)
     }
 
@@ -184,14 +192,23 @@ impl ValidatedSpec {
         if !(MEMORY_MIB_MIN..=MEMORY_MIB_MAX).contains(&file.memory_mib) {
             return Err(field(
                 "memory_mib",
-                format!("{} is not between {MEMORY_MIB_MIN} and {MEMORY_MIB_MAX}", file.memory_mib),
+                format!(
+                    "{} is not between {MEMORY_MIB_MIN} and {MEMORY_MIB_MAX}",
+                    file.memory_mib
+                ),
             ));
         }
         if !(1..=MPTABLE_CPUS_MAX).contains(&file.vcpus) {
-            return Err(field("vcpus", format!("{} is not between 1 and {MPTABLE_CPUS_MAX}", file.vcpus)));
+            return Err(field(
+                "vcpus",
+                format!("{} is not between 1 and {MPTABLE_CPUS_MAX}", file.vcpus),
+            ));
         }
         if file.disks.len() + file.nics.len() > VIRTIO_SLOTS_MAX {
-            return Err(field("disks", format!("with `nics` there may be {VIRTIO_SLOTS_MAX} at most")));
+            return Err(field(
+                "disks",
+                format!("with `nics` there may be {VIRTIO_SLOTS_MAX} at most"),
+            ));
         }
         let disks = file
             .disks
@@ -206,13 +223,21 @@ impl ValidatedSpec {
             .map(|(index, nic)| {
                 check_tap(index, &nic.tap)?;
                 parse_mac(&nic.mac).ok_or_else(|| {
-                    field(format!("nics[{index}].mac"), "write six bytes as aa:bb:cc:dd:ee:ff, not a group's address")
+                    field(
+                        format!("nics[{index}].mac"),
+                        "write six bytes as aa:bb:cc:dd:ee:ff, not a group's address",
+                    )
                 })
             })
             .collect::<Result<_, _>>()?;
         check_boot(&file)?;
         let ticket = file.incoming.as_ref().map(check_incoming).transpose()?;
-        Ok(ValidatedSpec { file, disks, macs, ticket })
+        Ok(ValidatedSpec {
+            file,
+            disks,
+            macs,
+            ticket,
+        })
     }
 
     /// The file's contents.
@@ -238,26 +263,43 @@ impl ValidatedSpec {
 
 fn check_disk(file: &MachineFile, index: usize, disk: &MachineDisk) -> Result<DiskSpec, SpecError> {
     let name = |part: &str| format!("disks[{index}].{part}");
-    let volume: VolumeUrl =
-        disk.volume.parse().map_err(|error| field(name("volume"), format!("{error}")))?;
-    let path: DiskPath = disk.path.parse().map_err(|error| field(name("path"), format!("{error}")))?;
+    let volume: VolumeUrl = disk
+        .volume
+        .parse()
+        .map_err(|error| field(name("volume"), format!("{error}")))?;
+    let path: DiskPath = disk
+        .path
+        .parse()
+        .map_err(|error| field(name("path"), format!("{error}")))?;
     if disk.size_bytes == 0 || !disk.size_bytes.is_multiple_of(512) {
-        return Err(field(name("size_bytes"), format!("{} is not a multiple of 512", disk.size_bytes)));
+        return Err(field(
+            name("size_bytes"),
+            format!("{} is not a multiple of 512", disk.size_bytes),
+        ));
     }
     let enforced = matches!(disk.fence_class.as_str(), "gid-token" | "uid-token");
     if !enforced && !matches!(disk.fence_class.as_str(), "time" | "none") {
-        return Err(field(name("fence_class"), "use gid-token, uid-token, time or none"));
+        return Err(field(
+            name("fence_class"),
+            "use gid-token, uid-token, time or none",
+        ));
     }
     if file.on_isolation == OnIsolation::RunUntilFenced && !enforced {
         return Err(field(
             "on_isolation",
-            format!("run-until-fenced needs storage that fences; disk {index} has class {}", disk.fence_class),
+            format!(
+                "run-until-fenced needs storage that fences; disk {index} has class {}",
+                disk.fence_class
+            ),
         ));
     }
     if file.node_uid == disk.broker_uid {
         return Err(field(
             "node_uid",
-            format!("{} owns the disk files: a server favours the owner over the token", file.node_uid),
+            format!(
+                "{} owns the disk files: a server favours the owner over the token",
+                file.node_uid
+            ),
         ));
     }
     Ok(DiskSpec::new(volume, path, file.node_uid, file.token))
@@ -268,14 +310,19 @@ fn check_tap(index: usize, tap: &str) -> Result<(), SpecError> {
     const NAME_BYTES_MAX: usize = 15;
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
     if tap.is_empty() || tap.len() > NAME_BYTES_MAX || !tap.bytes().all(plain) {
-        return Err(field(format!("nics[{index}].tap"), "write the name of a tap device, 15 bytes at most"));
+        return Err(field(
+            format!("nics[{index}].tap"),
+            "write the name of a tap device, 15 bytes at most",
+        ));
     }
     Ok(())
 }
 
 fn check_boot(file: &MachineFile) -> Result<(), SpecError> {
     match &file.boot {
-        Boot::SelfCheck { working_set_mib, .. } => {
+        Boot::SelfCheck {
+            working_set_mib, ..
+        } => {
             let room = file.memory_mib - 4;
             if *working_set_mib == 0 || u64::from(*working_set_mib) > room {
                 return Err(field(
@@ -294,11 +341,19 @@ fn check_boot(file: &MachineFile) -> Result<(), SpecError> {
 
 fn check_incoming(incoming: &Incoming) -> Result<[u8; TICKET_BYTES], SpecError> {
     if incoming.listen.is_empty() || incoming.listen.len() > LISTEN_MAX {
-        return Err(field("incoming.listen", format!("give 1 to {LISTEN_MAX} addresses")));
+        return Err(field(
+            "incoming.listen",
+            format!("give 1 to {LISTEN_MAX} addresses"),
+        ));
     }
     parse_hex(&incoming.ticket)
         .and_then(|bytes| bytes.try_into().ok())
-        .ok_or_else(|| field("incoming.ticket", format!("write {TICKET_BYTES} bytes in hexadecimal")))
+        .ok_or_else(|| {
+            field(
+                "incoming.ticket",
+                format!("write {TICKET_BYTES} bytes in hexadecimal"),
+            )
+        })
 }
 
 fn parse_hex(text: &str) -> Option<Vec<u8>> {
@@ -315,7 +370,11 @@ fn parse_hex(text: &str) -> Option<Vec<u8>> {
 fn parse_mac(text: &str) -> Option<[u8; 6]> {
     let parts: Vec<u8> = text
         .split(':')
-        .map(|part| (part.len() == 2).then(|| u8::from_str_radix(part, 16).ok()).flatten())
+        .map(|part| {
+            (part.len() == 2)
+                .then(|| u8::from_str_radix(part, 16).ok())
+                .flatten()
+        })
         .collect::<Option<_>>()?;
     let mac: [u8; 6] = parts.try_into().ok()?;
     (mac[0] & 1 == 0).then_some(mac)
@@ -348,7 +407,10 @@ mod tests {
         assert_eq!(spec.disks().len(), 1);
         assert_eq!(spec.macs(), [[0x52, 0x54, 0, 0x12, 0x34, 0x56]]);
         assert_eq!(spec.incoming().unwrap().1, [0xab; 32]);
-        assert!(!format!("{spec:?}").contains("abab"), "the ticket is a secret");
+        assert!(
+            !format!("{spec:?}").contains("abab"),
+            "the ticket is a secret"
+        );
     }
 
     #[test]
@@ -359,11 +421,19 @@ mod tests {
             ("/memory_mib", json!(99_999_999), "memory_mib"),
             ("/vcpus", json!(0), "vcpus"),
             ("/vcpus", json!(400), "vcpus"),
-            ("/boot/self-check/working_set_mib", json!(61), "working_set_mib"),
+            (
+                "/boot/self-check/working_set_mib",
+                json!(61),
+                "working_set_mib",
+            ),
             ("/disks/0/volume", json!("ftp://x"), "disks[0].volume"),
             ("/disks/0/path", json!("../x"), "disks[0].path"),
             ("/disks/0/size_bytes", json!(513), "disks[0].size_bytes"),
-            ("/disks/0/fence_class", json!("magic"), "disks[0].fence_class"),
+            (
+                "/disks/0/fence_class",
+                json!("magic"),
+                "disks[0].fence_class",
+            ),
             ("/disks/0/broker_uid", json!(60002), "node_uid"),
             ("/nics/0/tap", json!("a tap with spaces"), "nics[0].tap"),
             ("/nics/0/mac", json!("53:54:00:12:34:56"), "nics[0].mac"),
@@ -392,6 +462,11 @@ mod tests {
         file["on_isolation"] = json!("run-until-fenced");
         assert!(check(file.clone()).is_ok());
         file["disks"][0]["fence_class"] = json!("time");
-        assert!(check(file).unwrap_err().to_string().contains("on_isolation"));
+        assert!(
+            check(file)
+                .unwrap_err()
+                .to_string()
+                .contains("on_isolation")
+        );
     }
 }

@@ -57,7 +57,9 @@ pub enum ReadStateError {
     #[error("the machine state is damaged or of another kind: {0}")]
     Malformed(#[from] serde_json::Error),
     /// Another version wrote it.
-    #[error("the machine state has version {found}; this monitor reads {STATE_VERSION}: upgrade this node first")]
+    #[error(
+        "the machine state has version {found}; this monitor reads {STATE_VERSION}: upgrade this node first"
+    )]
     Version {
         /// The version.
         found: u32,
@@ -148,7 +150,10 @@ impl<'de> Deserialize<'de> for Hex {
             [high, low] => Some(digit(*high)? << 4 | digit(*low)?),
             _ => None,
         });
-        pairs.collect::<Option<_>>().map(Hex).ok_or_else(|| de::Error::custom("not hexadecimal text"))
+        pairs
+            .collect::<Option<_>>()
+            .map(Hex)
+            .ok_or_else(|| de::Error::custom("not hexadecimal text"))
     }
 }
 
@@ -162,7 +167,11 @@ mod tests {
             memory_mib: 64,
             cpus: Vec::new(),
             vm: VmState::default(),
-            devices: vec![DeviceState { kind: "serial".into(), version: 1, state: Hex(vec![0, 0x9f, 255]) }],
+            devices: vec![DeviceState {
+                kind: "serial".into(),
+                version: 1,
+                state: Hex(vec![0, 0x9f, 255]),
+            }],
             saved_at_realtime_ns: 5,
         }
     }
@@ -177,7 +186,10 @@ mod tests {
     fn a_newer_unknown_or_damaged_state_is_refused() {
         let text = String::from_utf8(sample().to_bytes()).unwrap();
         let newer = text.replacen("\"version\":1", "\"version\":2", 1);
-        assert!(matches!(MachineState::from_bytes(newer.as_bytes()), Err(ReadStateError::Version { found: 2 })));
+        assert!(matches!(
+            MachineState::from_bytes(newer.as_bytes()),
+            Err(ReadStateError::Version { found: 2 })
+        ));
         for damaged in [
             text.replacen("memory_mib", "memory_gib", 1),
             text.replacen("\"009fff\"", "\"009ff\"", 1),

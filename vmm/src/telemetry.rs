@@ -31,17 +31,27 @@ pub fn start(file: &MachineFile) -> Telemetry {
     let level = file.log.as_deref().unwrap_or(LOG_DEFAULT);
     let filter = EnvFilter::try_from_default_env().or_else(|_| EnvFilter::try_new(level));
     let filter = filter.unwrap_or_else(|_| EnvFilter::new(LOG_DEFAULT));
-    let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false);
+    let log = tracing_subscriber::fmt::layer()
+        .with_writer(std::io::stderr)
+        .with_target(false);
     let traces = std::env::var_os(ENDPOINT).and_then(|_| exporter(file));
     let spans = traces.as_ref().map(|provider| {
-        tracing_opentelemetry::layer().with_tracer(provider.tracer("vmm")).with_filter(EnvFilter::new(LOG_DEFAULT))
+        tracing_opentelemetry::layer()
+            .with_tracer(provider.tracer("vmm"))
+            .with_filter(EnvFilter::new(LOG_DEFAULT))
     });
-    tracing_subscriber::registry().with(log.with_filter(filter)).with(spans).init();
+    tracing_subscriber::registry()
+        .with(log.with_filter(filter))
+        .with(spans)
+        .init();
     Telemetry { traces }
 }
 
 fn exporter(file: &MachineFile) -> Option<SdkTracerProvider> {
-    let exporter = match opentelemetry_otlp::SpanExporter::builder().with_tonic().build() {
+    let exporter = match opentelemetry_otlp::SpanExporter::builder()
+        .with_tonic()
+        .build()
+    {
         Ok(exporter) => exporter,
         Err(error) => {
             // Logging has not begun, and stderr is where it goes.
@@ -51,10 +61,21 @@ fn exporter(file: &MachineFile) -> Option<SdkTracerProvider> {
     };
     let resource = Resource::builder()
         .with_service_name("vmm")
-        .with_attribute(opentelemetry::KeyValue::new("vm.name", file.vm_name.clone()))
-        .with_attribute(opentelemetry::KeyValue::new("node.id", file.node_id.0.to_string()))
+        .with_attribute(opentelemetry::KeyValue::new(
+            "vm.name",
+            file.vm_name.clone(),
+        ))
+        .with_attribute(opentelemetry::KeyValue::new(
+            "node.id",
+            file.node_id.0.to_string(),
+        ))
         .build();
-    Some(SdkTracerProvider::builder().with_batch_exporter(exporter).with_resource(resource).build())
+    Some(
+        SdkTracerProvider::builder()
+            .with_batch_exporter(exporter)
+            .with_resource(resource)
+            .build(),
+    )
 }
 
 impl Telemetry {

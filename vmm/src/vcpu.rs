@@ -90,17 +90,24 @@ enum Command {
 
 impl std::fmt::Debug for Slot {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Slot").field("command", &self.command).field("parked", &self.parked).finish()
+        f.debug_struct("Slot")
+            .field("command", &self.command)
+            .field("parked", &self.parked)
+            .finish()
     }
 }
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Slot> {
-        self.slot.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.slot
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     fn wait<'a>(&self, slot: MutexGuard<'a, Slot>) -> MutexGuard<'a, Slot> {
-        self.changed.wait(slot).unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.changed
+            .wait(slot)
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
@@ -127,15 +134,21 @@ impl Vcpus {
                 seen: AtomicU64::new(0),
                 events: events.clone(),
             };
-            let handle = std::thread::Builder::new().name(format!("vcpu-{index}")).spawn(move || {
-                let registration = Registration::of_this_thread(&mut fd);
-                // The receiver waits for it just below.
-                let _ = send_target.send(registration.target());
-                thread.serve(&mut fd);
-                drop(registration);
-            })?;
+            let handle = std::thread::Builder::new()
+                .name(format!("vcpu-{index}"))
+                .spawn(move || {
+                    let registration = Registration::of_this_thread(&mut fd);
+                    // The receiver waits for it just below.
+                    let _ = send_target.send(registration.target());
+                    thread.serve(&mut fd);
+                    drop(registration);
+                })?;
             let target = target.recv().map_err(std::io::Error::other)?;
-            threads.push(Thread { shared, target, handle: Some(handle) });
+            threads.push(Thread {
+                shared,
+                target,
+                handle: Some(handle),
+            });
         }
         Ok(Vcpus { threads, wake })
     }
@@ -197,7 +210,9 @@ impl Vcpus {
 
     /// Whether every vCPU is parked.
     pub fn are_parked(&self) -> bool {
-        self.threads.iter().all(|thread| thread.shared.lock().parked)
+        self.threads
+            .iter()
+            .all(|thread| thread.shared.lock().parked)
     }
 
     /// Runs `job` on vCPU `index`, on its own thread, as soon as it is parked.
@@ -346,7 +361,10 @@ impl Runner {
                 After::Ended(event) => return Some(event),
             }
         }
-        Some(MachineEvent::Failed(format!("vCPU {} cannot complete its last instruction", self.index)))
+        Some(MachineEvent::Failed(format!(
+            "vCPU {} cannot complete its last instruction",
+            self.index
+        )))
     }
 
     fn step(&self, vcpu: &mut VcpuFd) -> After {
@@ -370,7 +388,10 @@ impl Runner {
             }
             Exit::ShutDown => return After::Ended(MachineEvent::ShutDown),
             Exit::Failed(reason) => {
-                return After::Ended(MachineEvent::Failed(format!("vCPU {}: {reason}", self.index)));
+                return After::Ended(MachineEvent::Failed(format!(
+                    "vCPU {}: {reason}",
+                    self.index
+                )));
             }
         }
         After::Enter

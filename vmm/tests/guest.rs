@@ -14,10 +14,11 @@ use tokio::sync::mpsc;
 use vm_memory::{Bytes, GuestAddress};
 use vmm::devices::MachineEvent;
 use vmm::devices::selfcheck::{GuestReport, SelfCheck, witness};
-use vmm::guest::{DISK_BLOCKS, record_bytes};
 use vmm::guest::abi::{
-    BlockContents, ErrorCode, PAGE_BYTES, PAGE_WORDS, Report, WORKING_SET_START, block_slot, make_block, read_block,
+    BlockContents, ErrorCode, PAGE_BYTES, PAGE_WORDS, Report, WORKING_SET_START, block_slot,
+    make_block, read_block,
 };
+use vmm::guest::{DISK_BLOCKS, record_bytes};
 use vmm::platform::{self, Platform};
 use vmm::spec::{Incoming, MachineDisk, MachineFile, ValidatedSpec};
 
@@ -37,7 +38,10 @@ impl Host {
     fn new() -> Host {
         let folder = tempfile::tempdir().unwrap();
         let host = Host { folder };
-        fs::File::create(host.disk()).unwrap().set_len(DISK_BYTES).unwrap();
+        fs::File::create(host.disk())
+            .unwrap()
+            .set_len(DISK_BYTES)
+            .unwrap();
         host
     }
 
@@ -63,7 +67,10 @@ impl Host {
             token: Token(5),
             memory_mib: MEMORY_MIB,
             vcpus: 1,
-            boot: Boot::SelfCheck { working_set_mib: WORKING_SET_MIB, dirty_mib_s },
+            boot: Boot::SelfCheck {
+                working_set_mib: WORKING_SET_MIB,
+                dirty_mib_s,
+            },
             disks: vec![MachineDisk {
                 volume: format!("dir:{}", self.folder.path().display()),
                 path: DISK.into(),
@@ -86,7 +93,11 @@ impl Host {
         let (sender, events) = mpsc::channel(16);
         let platform = platform::build(&spec, sender, |_| {}).await.unwrap();
         let port = platform.selfcheck.clone().unwrap();
-        Guest { platform, port, events }
+        Guest {
+            platform,
+            port,
+            events,
+        }
     }
 
     async fn start(&self, dirty_mib_s: u32) -> Guest {
@@ -126,7 +137,9 @@ impl Guest {
     /// Waits until the guest does all it does, and has found nothing wrong.
     async fn wait_until_at_work(&self) -> Report {
         let report = self
-            .wait("the guest is at work", |report| report.steps > 20 && report.flushed > 20 && report.disk_checks > 20)
+            .wait("the guest is at work", |report| {
+                report.steps > 20 && report.flushed > 20 && report.disk_checks > 20
+            })
             .await;
         self.assert_sound();
         report
@@ -138,7 +151,9 @@ impl Guest {
     }
 
     async fn wait_for_error(&self) -> (ErrorCode, Report) {
-        let report = self.wait("the guest reports an error", |report| report.errors > 0).await;
+        let report = self
+            .wait("the guest reports an error", |report| report.errors > 0)
+            .await;
         (ErrorCode::from_number(report.error_code).unwrap(), report)
     }
 
@@ -153,12 +168,20 @@ impl Guest {
 
     fn page_at(&self, address: u64) -> Vec<u8> {
         let mut contents = vec![0; PAGE_BYTES as usize];
-        self.platform.machine.memory().read_slice(&mut contents, GuestAddress(address)).unwrap();
+        self.platform
+            .machine
+            .memory()
+            .read_slice(&mut contents, GuestAddress(address))
+            .unwrap();
         contents
     }
 
     fn set_page_at(&self, address: u64, contents: &[u8]) {
-        self.platform.machine.memory().write_slice(contents, GuestAddress(address)).unwrap();
+        self.platform
+            .machine
+            .memory()
+            .write_slice(contents, GuestAddress(address))
+            .unwrap();
     }
 }
 
@@ -171,20 +194,29 @@ async fn the_guest_dirties_writes_checks_and_finds_nothing_wrong() {
     let mut guest = host.start(20).await;
     let first = guest.wait_until_at_work().await;
     let later = guest
-        .wait("every page was checked ten times and written thrice", |report| {
-            report.memory_checks > 10 * WORKING_SET_PAGES && report.pages_written > 3 * WORKING_SET_PAGES
-        })
+        .wait(
+            "every page was checked ten times and written thrice",
+            |report| {
+                report.memory_checks > 10 * WORKING_SET_PAGES
+                    && report.pages_written > 3 * WORKING_SET_PAGES
+            },
+        )
         .await;
     guest.assert_sound();
     let elapsed_s = (later.clock_ns - first.clock_ns) as f64 / 1e9;
     let mib = (later.pages_written - first.pages_written) as f64 / 256.0;
-    assert!(mib <= 20.0 * elapsed_s * 1.1 + 1.0, "{mib} MiB in {elapsed_s} s at a set rate of 20 MiB/s");
+    assert!(
+        mib <= 20.0 * elapsed_s * 1.1 + 1.0,
+        "{mib} MiB in {elapsed_s} s at a set rate of 20 MiB/s"
+    );
     assert!(guest.events.try_recv().is_err());
     // What it said is flushed lies on the disk.
     let disk = fs::read(host.disk()).unwrap();
     let slot = block_slot(later.flushed, DISK_BLOCKS) as usize;
     let block = block_at(&disk, slot);
-    assert!(matches!(read_block(&block, 1), BlockContents::Whole { number, life: 1, .. } if number == later.flushed));
+    assert!(
+        matches!(read_block(&block, 1), BlockContents::Whole { number, life: 1, .. } if number == later.flushed)
+    );
     assert_eq!(host.losses(), []);
 }
 
@@ -198,7 +230,11 @@ async fn an_idle_guest_dirties_nothing_and_still_checks() {
     let first = guest.wait_until_at_work().await;
     assert_eq!(first.pages_written, WORKING_SET_PAGES);
     let checks = first.memory_checks + WORKING_SET_PAGES;
-    let later = guest.wait("every page was checked again", |report| report.memory_checks > checks).await;
+    let later = guest
+        .wait("every page was checked again", |report| {
+            report.memory_checks > checks
+        })
+        .await;
     assert_eq!(later.pages_written, WORKING_SET_PAGES);
     guest.assert_sound();
 }
@@ -235,7 +271,9 @@ async fn a_page_replaced_by_its_own_copy_of_a_round_ago_is_reported() {
     let old = guest.page(page);
     guest.run();
     let round = first.pages_written + 2 * WORKING_SET_PAGES;
-    guest.wait("a round has passed", |report| report.pages_written > round).await;
+    guest
+        .wait("a round has passed", |report| report.pages_written > round)
+        .await;
     guest.assert_sound();
     guest.stop();
     assert_ne!(guest.page(page), old);
@@ -245,8 +283,13 @@ async fn a_page_replaced_by_its_own_copy_of_a_round_ago_is_reported() {
     assert_eq!((code, report.error_where), (ErrorCode::PageStale, page));
     assert!(report.error_found < report.error_expected, "{report:?}");
     // The first error stays.
-    let later = guest.wait("it goes on", |later| later.number > report.number + 10).await;
-    assert_eq!((later.error_code, later.error_where), (report.error_code, page));
+    let later = guest
+        .wait("it goes on", |later| later.number > report.number + 10)
+        .await;
+    assert_eq!(
+        (later.error_code, later.error_where),
+        (report.error_code, page)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -260,15 +303,28 @@ async fn an_old_copy_of_the_guests_own_counts_is_reported() {
     guest.stop();
     // Every page of the program's data that changes; its old copy must not pass for the new one.
     let data = 0x10_4000..0x24_0000u64;
-    let words = |address| guest.platform.machine.memory().read_obj::<[u64; 2]>(GuestAddress(address)).unwrap();
+    let words = |address| {
+        guest
+            .platform
+            .machine
+            .memory()
+            .read_obj::<[u64; 2]>(GuestAddress(address))
+            .unwrap()
+    };
     let second = data
         .clone()
         .step_by(4096)
-        .find(|&address| words(address)[0] >= first.pages_written && words(address)[1] == !words(address)[0])
+        .find(|&address| {
+            words(address)[0] >= first.pages_written && words(address)[1] == !words(address)[0]
+        })
         .expect("the twin of the count");
     let old = guest.page_at(second);
     guest.run();
-    guest.wait("pages were written", |report| report.pages_written > first.pages_written + 500).await;
+    guest
+        .wait("pages were written", |report| {
+            report.pages_written > first.pages_written + 500
+        })
+        .await;
     guest.assert_sound();
     guest.stop();
     guest.set_page_at(second, &old);
@@ -289,7 +345,10 @@ async fn a_flipped_bit_on_the_disk_is_reported() {
     // Slot 5 was written in the first rounds and is not overwritten for a long time.
     change_block(&host, 5, |block| block[2000] ^= 1);
     let (code, report) = guest.wait_for_error().await;
-    assert_eq!((code, report.error_where, report.error_expected), (ErrorCode::BlockDamaged, 5, 6));
+    assert_eq!(
+        (code, report.error_where, report.error_expected),
+        (ErrorCode::BlockDamaged, 5, 6)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -301,7 +360,9 @@ async fn another_whole_block_in_a_blocks_place_is_reported() {
     let guest = host.start(0).await;
     guest.wait_until_at_work().await;
     let disk = fs::read(host.disk()).unwrap();
-    change_block(&host, 7, |block| block.copy_from_slice(&disk[3 * 4096..4 * 4096]));
+    change_block(&host, 7, |block| {
+        block.copy_from_slice(&disk[3 * 4096..4 * 4096])
+    });
     let (code, report) = guest.wait_for_error().await;
     assert_eq!((code, report.error_where), (ErrorCode::BlockStale, 7));
     assert_eq!((report.error_expected, report.error_found), (8, 4));
@@ -316,11 +377,20 @@ async fn a_guest_started_again_finds_all_that_was_flushed() {
     let mut promised = 0;
     for life in 1..=3 {
         let guest = host.start(0).await;
-        let report = guest.wait("the disk was scanned", |report| report.life != 0).await;
+        let report = guest
+            .wait("the disk was scanned", |report| report.life != 0)
+            .await;
         assert_eq!(report.life, life);
-        assert!(report.found_at_boot >= promised, "{} found, {promised} flushed", report.found_at_boot);
+        assert!(
+            report.found_at_boot >= promised,
+            "{} found, {promised} flushed",
+            report.found_at_boot
+        );
         let beyond = promised + 20;
-        promised = guest.wait("more was flushed", |report| report.flushed > beyond).await.flushed;
+        promised = guest
+            .wait("more was flushed", |report| report.flushed > beyond)
+            .await
+            .flushed;
         guest.assert_sound();
         // As when the host dies: nothing is drained.
         drop(guest);
@@ -342,12 +412,21 @@ async fn a_disk_cut_back_to_before_the_last_flush_is_a_loss() {
     let old = fs::read(host.disk()).unwrap();
     let before = guest.port.report().last.unwrap().flushed;
     guest.run();
-    let after = guest.wait("more was flushed", |report| report.flushed > before + 20).await.flushed;
+    let after = guest
+        .wait("more was flushed", |report| report.flushed > before + 20)
+        .await
+        .flushed;
     drop(guest);
     fs::write(host.disk(), old).unwrap();
     let guest = host.start(0).await;
-    let report = guest.wait("the disk was scanned", |report| report.life != 0).await;
-    assert!(report.found_at_boot < after, "{} found, {after} flushed", report.found_at_boot);
+    let report = guest
+        .wait("the disk was scanned", |report| report.life != 0)
+        .await;
+    assert!(
+        report.found_at_boot < after,
+        "{} found, {after} flushed",
+        report.found_at_boot
+    );
     guest.assert_sound();
     let losses = host.losses();
     assert_eq!(losses.len(), 1);
@@ -383,10 +462,19 @@ async fn what_was_not_flushed_may_be_missing_torn_or_there_out_of_order() {
     }
     change_block(&host, 103, |block| block[2048..].fill(0));
     let guest = host.start(0).await;
-    let report = guest.wait("the disk was scanned", |report| report.life != 0).await;
-    assert_eq!((report.found_at_boot, report.highest_at_boot, report.life), (101, 103, 2));
+    let report = guest
+        .wait("the disk was scanned", |report| report.life != 0)
+        .await;
+    assert_eq!(
+        (report.found_at_boot, report.highest_at_boot, report.life),
+        (101, 103, 2)
+    );
     // The guest goes on with 102 and finds nothing wrong with what lay there.
-    guest.wait("the disk was checked", |report| report.flushed > 200 && report.disk_checks > 200).await;
+    guest
+        .wait("the disk was checked", |report| {
+            report.flushed > 200 && report.disk_checks > 200
+        })
+        .await;
     guest.assert_sound();
 }
 
@@ -401,16 +489,25 @@ async fn a_ring_that_has_gone_round_is_whole_and_a_block_of_the_round_before_is_
         put_block(&host, number, (number - 1) / 4 * 4);
     }
     let guest = host.start(0).await;
-    let report = guest.wait("the disk was scanned", |report| report.life != 0).await;
+    let report = guest
+        .wait("the disk was scanned", |report| report.life != 0)
+        .await;
     assert_eq!(report.found_at_boot, last);
-    guest.wait("the disk was checked", |report| report.flushed > last + 40 && report.disk_checks > 50).await;
+    guest
+        .wait("the disk was checked", |report| {
+            report.flushed > last + 40 && report.disk_checks > 50
+        })
+        .await;
     guest.assert_sound();
     drop(guest);
     put_block(&host, 11, 8);
     let guest = host.start(0).await;
     let (code, report) = guest.wait_for_error().await;
     assert_eq!((code, report.error_where), (ErrorCode::BlockLost, 10));
-    assert_eq!((report.error_expected, report.error_found), (2 * DISK_BLOCKS + 11, 11));
+    assert_eq!(
+        (report.error_expected, report.error_found),
+        (2 * DISK_BLOCKS + 11, 11)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -432,9 +529,16 @@ async fn the_guests_gap_agrees_with_the_monitors_pause() {
         let number = guest.port.report().last.unwrap().number;
         std::thread::sleep(PAUSE);
         let pause_ns = guest.run() - stopped_ns;
-        guest.wait("the guest reported after the pause", |report| report.number > number + 1).await;
+        guest
+            .wait("the guest reported after the pause", |report| {
+                report.number > number + 1
+            })
+            .await;
         let gap_ns = guest.port.take_longest_gap().as_nanos() as u64;
-        assert!(gap_ns + 500_000 > pause_ns, "the guest saw {gap_ns} ns of a pause of {pause_ns} ns");
+        assert!(
+            gap_ns + 500_000 > pause_ns,
+            "the guest saw {gap_ns} ns of a pause of {pause_ns} ns"
+        );
         excesses.push(gap_ns.saturating_sub(pause_ns));
         if gap_ns < pause_ns + AGREEMENT_NS {
             guest.assert_sound();
@@ -457,12 +561,22 @@ async fn the_guest_goes_on_in_another_machine_and_finds_nothing_wrong() {
         guest.platform.machine.drain(LONG).await.unwrap();
         let state = guest.platform.machine.save().unwrap().to_bytes();
         let mut memory = vec![0; (MEMORY_MIB << 20) as usize];
-        guest.platform.machine.memory().read_slice(&mut memory, GuestAddress(0)).unwrap();
+        guest
+            .platform
+            .machine
+            .memory()
+            .read_slice(&mut memory, GuestAddress(0))
+            .unwrap();
         let before = guest.port.report().last.unwrap();
         drop(guest);
 
         guest = host.machine(30, true).await;
-        guest.platform.machine.memory().write_slice(&memory, GuestAddress(0)).unwrap();
+        guest
+            .platform
+            .machine
+            .memory()
+            .write_slice(&memory, GuestAddress(0))
+            .unwrap();
         let state = vmm::state::MachineState::from_bytes(&state).unwrap();
         guest.platform.machine.restore(&state).unwrap();
         assert_eq!(guest.port.report().last, Some(before));
@@ -474,7 +588,10 @@ async fn the_guest_goes_on_in_another_machine_and_finds_nothing_wrong() {
                     && report.memory_checks > before.memory_checks + WORKING_SET_PAGES
             })
             .await;
-        assert_eq!((later.life, later.found_at_boot), (before.life, before.found_at_boot));
+        assert_eq!(
+            (later.life, later.found_at_boot),
+            (before.life, before.found_at_boot)
+        );
         guest.assert_sound();
     }
     assert_eq!(host.losses(), []);
@@ -488,11 +605,21 @@ async fn parameters_that_are_damaged_end_the_machine() {
     let host = Host::new();
     let mut guest = host.machine(0, false).await;
     let place = GuestAddress(vmm::guest::PARAMS_ADDRESS + 20);
-    guest.platform.machine.memory().write_obj(0xa5u8, place).unwrap();
+    guest
+        .platform
+        .machine
+        .memory()
+        .write_obj(0xa5u8, place)
+        .unwrap();
     guest.run();
     let begun = Instant::now();
-    let event = tokio::time::timeout(LONG, guest.events.recv()).await.unwrap();
-    assert!(matches!(&event, Some(MachineEvent::Failed(why)) if why.contains("gave up")), "{event:?}");
+    let event = tokio::time::timeout(LONG, guest.events.recv())
+        .await
+        .unwrap();
+    assert!(
+        matches!(&event, Some(MachineEvent::Failed(why)) if why.contains("gave up")),
+        "{event:?}"
+    );
     assert!(begun.elapsed() < LONG);
 }
 
@@ -509,13 +636,19 @@ fn block_at(disk: &[u8], slot: usize) -> [u64; PAGE_WORDS] {
 fn put_block(host: &Host, number: u64, flushed: u64) {
     let mut words = [0; PAGE_WORDS];
     make_block(&mut words, 1, number, 1, flushed);
-    change_block(host, block_slot(number, DISK_BLOCKS), |block| block.copy_from_slice(&record_bytes(&words)));
+    change_block(host, block_slot(number, DISK_BLOCKS), |block| {
+        block.copy_from_slice(&record_bytes(&words))
+    });
 }
 
 /// Changes a block behind everyone's back.
 fn change_block(host: &Host, slot: u64, change: impl FnOnce(&mut [u8])) {
     use std::os::unix::fs::FileExt;
-    let disk = fs::File::options().read(true).write(true).open(host.disk()).unwrap();
+    let disk = fs::File::options()
+        .read(true)
+        .write(true)
+        .open(host.disk())
+        .unwrap();
     let mut block = vec![0; 4096];
     disk.read_exact_at(&mut block, slot * 4096).unwrap();
     change(&mut block);

@@ -9,6 +9,7 @@ use common::{COUNTER, counting, kvm, permit, with_code};
 use vm_memory::{Bytes, GuestAddress};
 use vmm::clock;
 use vmm::devices::MachineEvent;
+use vmm::kvm::dirty::DirtyLog;
 use vmm::machine::SaveError;
 
 const LONG: Duration = Duration::from_secs(60);
@@ -34,8 +35,15 @@ async fn a_guest_runs_only_after_a_permit_and_stops_in_milliseconds() {
         seen = counting.counter.last.load(Ordering::SeqCst);
         gate.run(again.expect("the permit comes back")).unwrap();
     }
-    assert_eq!(counting.counter.skipped.load(Ordering::SeqCst), 0, "no count is lost or doubled");
-    assert!(slowest < Duration::from_millis(500), "a pause took {slowest:?}");
+    assert_eq!(
+        counting.counter.skipped.load(Ordering::SeqCst),
+        0,
+        "no count is lost or doubled"
+    );
+    assert!(
+        slowest < Duration::from_millis(500),
+        "a pause took {slowest:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -50,10 +58,20 @@ async fn a_paused_guest_does_not_move_and_its_memory_and_registers_agree() {
     counting.machine.gate().close().unwrap();
     let said = counting.counter.last.load(Ordering::SeqCst);
     let first = counting.machine.save().unwrap();
-    let in_memory: u64 = counting.machine.memory().read_obj(GuestAddress(COUNTER)).unwrap();
-    assert!(in_memory == said || in_memory == said + 1, "{in_memory} in memory, {said} said");
+    let in_memory: u64 = counting
+        .machine
+        .memory()
+        .read_obj(GuestAddress(COUNTER))
+        .unwrap();
+    assert!(
+        in_memory == said || in_memory == said + 1,
+        "{in_memory} in memory, {said} said"
+    );
     let second = counting.machine.save().unwrap();
-    assert_eq!(format!("{:?}", first.devices), format!("{:?}", second.devices));
+    assert_eq!(
+        format!("{:?}", first.devices),
+        format!("{:?}", second.devices)
+    );
     assert_eq!(counting.counter.last.load(Ordering::SeqCst), said);
 }
 
@@ -67,7 +85,10 @@ async fn a_guest_freezes_at_its_deadline_by_itself_and_thaws_by_a_permit_alone()
     let begun = Instant::now();
     gate.run(permit(Duration::from_millis(300))).unwrap();
     counting.counter.wait_beyond(0);
-    let lapsed = tokio::time::timeout(LONG, counting.lapses.recv()).await.unwrap().unwrap();
+    let lapsed = tokio::time::timeout(LONG, counting.lapses.recv())
+        .await
+        .unwrap()
+        .unwrap();
     assert!(begun.elapsed() >= Duration::from_millis(300));
     assert!(lapsed.stopped.is_ok());
     assert!(!gate.is_open());
@@ -108,18 +129,66 @@ async fn a_saved_machine_goes_on_in_another_with_its_clock_ahead() {
     let clock_before = first.machine.vm().clock_ns().unwrap();
     let bytes = state.to_bytes();
     let mut memory = vec![0; 16 << 20];
-    first.machine.memory().read_slice(&mut memory, GuestAddress(0)).unwrap();
+    first
+        .machine
+        .memory()
+        .read_slice(&mut memory, GuestAddress(0))
+        .unwrap();
     let count = first.counter.last.load(Ordering::SeqCst);
     drop(first);
 
     let second = counting(1, true);
-    second.machine.memory().write_slice(&memory, GuestAddress(0)).unwrap();
+    second
+        .machine
+        .memory()
+        .write_slice(&memory, GuestAddress(0))
+        .unwrap();
     let state = vmm::state::MachineState::from_bytes(&bytes).unwrap();
     second.machine.restore(&state).unwrap();
-    assert!(second.machine.vm().clock_ns().unwrap() >= clock_before, "the guest's clock went back");
+    assert!(
+        second.machine.vm().clock_ns().unwrap() >= clock_before,
+        "the guest's clock went back"
+    );
     second.machine.gate().run(permit(LONG)).unwrap();
     second.counter.wait_beyond(count + 1000);
     assert_eq!(second.counter.skipped.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_guest_and_devices_wrote_stays_dirty_until_it_is_cleared() {
+    if !kvm("what_guest_and_devices_wrote_stays_dirty_until_it_is_cleared") {
+        return;
+    }
+    const DEVICE_PAGE: u64 = 2000;
+    const GUEST_PAGE: u64 = COUNTER / 4096;
+    let dirty = |words: &[u64], page: u64| words[page as usize / 64] >> (page % 64) & 1 == 1;
+    let counting = counting(1, false);
+    let log = DirtyLog::begin(counting.machine.vm().clone()).unwrap();
+    // All is dirty at first; then nothing is.
+    let first = log.fetch(0).unwrap();
+    assert!(first.iter().all(|word| *word == u64::MAX));
+    log.clear(0, 0, &first).unwrap();
+    assert!(log.fetch(0).unwrap().iter().all(|word| *word == 0));
+
+    counting
+        .machine
+        .memory()
+        .write_obj(7u64, GuestAddress(DEVICE_PAGE * 4096))
+        .unwrap();
+    counting.machine.gate().run(permit(LONG)).unwrap();
+    counting.counter.wait_beyond(10);
+    counting.machine.gate().close().unwrap();
+    for _ in 0..3 {
+        let words = log.fetch(0).unwrap();
+        assert!(dirty(&words, DEVICE_PAGE) && dirty(&words, GUEST_PAGE));
+    }
+    // One word is cleared, the other stays.
+    let words = log.fetch(0).unwrap();
+    let word = DEVICE_PAGE / 64;
+    log.clear(0, word * 64, &words[word as usize..=word as usize])
+        .unwrap();
+    let words = log.fetch(0).unwrap();
+    assert!(!dirty(&words, DEVICE_PAGE) && dirty(&words, GUEST_PAGE));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -130,11 +199,24 @@ async fn a_state_is_refused_by_a_machine_of_another_shape() {
     let one = counting(1, false);
     let state = one.machine.save().unwrap();
     let two = counting(2, true);
-    assert!(two.machine.restore(&state).unwrap_err().to_string().contains("vCPUs"));
+    assert!(
+        two.machine
+            .restore(&state)
+            .unwrap_err()
+            .to_string()
+            .contains("vCPUs")
+    );
     let mut other = state.clone();
     other.devices[0].kind = "adder".into();
     let target = counting(1, true);
-    assert!(target.machine.restore(&other).unwrap_err().to_string().contains("adder"));
+    assert!(
+        target
+            .machine
+            .restore(&other)
+            .unwrap_err()
+            .to_string()
+            .contains("adder")
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -146,7 +228,9 @@ async fn a_guest_that_faults_is_told_of() {
     const FAULT: &[u8] = &[0x48, 0xc7, 0xc0, 0x00, 0x00, 0x00, 0x80, 0xff, 0xe0];
     let mut faulting = with_code(FAULT, 1, false);
     faulting.machine.gate().run(permit(LONG)).unwrap();
-    let event = tokio::time::timeout(LONG, faulting.events.recv()).await.unwrap();
+    let event = tokio::time::timeout(LONG, faulting.events.recv())
+        .await
+        .unwrap();
     assert_eq!(event, Some(MachineEvent::ShutDown));
 }
 

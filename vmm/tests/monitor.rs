@@ -27,23 +27,45 @@ async fn a_monitor_refuses_every_permit_but_its_own() {
     let good = monitor.permit(5, LEASE);
     let passed = clock::boottime_ns() - 1;
     for (wrong, code) in [
-        (RunPermit { nonce: good.nonce ^ 2, ..good }, Code::FailedPrecondition),
+        (
+            RunPermit {
+                nonce: good.nonce ^ 2,
+                ..good
+            },
+            Code::FailedPrecondition,
+        ),
         (RunPermit { vm_id: 2, ..good }, Code::FailedPrecondition),
         (RunPermit { token: 4, ..good }, Code::PermissionDenied),
-        (RunPermit { lease_deadline_ns: passed, ..good }, Code::FailedPrecondition),
+        (
+            RunPermit {
+                lease_deadline_ns: passed,
+                ..good
+            },
+            Code::FailedPrecondition,
+        ),
     ] {
         let refused = monitor.client.run(wrong).await.unwrap_err();
         assert_eq!(refused.code(), code, "{refused}");
         assert_eq!(monitor.status().await.phase(), Phase::Ready);
     }
     monitor.client.run(good).await.unwrap();
-    let status = monitor.wait("reporting", |status| status.guest.as_ref().is_some_and(|g| g.steps > 10)).await;
+    let status = monitor
+        .wait("reporting", |status| {
+            status.guest.as_ref().is_some_and(|g| g.steps > 10)
+        })
+        .await;
     assert_eq!(status.phase(), Phase::Running);
     assert_eq!(status.guest.unwrap().error, "");
     // A newer token seen, even in a refused permit, makes the present one old.
     let newer = RunPermit { token: 6, ..good };
-    assert_eq!(monitor.client.run(newer).await.unwrap_err().code(), Code::FailedPrecondition);
-    assert_eq!(monitor.client.run(good).await.unwrap_err().code(), Code::PermissionDenied);
+    assert_eq!(
+        monitor.client.run(newer).await.unwrap_err().code(),
+        Code::FailedPrecondition
+    );
+    assert_eq!(
+        monitor.client.run(good).await.unwrap_err().code(),
+        Code::PermissionDenied
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -53,14 +75,26 @@ async fn a_lapsed_lease_freezes_the_guest_and_an_extension_does_not_thaw_it() {
     let file = machine_file(directory.path(), 32, 10, 8);
     let mut monitor = Process::start(directory.path(), "a", &file, "").await;
     monitor.run(5, Duration::from_millis(800)).await.unwrap();
-    assert_eq!(monitor.extend(5, Duration::from_millis(1500)).await.unwrap(), Phase::Running);
+    assert_eq!(
+        monitor
+            .extend(5, Duration::from_millis(1500))
+            .await
+            .unwrap(),
+        Phase::Running
+    );
     monitor.wait_phase(Phase::Frozen).await;
     assert_eq!(monitor.extend(5, LEASE).await.unwrap(), Phase::Frozen);
     let steps = monitor.status().await.guest.unwrap().steps;
-    assert_eq!(monitor.extend(4, LEASE).await.unwrap_err().code(), Code::PermissionDenied);
+    assert_eq!(
+        monitor.extend(4, LEASE).await.unwrap_err().code(),
+        Code::PermissionDenied
+    );
     monitor.run(5, LEASE).await.unwrap();
-    let status =
-        monitor.wait("going on", |status| status.guest.as_ref().is_some_and(|g| g.steps > steps + 10)).await;
+    let status = monitor
+        .wait("going on", |status| {
+            status.guest.as_ref().is_some_and(|g| g.steps > steps + 10)
+        })
+        .await;
     assert_eq!(status.guest.unwrap().error, "");
 }
 
@@ -71,17 +105,43 @@ async fn a_stop_flushes_and_a_quit_with_an_old_token_is_refused() {
     let file = machine_file(directory.path(), 32, 10, 8);
     let mut monitor = Process::start(directory.path(), "a", &file, "").await;
     monitor.run(5, LEASE).await.unwrap();
-    let wanted = |status: &proto::monitor::MonitorStatus| status.guest.as_ref().is_some_and(|g| g.flushed > 8);
+    let wanted = |status: &proto::monitor::MonitorStatus| {
+        status.guest.as_ref().is_some_and(|g| g.flushed > 8)
+    };
     monitor.wait("flushing", wanted).await;
     assert_eq!(
-        monitor.client.stop(StopRequest { token: 4, force: false }).await.unwrap_err().code(),
+        monitor
+            .client
+            .stop(StopRequest {
+                token: 4,
+                force: false
+            })
+            .await
+            .unwrap_err()
+            .code(),
         Code::PermissionDenied
     );
-    monitor.client.stop(StopRequest { token: 5, force: false }).await.unwrap();
+    monitor
+        .client
+        .stop(StopRequest {
+            token: 5,
+            force: false,
+        })
+        .await
+        .unwrap();
     assert_eq!(monitor.status().await.phase(), Phase::Stopped);
-    assert_eq!(monitor.run(5, LEASE).await.unwrap_err().code(), Code::FailedPrecondition);
-    let quit = |token| QuitRequest { token, reason: "the test ends".into() };
-    assert_eq!(monitor.client.quit(quit(4)).await.unwrap_err().code(), Code::PermissionDenied);
+    assert_eq!(
+        monitor.run(5, LEASE).await.unwrap_err().code(),
+        Code::FailedPrecondition
+    );
+    let quit = |token| QuitRequest {
+        token,
+        reason: "the test ends".into(),
+    };
+    assert_eq!(
+        monitor.client.quit(quit(4)).await.unwrap_err().code(),
+        Code::PermissionDenied
+    );
     monitor.client.quit(quit(5)).await.unwrap();
     assert!(monitor.ended().await.success());
 }
@@ -94,7 +154,11 @@ async fn sigterm_stops_in_order_and_sighup_is_ignored() {
     let mut monitor = Process::start(directory.path(), "a", &file, "").await;
     monitor.run(5, LEASE).await.unwrap();
     monitor.signal(nix::sys::signal::Signal::SIGHUP);
-    monitor.wait("running on", |status| status.guest.as_ref().is_some_and(|g| g.steps > 5)).await;
+    monitor
+        .wait("running on", |status| {
+            status.guest.as_ref().is_some_and(|g| g.steps > 5)
+        })
+        .await;
     monitor.signal(nix::sys::signal::Signal::SIGTERM);
     assert!(monitor.ended().await.success());
 }
@@ -106,14 +170,24 @@ async fn a_working_guest_moves_to_another_process_and_finds_its_memory_disk_and_
     let file = machine_file(directory.path(), 64, 20, 8);
     let mut source = Process::start(directory.path(), "m0", &file, "").await;
     source.run(5, LEASE).await.unwrap();
-    source.wait("working", |status| status.guest.as_ref().is_some_and(|g| g.steps > 50 && g.flushed > 4)).await;
+    source
+        .wait("working", |status| {
+            status
+                .guest
+                .as_ref()
+                .is_some_and(|g| g.steps > 50 && g.flushed > 4)
+        })
+        .await;
     let mut token = 5;
     for id in 1..=5 {
         token += 1;
         let name = format!("m{id}");
         let mut destination =
             Process::start(directory.path(), &name, &incoming(&file, id, token), "").await;
-        assert!(destination.run(token, LEASE).await.is_err(), "nothing has arrived yet");
+        assert!(
+            destination.run(token, LEASE).await.is_err(),
+            "nothing has arrived yet"
+        );
         source.send_to(id, &mut destination).await.unwrap();
         destination.wait_phase(Phase::Complete).await;
         let left = source.wait_phase(Phase::Quiet).await;
@@ -126,12 +200,18 @@ async fn a_working_guest_moves_to_another_process_and_finds_its_memory_disk_and_
         let before = left.guest.unwrap();
         let after = destination
             .wait("working again", |status| {
-                status.guest.as_ref().is_some_and(|g| g.steps > before.steps + 200 && g.flushed > before.flushed)
+                status
+                    .guest
+                    .as_ref()
+                    .is_some_and(|g| g.steps > before.steps + 200 && g.flushed > before.flushed)
             })
             .await
             .guest
             .unwrap();
-        println!("migration {id}: blackout {blackout_ms:.1} ms, guest's longest gap {} µs", after.longest_gap_ns / 1000);
+        println!(
+            "migration {id}: blackout {blackout_ms:.1} ms, guest's longest gap {} µs",
+            after.longest_gap_ns / 1000
+        );
         assert_eq!((after.errors, after.error.as_str()), (0, ""));
         assert!(after.memory_checks > before.memory_checks);
         source = destination;
@@ -145,34 +225,66 @@ async fn a_cancelled_migration_costs_nothing_before_quiet_and_a_re_key_after() {
     let file = machine_file(directory.path(), 64, 20, 8);
     let mut source = Process::start(directory.path(), "s", &file, "").await;
     source.run(5, LEASE).await.unwrap();
-    source.wait("working", |status| status.guest.as_ref().is_some_and(|g| g.steps > 50)).await;
+    source
+        .wait("working", |status| {
+            status.guest.as_ref().is_some_and(|g| g.steps > 50)
+        })
+        .await;
     // The destination never says complete, and nobody runs it.
-    let mut destination =
-        Process::start(directory.path(), "d", &incoming(&file, 1, 6), "sink.before_complete=hang").await;
+    let mut destination = Process::start(
+        directory.path(),
+        "d",
+        &incoming(&file, 1, 6),
+        "sink.before_complete=hang",
+    )
+    .await;
     source.send_to(1, &mut destination).await.unwrap();
     source.wait_phase(Phase::Quiet).await;
-    let cancel = CancelMigrationRequest { migration_id: 1, reason: "the log says abort".into() };
-    let cancelled = source.client.cancel_migration(cancel).await.unwrap().into_inner();
+    let cancel = CancelMigrationRequest {
+        migration_id: 1,
+        reason: "the log says abort".into(),
+    };
+    let cancelled = source
+        .client
+        .cancel_migration(cancel)
+        .await
+        .unwrap()
+        .into_inner();
     assert!(cancelled.said_quiet);
     assert_eq!(source.status().await.phase(), Phase::Quiet);
     assert!(source.run(5, LEASE).await.is_err(), "quiet is a promise");
     assert_eq!(source.extend(5, LEASE).await.unwrap(), Phase::Quiet);
     source.rekey(7).await.unwrap();
     assert_eq!(source.status().await.phase(), Phase::Quiet);
-    assert_eq!(source.run(5, LEASE).await.unwrap_err().code(), Code::PermissionDenied);
+    assert_eq!(
+        source.run(5, LEASE).await.unwrap_err().code(),
+        Code::PermissionDenied
+    );
     source.run(7, LEASE).await.unwrap();
     let steps = source.status().await.guest.unwrap().steps;
-    let status =
-        source.wait("working again", |s| s.guest.as_ref().is_some_and(|g| g.steps > steps + 100)).await;
+    let status = source
+        .wait("working again", |s| {
+            s.guest.as_ref().is_some_and(|g| g.steps > steps + 100)
+        })
+        .await;
     assert_eq!(status.guest.unwrap().error, "");
     assert!(!status.said_quiet);
     drop(destination);
 
     // A destination that dies before quiet: the guest never stops.
-    let mut destination = Process::start(directory.path(), "e", &incoming(&file, 2, 8), "sink.setup=error").await;
+    let mut destination = Process::start(
+        directory.path(),
+        "e",
+        &incoming(&file, 2, 8),
+        "sink.setup=error",
+    )
+    .await;
     source.send_to(2, &mut destination).await.unwrap();
     let failed = |status: &proto::monitor::MonitorStatus| {
-        status.migration.as_ref().is_some_and(|m| m.migration_id == 2 && !m.failure.is_empty())
+        status
+            .migration
+            .as_ref()
+            .is_some_and(|m| m.migration_id == 2 && !m.failure.is_empty())
     };
     let status = source.wait("failing", failed).await;
     assert_eq!(status.phase(), Phase::Running);
@@ -185,17 +297,29 @@ async fn a_source_that_fails_before_quiet_goes_on_by_itself() {
     needs_kvm!("a_source_that_fails_before_quiet_goes_on_by_itself");
     let directory = tempfile::tempdir().unwrap();
     let file = machine_file(directory.path(), 64, 20, 8);
-    let mut source = Process::start(directory.path(), "s", &file, "source.before_quiet=error").await;
+    let mut source =
+        Process::start(directory.path(), "s", &file, "source.before_quiet=error").await;
     source.run(5, LEASE).await.unwrap();
-    source.wait("working", |status| status.guest.as_ref().is_some_and(|g| g.steps > 50)).await;
+    source
+        .wait("working", |status| {
+            status.guest.as_ref().is_some_and(|g| g.steps > 50)
+        })
+        .await;
     let mut destination = Process::start(directory.path(), "d", &incoming(&file, 1, 6), "").await;
     source.send_to(1, &mut destination).await.unwrap();
     let failed = |status: &proto::monitor::MonitorStatus| {
-        status.migration.as_ref().is_some_and(|m| m.failure.contains("source.before_quiet"))
+        status
+            .migration
+            .as_ref()
+            .is_some_and(|m| m.failure.contains("source.before_quiet"))
             && status.phase() == Phase::Running
     };
     let steps = source.wait("failing", failed).await.guest.unwrap().steps;
-    let status = source.wait("going on", |s| s.guest.as_ref().is_some_and(|g| g.steps > steps + 50)).await;
+    let status = source
+        .wait("going on", |s| {
+            s.guest.as_ref().is_some_and(|g| g.steps > steps + 50)
+        })
+        .await;
     assert_eq!(status.guest.unwrap().error, "");
     assert!(!status.said_quiet);
     destination.wait_phase(Phase::Failed).await;
@@ -214,23 +338,65 @@ struct Killed {
 async fn whichever_side_dies_wherever_the_other_stands_as_the_design_says() {
     needs_kvm!("whichever_side_dies_wherever_the_other_stands_as_the_design_says");
     let cases = [
-        Killed { failpoint: "source.setup", source: None, destination: Some(Phase::Incoming) },
-        Killed { failpoint: "source.round", source: None, destination: Some(Phase::Failed) },
-        Killed { failpoint: "source.before_quiet", source: None, destination: Some(Phase::Failed) },
-        Killed { failpoint: "source.after_quiet", source: None, destination: Some(Phase::Failed) },
-        Killed { failpoint: "source.after_final", source: None, destination: Some(Phase::Complete) },
-        Killed { failpoint: "sink.before_complete", source: Some(Phase::Quiet), destination: None },
-        Killed { failpoint: "sink.after_complete", source: Some(Phase::Quiet), destination: None },
+        Killed {
+            failpoint: "source.setup",
+            source: None,
+            destination: Some(Phase::Incoming),
+        },
+        Killed {
+            failpoint: "source.round",
+            source: None,
+            destination: Some(Phase::Failed),
+        },
+        Killed {
+            failpoint: "source.before_quiet",
+            source: None,
+            destination: Some(Phase::Failed),
+        },
+        Killed {
+            failpoint: "source.after_quiet",
+            source: None,
+            destination: Some(Phase::Failed),
+        },
+        Killed {
+            failpoint: "source.after_final",
+            source: None,
+            destination: Some(Phase::Complete),
+        },
+        Killed {
+            failpoint: "sink.before_complete",
+            source: Some(Phase::Quiet),
+            destination: None,
+        },
+        Killed {
+            failpoint: "sink.after_complete",
+            source: Some(Phase::Quiet),
+            destination: None,
+        },
     ];
-    for Killed { failpoint, source: source_phase, destination: destination_phase } in cases {
+    for Killed {
+        failpoint,
+        source: source_phase,
+        destination: destination_phase,
+    } in cases
+    {
         let directory = tempfile::tempdir().unwrap();
         let file = machine_file(directory.path(), 32, 20, 8);
         let points = format!("{failpoint}=kill");
-        let (at_source, at_sink) = if failpoint.starts_with("source") { (points.as_str(), "") } else { ("", points.as_str()) };
+        let (at_source, at_sink) = if failpoint.starts_with("source") {
+            (points.as_str(), "")
+        } else {
+            ("", points.as_str())
+        };
         let mut source = Process::start(directory.path(), "s", &file, at_source).await;
         source.run(5, LEASE).await.unwrap();
-        source.wait("working", |status| status.guest.as_ref().is_some_and(|g| g.steps > 20)).await;
-        let mut destination = Process::start(directory.path(), "d", &incoming(&file, 1, 6), at_sink).await;
+        source
+            .wait("working", |status| {
+                status.guest.as_ref().is_some_and(|g| g.steps > 20)
+            })
+            .await;
+        let mut destination =
+            Process::start(directory.path(), "d", &incoming(&file, 1, 6), at_sink).await;
         // A source that dies at once may not live to answer.
         let _ = source.send_to(1, &mut destination).await;
         match source_phase {
@@ -246,9 +412,15 @@ async fn whichever_side_dies_wherever_the_other_stands_as_the_design_says() {
                     source.rekey(7).await.unwrap();
                     source.run(7, LEASE).await.unwrap();
                     let on = |s: &proto::monitor::MonitorStatus| {
-                        s.guest.as_ref().is_some_and(|g| g.steps > status.guest.as_ref().map_or(0, |g| g.steps) + 20)
+                        s.guest.as_ref().is_some_and(|g| {
+                            g.steps > status.guest.as_ref().map_or(0, |g| g.steps) + 20
+                        })
                     };
-                    assert_eq!(source.wait("going on", on).await.guest.unwrap().error, "", "{failpoint}");
+                    assert_eq!(
+                        source.wait("going on", on).await.guest.unwrap().error,
+                        "",
+                        "{failpoint}"
+                    );
                 }
             }
         }
@@ -259,8 +431,14 @@ async fn whichever_side_dies_wherever_the_other_stands_as_the_design_says() {
                 // The machine survives the death of its source.
                 destination.run(6, LEASE).await.unwrap();
                 let steps = status.guest.map_or(0, |g| g.steps);
-                let on = |s: &proto::monitor::MonitorStatus| s.guest.as_ref().is_some_and(|g| g.steps > steps + 20);
-                assert_eq!(destination.wait("going on", on).await.guest.unwrap().error, "", "{failpoint}");
+                let on = |s: &proto::monitor::MonitorStatus| {
+                    s.guest.as_ref().is_some_and(|g| g.steps > steps + 20)
+                };
+                assert_eq!(
+                    destination.wait("going on", on).await.guest.unwrap().error,
+                    "",
+                    "{failpoint}"
+                );
             } else {
                 assert!(destination.run(6, LEASE).await.is_err(), "{failpoint}");
             }

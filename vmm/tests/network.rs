@@ -13,7 +13,9 @@ fn in_namespace(name: &'static str, test: impl FnOnce() + Send + 'static) {
     let ran = std::thread::spawn(move || {
         let tools = ["ip", "bridge"].map(|tool| Command::new(tool).arg("-V").output());
         let missing = if let Err(error) = unshare(CloneFlags::CLONE_NEWNET) {
-            format!("it needs root for a network namespace ({error}); run `cargo xtask test --all` as root")
+            format!(
+                "it needs root for a network namespace ({error}); run `cargo xtask test --all` as root"
+            )
         } else if tools.iter().any(Result::is_err) {
             "it needs iproute2; apt-get install iproute2".into()
         } else if let Err(error) = std::fs::File::open("/dev/net/tun") {
@@ -29,8 +31,15 @@ fn in_namespace(name: &'static str, test: impl FnOnce() + Send + 'static) {
 
 fn run(command: &str) -> String {
     let mut words = command.split(' ');
-    let output = Command::new(words.next().unwrap()).args(words).output().unwrap();
-    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    let output = Command::new(words.next().unwrap())
+        .args(words)
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{command}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     String::from_utf8(output.stdout).unwrap()
 }
 
@@ -39,11 +48,17 @@ fn wait_until_at(mac: MacAddress, port: &str) {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
         let table = run("bridge fdb show br br0");
-        let entry = table.lines().find(|line| line.starts_with(&mac.to_string())).unwrap_or_default();
+        let entry = table
+            .lines()
+            .find(|line| line.starts_with(&mac.to_string()))
+            .unwrap_or_default();
         if entry.contains(&format!("dev {port} ")) {
             return;
         }
-        assert!(Instant::now() < deadline, "{mac} is not at {port} but at {entry:?}");
+        assert!(
+            Instant::now() < deadline,
+            "{mac} is not at {port} but at {entry:?}"
+        );
         std::thread::yield_now();
     }
 }
@@ -51,17 +66,27 @@ fn wait_until_at(mac: MacAddress, port: &str) {
 #[test]
 fn an_announcement_moves_the_bridges_entry() {
     in_namespace("an_announcement_moves_the_bridges_entry", || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
         run("ip link add br0 type bridge");
         run("ip link set br0 up");
         let mac: MacAddress = "52:54:00:aa:bb:cc".parse().unwrap();
         runtime.block_on(async {
             let source = Tap::open("tap-s", "br0").unwrap();
             let destination = Tap::open("tap-d", "br0").unwrap();
-            assert!(source.write(&rarp(mac)).await.is_err(), "its link is down at first");
+            assert!(
+                source.write(&rarp(mac)).await.is_err(),
+                "its link is down at first"
+            );
             source.set_link(true).unwrap();
             destination.set_link(true).unwrap();
-            for (tap, port) in [(&source, "tap-s"), (&destination, "tap-d"), (&source, "tap-s")] {
+            for (tap, port) in [
+                (&source, "tap-s"),
+                (&destination, "tap-d"),
+                (&source, "tap-s"),
+            ] {
                 tap.write(&rarp(mac)).await.unwrap();
                 wait_until_at(mac, port);
             }
@@ -73,14 +98,20 @@ fn an_announcement_moves_the_bridges_entry() {
 
 #[test]
 fn a_tap_without_its_bridge_or_with_an_impossible_name_is_refused() {
-    in_namespace("a_tap_without_its_bridge_or_with_an_impossible_name_is_refused", || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
+    in_namespace(
+        "a_tap_without_its_bridge_or_with_an_impossible_name_is_refused",
+        || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
+            runtime.block_on(async {
             let refused = Tap::open("tap-x", "no-bridge").unwrap_err();
             assert!(matches!(&refused, TapError::Bridge { source, .. } if source.kind() != io::ErrorKind::Other));
             for name in ["", "a name", "sixteen-letters-", "../x"] {
                 assert!(matches!(Tap::open(name, "br0"), Err(TapError::Name(_))), "{name:?}");
             }
         });
-    });
+        },
+    );
 }

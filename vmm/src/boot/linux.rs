@@ -12,7 +12,9 @@ use linux_loader::configurator::pvh::PvhBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::elf::PvhBootCapability;
-use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
+use linux_loader::loader::elf::start_info::{
+    hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
+};
 use linux_loader::loader::{BzImage, Elf, KernelLoader, KernelLoaderResult, load_cmdline};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -69,19 +71,40 @@ pub fn load(memory: &GuestMemory, image: &LinuxImage<'_>) -> Result<Start, BootE
         path: image.kernel.into(),
         source,
     })?;
-    let bad = |reason: String| BootError::Kernel { path: image.kernel.into(), reason };
+    let bad = |reason: String| BootError::Kernel {
+        path: image.kernel.into(),
+        reason,
+    };
     let magic = read_start(image.kernel, 4)?;
     let (kernel, end) = if magic == b"\x7fELF" {
-        let kernel = Elf::load(memory.as_ref(), None, &mut file, Some(GuestAddress(HIGH_MEMORY)))
-            .map_err(|error| bad(error.to_string()))?;
-        (kernel, elf_end(image.kernel).ok_or_else(|| bad("its program headers are not readable".into()))?)
+        let kernel = Elf::load(
+            memory.as_ref(),
+            None,
+            &mut file,
+            Some(GuestAddress(HIGH_MEMORY)),
+        )
+        .map_err(|error| bad(error.to_string()))?;
+        (
+            kernel,
+            elf_end(image.kernel)
+                .ok_or_else(|| bad("its program headers are not readable".into()))?,
+        )
     } else {
-        let kernel =
-            BzImage::load(memory.as_ref(), Some(GuestAddress(KERNEL_ADDRESS)), &mut file, Some(GuestAddress(HIGH_MEMORY)))
-                .map_err(|error| bad(error.to_string()))?;
-        let header = kernel.setup_header.ok_or_else(|| bad("it has no setup header".into()))?;
+        let kernel = BzImage::load(
+            memory.as_ref(),
+            Some(GuestAddress(KERNEL_ADDRESS)),
+            &mut file,
+            Some(GuestAddress(HIGH_MEMORY)),
+        )
+        .map_err(|error| bad(error.to_string()))?;
+        let header = kernel
+            .setup_header
+            .ok_or_else(|| bad("it has no setup header".into()))?;
         let (preferred, init_size) = (header.pref_address, u64::from(header.init_size));
-        let end = kernel.kernel_end.max(preferred + init_size).max(KERNEL_ADDRESS + init_size);
+        let end = kernel
+            .kernel_end
+            .max(preferred + init_size)
+            .max(KERNEL_ADDRESS + init_size);
         (kernel, end)
     };
     let initrd = match image.initrd {
@@ -94,23 +117,47 @@ pub fn load(memory: &GuestMemory, image: &LinuxImage<'_>) -> Result<Start, BootE
         PvhBootCapability::PvhEntryPresent(entry) => {
             write_pvh(memory, initrd)?;
             let rip = entry.raw_value();
-            Ok(Start { mode: Mode::Protected32, rip, rdi: 0, rsi: 0, rbx: START_INFO_ADDRESS })
+            Ok(Start {
+                mode: Mode::Protected32,
+                rip,
+                rdi: 0,
+                rsi: 0,
+                rbx: START_INFO_ADDRESS,
+            })
         }
         PvhBootCapability::PvhEntryNotPresent | PvhBootCapability::PvhEntryIgnored => {
             write_identity_map(memory, 4 << 30, false)?;
             write_zero_page(memory, &kernel, initrd)?;
-            let offset = if kernel.setup_header.is_some() { ENTRY_64 } else { 0 };
+            let offset = if kernel.setup_header.is_some() {
+                ENTRY_64
+            } else {
+                0
+            };
             let rip = kernel.kernel_load.raw_value() + offset;
-            Ok(Start { mode: Mode::Kernel64, rip, rdi: 0, rsi: ZERO_PAGE_ADDRESS, rbx: 0 })
+            Ok(Start {
+                mode: Mode::Kernel64,
+                rip,
+                rdi: 0,
+                rsi: ZERO_PAGE_ADDRESS,
+                rbx: 0,
+            })
         }
     }
 }
 
 fn read_start(path: &Path, bytes: u64) -> Result<Vec<u8>, BootError> {
     use std::io::Read;
-    let error = |source| BootError::File { what: "kernel", path: path.into(), source };
+    let error = |source| BootError::File {
+        what: "kernel",
+        path: path.into(),
+        source,
+    };
     let mut start = Vec::new();
-    File::open(path).map_err(error)?.take(bytes).read_to_end(&mut start).map_err(error)?;
+    File::open(path)
+        .map_err(error)?
+        .take(bytes)
+        .read_to_end(&mut start)
+        .map_err(error)?;
     Ok(start)
 }
 
@@ -118,9 +165,14 @@ fn read_start(path: &Path, bytes: u64) -> Result<Vec<u8>, BootError> {
 fn elf_end(path: &Path) -> Option<u64> {
     let header = read_start(path, 64).ok()?;
     let at = |bytes: &[u8], offset: usize| -> Option<u64> {
-        Some(u64::from_le_bytes(bytes.get(offset..offset + 8)?.try_into().ok()?))
+        Some(u64::from_le_bytes(
+            bytes.get(offset..offset + 8)?.try_into().ok()?,
+        ))
     };
-    let (table, entries) = (at(&header, 32)?, u16::from_le_bytes([*header.get(56)?, *header.get(57)?]));
+    let (table, entries) = (
+        at(&header, 32)?,
+        u16::from_le_bytes([*header.get(56)?, *header.get(57)?]),
+    );
     let bytes = read_start(path, table.checked_add(u64::from(entries) * 56)?).ok()?;
     let mut end = 0;
     for index in 0..usize::from(entries) {
@@ -140,7 +192,11 @@ fn load_initrd(
     kernel_end: u64,
     memory_mib: u64,
 ) -> Result<(u64, u64), BootError> {
-    let error = |source| BootError::File { what: "initrd", path: path.into(), source };
+    let error = |source| BootError::File {
+        what: "initrd",
+        path: path.into(),
+        source,
+    };
     let mut file = File::open(path).map_err(error)?;
     let length = file.metadata().map_err(error)?.len();
     let address = kernel_end.next_multiple_of(2 << 20);
@@ -148,7 +204,10 @@ fn load_initrd(
         && memory.check_range(GuestAddress(address), length as usize)
         && address + length < 1 << 32;
     if !fits {
-        return Err(BootError::NoRoom { what: "the initrd", memory_mib });
+        return Err(BootError::NoRoom {
+            what: "the initrd",
+            memory_mib,
+        });
     }
     memory.read_exact_volatile_from(GuestAddress(address), &mut file, length as usize)?;
     Ok((address, length))
@@ -160,7 +219,8 @@ fn write_cmdline(memory: &GuestMemory, image: &LinuxImage<'_>) -> Result<(), Boo
     line.insert_str(image.cmdline).map_err(bad)?;
     for slot in 0..image.virtio_slots {
         let address = GuestAddress(virtio_mmio_address(slot));
-        line.add_virtio_mmio_device(VIRTIO_MMIO_SLOT_BYTES, address, virtio_irq(slot), None).map_err(bad)?;
+        line.add_virtio_mmio_device(VIRTIO_MMIO_SLOT_BYTES, address, virtio_irq(slot), None)
+            .map_err(bad)?;
     }
     load_cmdline(memory.as_ref(), GuestAddress(CMDLINE_ADDRESS), &line)
         .map_err(|error| BootError::Cmdline(error.to_string()))
@@ -182,7 +242,12 @@ fn usable(memory: &GuestMemory) -> Vec<(u64, u64)> {
 fn write_pvh(memory: &GuestMemory, initrd: Option<(u64, u64)>) -> Result<(), BootError> {
     let map: Vec<_> = usable(memory)
         .into_iter()
-        .map(|(addr, size)| hvm_memmap_table_entry { addr, size, type_: E820_RAM, reserved: 0 })
+        .map(|(addr, size)| hvm_memmap_table_entry {
+            addr,
+            size,
+            type_: E820_RAM,
+            reserved: 0,
+        })
         .collect();
     let info = hvm_start_info {
         magic: PVH_MAGIC,
@@ -197,7 +262,11 @@ fn write_pvh(memory: &GuestMemory, initrd: Option<(u64, u64)>) -> Result<(), Boo
     let mut params = BootParams::new(&info, GuestAddress(START_INFO_ADDRESS));
     params.set_sections(&map, GuestAddress(MEMORY_MAP_ADDRESS));
     if let Some((paddr, size)) = initrd {
-        let module = hvm_modlist_entry { paddr, size, ..Default::default() };
+        let module = hvm_modlist_entry {
+            paddr,
+            size,
+            ..Default::default()
+        };
         params.set_modules(&[module], GuestAddress(MODULES_ADDRESS));
     }
     PvhBootConfigurator::write_bootparams(&params, memory.as_ref())
@@ -223,7 +292,11 @@ fn write_zero_page(
         page.hdr.ramdisk_size = length as u32;
     }
     for (index, (addr, size)) in usable(memory).into_iter().enumerate() {
-        page.e820_table[index] = boot_e820_entry { addr, size, r#type: E820_RAM };
+        page.e820_table[index] = boot_e820_entry {
+            addr,
+            size,
+            r#type: E820_RAM,
+        };
         page.e820_entries = index as u8 + 1;
     }
     LinuxBootConfigurator::write_bootparams(

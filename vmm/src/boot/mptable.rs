@@ -76,7 +76,10 @@ fn table(cpus: u8) -> Vec<u8> {
 
 /// What makes the bytes' sum zero.
 fn checksum(bytes: &[u8]) -> u8 {
-    bytes.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)).wrapping_neg()
+    bytes
+        .iter()
+        .fold(0u8, |sum, byte| sum.wrapping_add(*byte))
+        .wrapping_neg()
 }
 
 #[cfg(test)]
@@ -87,9 +90,18 @@ mod tests {
     fn the_table_sums_to_zero_says_its_length_and_fits_below_base_memorys_end() {
         for cpus in [1, 2, MPTABLE_CPUS_MAX as u8] {
             let table = table(cpus);
-            assert_eq!(table.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)), 0);
-            assert_eq!(u16::from_le_bytes([table[4], table[5]]) as usize, table.len());
-            assert!(MPTABLE_ADDRESS as usize + 16 + table.len() <= 0xa_0000, "{cpus}");
+            assert_eq!(
+                table.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)),
+                0
+            );
+            assert_eq!(
+                u16::from_le_bytes([table[4], table[5]]) as usize,
+                table.len()
+            );
+            assert!(
+                MPTABLE_ADDRESS as usize + 16 + table.len() <= 0xa_0000,
+                "{cpus}"
+            );
         }
     }
 }

@@ -17,14 +17,30 @@ use crate::layout::{VIRTIO_SLOTS_MAX, virtio_mmio_address};
 /// # Errors
 /// See [`BootError`].
 pub fn load(memory: &GuestMemory, params: &BootParams) -> Result<Start, BootError> {
-    let bad = |reason: String| BootError::Kernel { path: "(the built-in guest)".into(), reason };
-    let loaded =
-        Elf::load(memory.as_ref(), None, &mut Cursor::new(PROGRAM), Some(GuestAddress(LOAD_ADDRESS)))
-            .map_err(|error| bad(error.to_string()))?;
+    let bad = |reason: String| BootError::Kernel {
+        path: "(the built-in guest)".into(),
+        reason,
+    };
+    let loaded = Elf::load(
+        memory.as_ref(),
+        None,
+        &mut Cursor::new(PROGRAM),
+        Some(GuestAddress(LOAD_ADDRESS)),
+    )
+    .map_err(|error| bad(error.to_string()))?;
     // Devices are mapped too, also where RAM ends below them.
     let end = (memory.last_addr().raw_value() + 1).max(virtio_mmio_address(VIRTIO_SLOTS_MAX));
     write_identity_map(memory, end, true)?;
-    memory.write_slice(&record_bytes(&params.to_words()), GuestAddress(PARAMS_ADDRESS))?;
+    memory.write_slice(
+        &record_bytes(&params.to_words()),
+        GuestAddress(PARAMS_ADDRESS),
+    )?;
     let rip = loaded.kernel_load.raw_value();
-    Ok(Start { mode: Mode::User64, rip, rdi: PARAMS_ADDRESS, rsi: 0, rbx: 0 })
+    Ok(Start {
+        mode: Mode::User64,
+        rip,
+        rdi: PARAMS_ADDRESS,
+        rsi: 0,
+        rbx: 0,
+    })
 }

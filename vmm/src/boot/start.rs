@@ -78,7 +78,11 @@ fn segment(selector: u16, type_: u8, dpl: u8, long: bool) -> kvm_segment {
 
 /// The 8 bytes of a descriptor.
 fn descriptor(segment: &kvm_segment) -> u64 {
-    let limit = u64::from(if segment.g == 1 { segment.limit >> 12 } else { segment.limit });
+    let limit = u64::from(if segment.g == 1 {
+        segment.limit >> 12
+    } else {
+        segment.limit
+    });
     let flags = u64::from(segment.type_)
         | u64::from(segment.s) << 4
         | u64::from(segment.dpl) << 5
@@ -86,7 +90,10 @@ fn descriptor(segment: &kvm_segment) -> u64 {
         | u64::from(segment.l) << 13
         | u64::from(segment.db) << 14
         | u64::from(segment.g) << 15;
-    limit & 0xffff | (segment.base & 0xff_ffff) << 16 | flags << 40 | (limit >> 16 & 0xf) << 48
+    limit & 0xffff
+        | (segment.base & 0xff_ffff) << 16
+        | flags << 40
+        | (limit >> 16 & 0xf) << 48
         | (segment.base >> 24 & 0xff) << 56
 }
 
@@ -101,7 +108,11 @@ pub fn apply(vcpu: &VcpuFd, memory: &GuestMemory, start: &Start) -> Result<(), B
         Mode::Protected32 => (0, false),
     };
     let code = segment(CODE_SELECTOR, 0xb, dpl, long);
-    let data = kvm_segment { db: 1, l: 0, ..segment(DATA_SELECTOR, 0x3, dpl, false) };
+    let data = kvm_segment {
+        db: 1,
+        l: 0,
+        ..segment(DATA_SELECTOR, 0x3, dpl, false)
+    };
     let task = kvm_segment {
         base: TASK_ADDRESS,
         limit: TASK_LIMIT,
@@ -110,10 +121,19 @@ pub fn apply(vcpu: &VcpuFd, memory: &GuestMemory, start: &Start) -> Result<(), B
         db: 0,
         ..segment(TASK_SELECTOR, 0xb, 0, false)
     };
-    memory.write_obj(TASK_BITMAP, GuestAddress(TASK_ADDRESS + TASK_BITMAP_POINTER))?;
+    memory.write_obj(
+        TASK_BITMAP,
+        GuestAddress(TASK_ADDRESS + TASK_BITMAP_POINTER),
+    )?;
     memory.write_obj(0xffu8, GuestAddress(TASK_ADDRESS + u64::from(TASK_LIMIT)))?;
     // Two words for the task: in 64-bit mode a system descriptor has 16 bytes.
-    let table = [0, descriptor(&code), descriptor(&data), descriptor(&task), 0];
+    let table = [
+        0,
+        descriptor(&code),
+        descriptor(&data),
+        descriptor(&task),
+        0,
+    ];
     for (index, entry) in table.iter().enumerate() {
         memory.write_obj(*entry, GuestAddress(GDT_ADDRESS + index as u64 * 8))?;
     }
@@ -139,7 +159,11 @@ pub fn apply(vcpu: &VcpuFd, memory: &GuestMemory, start: &Start) -> Result<(), B
         }
     }
     vcpu.set_sregs(&sregs).map_err(asked("segment registers"))?;
-    let rflags = if start.mode == Mode::User64 { FLAGS_IOPL3 } else { FLAGS };
+    let rflags = if start.mode == Mode::User64 {
+        FLAGS_IOPL3
+    } else {
+        FLAGS
+    };
     let regs = kvm_regs {
         rip: start.rip,
         rdi: start.rdi,
@@ -194,7 +218,10 @@ pub fn write_identity_map(memory: &GuestMemory, bytes: u64, user: bool) -> Resul
     let pdpt = PAGE_TABLES_ADDRESS + 0x1000;
     let directories = pdpt + 0x1000;
     if gigabytes > 512 || directories + gigabytes * 0x1000 > PAGE_TABLES_END {
-        return Err(BootError::NoRoom { what: "the table of all memory", memory_mib: bytes >> 20 });
+        return Err(BootError::NoRoom {
+            what: "the table of all memory",
+            memory_mib: bytes >> 20,
+        });
     }
     memory.write_obj(pdpt | flags, GuestAddress(PAGE_TABLES_ADDRESS))?;
     for gigabyte in 0..gigabytes {

@@ -21,7 +21,9 @@ pub struct I8042 {
 impl I8042 {
     /// The controller; a reset is told to the machine.
     pub fn new(context: &DeviceContext) -> Arc<Self> {
-        Arc::new(Self { events: context.events.clone() })
+        Arc::new(Self {
+            events: context.events.clone(),
+        })
     }
 }
 
@@ -57,8 +59,15 @@ impl Migratable for I8042 {
         let kind = self.kind();
         match (version, state) {
             (1, []) => Ok(()),
-            (1, _) => Err(StateError::Invalid { kind, reason: "it has no state".into() }),
-            (found, _) => Err(StateError::Version { kind, found, known: 1 }),
+            (1, _) => Err(StateError::Invalid {
+                kind,
+                reason: "it has no state".into(),
+            }),
+            (found, _) => Err(StateError::Version {
+                kind,
+                found,
+                known: 1,
+            }),
         }
     }
 }

@@ -19,9 +19,12 @@ use async_trait::async_trait;
 use tokio::sync::{mpsc, watch};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{BusDevice, DeviceContext, ExitContext, GuestMemory, MachineEvent, Migratable, StateError};
+use super::{
+    BusDevice, DeviceContext, ExitContext, GuestMemory, MachineEvent, Migratable, StateError,
+};
 use crate::guest::abi::{
-    COMMAND_GIVE_UP, COMMAND_REPORT, PORT_COMMAND, PORT_EXIT, PORT_WAIT, REPORT_WORDS, Report, WAIT_US_MAX,
+    COMMAND_GIVE_UP, COMMAND_REPORT, PORT_COMMAND, PORT_EXIT, PORT_WAIT, REPORT_WORDS, Report,
+    WAIT_US_MAX,
 };
 pub use report::GuestReport;
 use witness::Witness;
@@ -38,7 +41,11 @@ pub struct SelfCheck {
 
 impl SelfCheck {
     /// The device; the guest keeps its report record at `report_address`. Flushed numbers are appended to `witness`.
-    pub fn new(context: &DeviceContext, report_address: u64, witness: Option<PathBuf>) -> Arc<Self> {
+    pub fn new(
+        context: &DeviceContext,
+        report_address: u64,
+        witness: Option<PathBuf>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             memory: context.memory.clone(),
             report_address,
@@ -71,7 +78,8 @@ impl SelfCheck {
     fn take_report(&self) {
         let Some(report) = self.read_record() else {
             tracing::warn!("the guest's report record does not match its checksum");
-            self.report.send_modify(|report| report.damaged_records += 1);
+            self.report
+                .send_modify(|report| report.damaged_records += 1);
             return;
         };
         let before = self.report();
@@ -80,18 +88,24 @@ impl SelfCheck {
             let noted = lock(witness).note(before.last.as_ref(), &report);
             if let Err(error) = noted {
                 tracing::error!(%error, "the witness cannot be kept");
-                self.report.send_modify(|report| report.witness_failure = Some(error.to_string()));
+                self.report
+                    .send_modify(|report| report.witness_failure = Some(error.to_string()));
             }
         }
         if report.errors > 0 && before.last.is_none_or(|last| last.errors == 0) {
-            tracing::error!(error = report::describe(&report), "a check of the guest failed");
+            tracing::error!(
+                error = report::describe(&report),
+                "a check of the guest failed"
+            );
         }
         self.report.send_modify(|known| known.take(report));
     }
 
     fn read_record(&self) -> Option<Report> {
         let mut bytes = [0; REPORT_WORDS * 8];
-        self.memory.read_slice(&mut bytes, GuestAddress(self.report_address)).ok()?;
+        self.memory
+            .read_slice(&mut bytes, GuestAddress(self.report_address))
+            .ok()?;
         let mut words = [0; REPORT_WORDS];
         for (word, bytes) in words.iter_mut().zip(bytes.as_chunks().0) {
             *word = u64::from_le_bytes(*bytes);
@@ -123,14 +137,20 @@ impl BusDevice for SelfCheck {
             PORT_COMMAND if value == COMMAND_REPORT => self.take_report(),
             PORT_COMMAND if value == COMMAND_GIVE_UP => {
                 let report = self.report();
-                let why = report.error().unwrap_or_else(|| "its parameters are not valid".into());
-                self.tell(MachineEvent::Failed(format!("the self-checking guest gave up: {why}")));
+                let why = report
+                    .error()
+                    .unwrap_or_else(|| "its parameters are not valid".into());
+                self.tell(MachineEvent::Failed(format!(
+                    "the self-checking guest gave up: {why}"
+                )));
             }
             PORT_WAIT => {
                 context.wait(Duration::from_micros(u64::from(value.min(WAIT_US_MAX))));
             }
             PORT_EXIT if value == 0 => self.tell(MachineEvent::ShutDown),
-            PORT_EXIT => self.tell(MachineEvent::Failed(format!("the guest ended with code {value}"))),
+            PORT_EXIT => self.tell(MachineEvent::Failed(format!(
+                "the guest ended with code {value}"
+            ))),
             _ => {}
         }
     }

@@ -25,7 +25,9 @@ pub struct Serial {
 
 impl std::fmt::Debug for Serial {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Serial").field("irq", &self.irq).finish_non_exhaustive()
+        f.debug_struct("Serial")
+            .field("irq", &self.irq)
+            .finish_non_exhaustive()
     }
 }
 
@@ -61,9 +63,17 @@ impl Serial {
         let irq = context.irq_line(irq);
         Arc::new_cyclic(|serial| {
             let mut tasks = Tasks::default();
-            tasks.spawn(&context.runtime, feed(serial.clone(), console.watch_input()));
+            tasks.spawn(
+                &context.runtime,
+                feed(serial.clone(), console.watch_input()),
+            );
             let uart = Uart::new(Line(irq.clone()), Output(console.clone()));
-            Self { uart: Mutex::new(uart), console, irq, _tasks: tasks }
+            Self {
+                uart: Mutex::new(uart),
+                console,
+                irq,
+                _tasks: tasks,
+            }
         })
     }
 

@@ -7,7 +7,10 @@ use std::sync::{Arc, Mutex};
 use tokio::sync::mpsc;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{BusDevice, DeviceContext, ExitContext, InterruptController, MachineEvent, NotifyRegistry, WakeHub};
+use super::{
+    BusDevice, DeviceContext, ExitContext, InterruptController, MachineEvent, NotifyRegistry,
+    WakeHub,
+};
 use crate::memory;
 
 /// Memory of the test machine, MiB.
@@ -28,7 +31,12 @@ pub(crate) struct Lines(Mutex<Vec<u32>>);
 impl Lines {
     /// How often line `irq` was raised.
     pub(crate) fn edges(&self, irq: u32) -> usize {
-        self.0.lock().unwrap().iter().filter(|line| **line == irq).count()
+        self.0
+            .lock()
+            .unwrap()
+            .iter()
+            .filter(|line| **line == irq)
+            .count()
     }
 }
 
@@ -63,18 +71,31 @@ impl Bench {
             runtime: tokio::runtime::Handle::current(),
             events: sender,
         };
-        Self { context, events, lines, seen: AtomicU64::new(0) }
+        Self {
+            context,
+            events,
+            lines,
+            seen: AtomicU64::new(0),
+        }
     }
 
     /// The guest writes to a device.
     pub(crate) fn write(&self, device: &dyn BusDevice, offset: u64, data: &[u8]) {
-        device.write(offset, data, &ExitContext::new(0, &self.context.wake, &self.seen));
+        device.write(
+            offset,
+            data,
+            &ExitContext::new(0, &self.context.wake, &self.seen),
+        );
     }
 
     /// The guest reads one byte from a device.
     pub(crate) fn read_byte(&self, device: &dyn BusDevice, offset: u64) -> u8 {
         let mut data = [0xff];
-        device.read(offset, &mut data, &ExitContext::new(0, &self.context.wake, &self.seen));
+        device.read(
+            offset,
+            &mut data,
+            &ExitContext::new(0, &self.context.wake, &self.seen),
+        );
         data[0]
     }
 }
@@ -83,7 +104,10 @@ impl Bench {
 pub(crate) async fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
     while !holds() {
-        assert!(std::time::Instant::now() < deadline, "in vain waited until {what}");
+        assert!(
+            std::time::Instant::now() < deadline,
+            "in vain waited until {what}"
+        );
         tokio::time::sleep(std::time::Duration::from_millis(1)).await;
     }
 }

@@ -12,11 +12,11 @@
 
 pub mod block;
 pub mod buffers;
+#[cfg(test)]
+pub(crate) mod driver;
 pub mod mmio;
 pub mod net;
 mod ready;
-#[cfg(test)]
-pub(crate) mod driver;
 
 use std::future::Future;
 

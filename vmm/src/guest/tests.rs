@@ -1,8 +1,8 @@
 //! The parts of the guest that both sides compute, and the parameters it is given.
 
 use super::abi::{
-    BlockContents, BootParams, PAGE_WORDS, PageOrder, block_slot, make_block, mix, number_in_slot, page_base,
-    page_generation, read_block, unmix,
+    BlockContents, BootParams, PAGE_WORDS, PageOrder, block_slot, make_block, mix, number_in_slot,
+    page_base, page_generation, read_block, unmix,
 };
 use super::*;
 
@@ -13,11 +13,19 @@ fn every_page_is_written_once_a_round_and_its_generation_follows_from_the_count(
         let mut generations = vec![0; pages as usize];
         for written in 0..3 * pages + 1 {
             for page in 0..pages {
-                assert_eq!(order.generation(page, written), generations[page as usize], "{pages} {written} {page}");
+                assert_eq!(
+                    order.generation(page, written),
+                    generations[page as usize],
+                    "{pages} {written} {page}"
+                );
             }
             generations[order.page_of(written) as usize] += 1;
         }
-        assert!(generations.iter().all(|generation| (3..=4).contains(generation)));
+        assert!(
+            generations
+                .iter()
+                .all(|generation| (3..=4).contains(generation))
+        );
     }
 }
 
@@ -49,11 +57,21 @@ fn a_block_with_any_bit_changed_is_damaged() {
     let mut block = [0; PAGE_WORDS];
     assert_eq!(read_block(&block, 3), BlockContents::Empty);
     make_block(&mut block, 3, 40, 2, 36);
-    assert_eq!(read_block(&block, 3), BlockContents::Whole { number: 40, life: 2, flushed: 36 });
+    assert_eq!(
+        read_block(&block, 3),
+        BlockContents::Whole {
+            number: 40,
+            life: 2,
+            flushed: 36
+        }
+    );
     assert_eq!(read_block(&block, 4), BlockContents::Damaged(40));
     for word in 0..PAGE_WORDS {
         block[word] ^= 1 << (word % 64);
-        assert!(matches!(read_block(&block, 3), BlockContents::Damaged(_)), "word {word}");
+        assert!(
+            matches!(read_block(&block, 3), BlockContents::Damaged(_)),
+            "word {word}"
+        );
         block[word] ^= 1 << (word % 64);
     }
 }
@@ -73,21 +91,45 @@ fn a_record_survives_the_way_and_a_damaged_one_does_not() {
 #[test]
 fn a_large_working_set_goes_on_above_the_devices() {
     let params = boot_params(1, 8192, 8188, 0, None, 1).unwrap();
-    assert_eq!(params.range0_start + params.range0_pages * PAGE_BYTES, LOW_RAM_END);
-    assert_eq!((params.range0_pages + params.range1_pages) * PAGE_BYTES, 8188 << 20);
+    assert_eq!(
+        params.range0_start + params.range0_pages * PAGE_BYTES,
+        LOW_RAM_END
+    );
+    assert_eq!(
+        (params.range0_pages + params.range1_pages) * PAGE_BYTES,
+        8188 << 20
+    );
     let small = boot_params(1, 16, 12, 0, None, 1).unwrap();
     assert_eq!((small.range0_pages, small.range1_pages), (12 << 8, 0));
 }
 
 #[test]
 fn parameters_that_cannot_work_are_refused_with_what_would() {
-    let disk = |bytes| Some(GuestDisk { mmio_address: 0xd000_0000, bytes });
-    assert_eq!(boot_params(1, 64, 0, 0, None, 1), Err(GuestParamsError::NoWorkingSet));
+    let disk = |bytes| {
+        Some(GuestDisk {
+            mmio_address: 0xd000_0000,
+            bytes,
+        })
+    };
+    assert_eq!(
+        boot_params(1, 64, 0, 0, None, 1),
+        Err(GuestParamsError::NoWorkingSet)
+    );
     assert_eq!(
         boot_params(1, 64, 61, 0, None, 1),
-        Err(GuestParamsError::WorkingSetTooLarge { working_set_mib: 61, memory_mib: 64, most_mib: 60 })
+        Err(GuestParamsError::WorkingSetTooLarge {
+            working_set_mib: 61,
+            memory_mib: 64,
+            most_mib: 60
+        })
     );
-    assert_eq!(boot_params(1, 64, 8, 0, disk(4096), 1), Err(GuestParamsError::DiskTooSmall { bytes: 4096 }));
-    assert_eq!(boot_params(1, 64, 8, 0, None, 0), Err(GuestParamsError::NoTscFrequency));
+    assert_eq!(
+        boot_params(1, 64, 8, 0, disk(4096), 1),
+        Err(GuestParamsError::DiskTooSmall { bytes: 4096 })
+    );
+    assert_eq!(
+        boot_params(1, 64, 8, 0, None, 0),
+        Err(GuestParamsError::NoTscFrequency)
+    );
     assert!(boot_params(1, 64, 8, 0, disk(DISK_BYTES_MIN), 1).is_ok());
 }

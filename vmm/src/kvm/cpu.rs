@@ -2,8 +2,8 @@
 //! segments, XSAVE, XCRs, debug registers, LAPIC, MSRs, pending events.
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state,
-    kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state,
+    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Kvm, VcpuFd};
 use serde::{Deserialize, Serialize};
@@ -61,7 +61,9 @@ pub enum RestoreCpuError {
     #[error(transparent)]
     Kvm(#[from] KvmError),
     /// KVM refused the value of an MSR.
-    #[error("this host's KVM refuses the saved value {value:#x} of MSR {index:#x}: the processors differ")]
+    #[error(
+        "this host's KVM refuses the saved value {value:#x} of MSR {index:#x}: the processors differ"
+    )]
     Msr {
         /// Which.
         index: u32,
@@ -83,8 +85,13 @@ impl HostCpu {
     /// # Errors
     /// When KVM does not say.
     pub fn new(kvm: &Kvm, irqchip: bool) -> Result<HostCpu, KvmError> {
-        let list = kvm.get_msr_index_list().map_err(asked("the list of MSRs"))?;
-        Ok(HostCpu { msrs: list.as_slice().to_vec(), irqchip })
+        let list = kvm
+            .get_msr_index_list()
+            .map_err(asked("the list of MSRs"))?;
+        Ok(HostCpu {
+            msrs: list.as_slice().to_vec(),
+            irqchip,
+        })
     }
 }
 
@@ -95,9 +102,13 @@ impl HostCpu {
 pub fn save(vcpu: &VcpuFd, host: &HostCpu) -> Result<CpuState, KvmError> {
     // KVM_GET_MP_STATE first: it takes up INIT and SIPI that are pending in the LAPIC.
     let mp_state = vcpu.get_mp_state().map_err(asked("mp_state"))?;
-    let cpuid = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(asked("CPUID"))?;
+    let cpuid = vcpu
+        .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
+        .map_err(asked("CPUID"))?;
     let lapic = if host.irqchip {
-        Some(Hex::of(&vcpu.get_lapic().map_err(asked("the LAPIC's state"))?))
+        Some(Hex::of(
+            &vcpu.get_lapic().map_err(asked("the LAPIC's state"))?,
+        ))
     } else {
         None
     };
@@ -121,12 +132,21 @@ fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, KvmError
     let mut rest = indices;
     while !rest.is_empty() {
         let batch = &rest[..rest.len().min(MSRS_PER_CALL)];
-        let entries: Vec<_> =
-            batch.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
-        let mut msrs =
-            Msrs::from_entries(&entries).map_err(|_| asked("MSRs")(kvm_ioctls::Error::new(libc::E2BIG)))?;
+        let entries: Vec<_> = batch
+            .iter()
+            .map(|&index| kvm_msr_entry {
+                index,
+                ..Default::default()
+            })
+            .collect();
+        let mut msrs = Msrs::from_entries(&entries)
+            .map_err(|_| asked("MSRs")(kvm_ioctls::Error::new(libc::E2BIG)))?;
         let read = vcpu.get_msrs(&mut msrs).map_err(asked("MSRs"))?;
-        values.extend(msrs.as_slice()[..read].iter().map(|entry| (entry.index, entry.data)));
+        values.extend(
+            msrs.as_slice()[..read]
+                .iter()
+                .map(|entry| (entry.index, entry.data)),
+        );
         // KVM stops at one it lists and yet cannot read on this processor: that one has no state.
         rest = &rest[(read + usize::from(read < batch.len()))..];
     }
@@ -137,7 +157,12 @@ fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, KvmError
 ///
 /// # Errors
 /// When the state is not one of a vCPU, or KVM refuses it.
-pub fn restore(vcpu: &VcpuFd, state: &CpuState, elapsed_ns: u64, host: &HostCpu) -> Result<(), RestoreCpuError> {
+pub fn restore(
+    vcpu: &VcpuFd,
+    state: &CpuState,
+    elapsed_ns: u64,
+    host: &HostCpu,
+) -> Result<(), RestoreCpuError> {
     let leaves: Vec<kvm_cpuid_entry2> = state.cpuid.iter().map(Leaf::entry).collect();
     let cpuid = CpuId::from_entries(&leaves).map_err(|_| StateFormatError { part: "cpuid" })?;
     vcpu.set_cpuid2(&cpuid).map_err(asked("CPUID"))?;
@@ -148,24 +173,31 @@ pub fn restore(vcpu: &VcpuFd, state: &CpuState, elapsed_ns: u64, host: &HostCpu)
             tracing::warn!(%error, from = state.tsc_khz, to = here_khz, "the guest's TSC changes its rate");
         }
     }
-    vcpu.set_mp_state(state.mp_state.pod::<kvm_mp_state>("mp_state")?).map_err(asked("mp_state"))?;
-    vcpu.set_regs(&state.regs.pod::<kvm_regs>("regs")?).map_err(asked("registers"))?;
-    vcpu.set_sregs(&state.sregs.pod::<kvm_sregs>("sregs")?).map_err(asked("segment registers"))?;
+    vcpu.set_mp_state(state.mp_state.pod::<kvm_mp_state>("mp_state")?)
+        .map_err(asked("mp_state"))?;
+    vcpu.set_regs(&state.regs.pod::<kvm_regs>("regs")?)
+        .map_err(asked("registers"))?;
+    vcpu.set_sregs(&state.sregs.pod::<kvm_sregs>("sregs")?)
+        .map_err(asked("segment registers"))?;
     let xsave = state.xsave.pod::<kvm_xsave>("xsave")?;
     // SAFETY: the kernel reads as much as the guest's XSAVE area needs. That is one page, the
     // structure's size, unless AMX was enabled by `arch_prctl`, which this process never does.
     unsafe { vcpu.set_xsave(&xsave) }.map_err(asked("XSAVE"))?;
-    vcpu.set_xcrs(&state.xcrs.pod::<kvm_xcrs>("xcrs")?).map_err(asked("XCRs"))?;
-    vcpu.set_debug_regs(&state.debugregs.pod::<kvm_debugregs>("debugregs")?).map_err(asked("debug registers"))?;
+    vcpu.set_xcrs(&state.xcrs.pod::<kvm_xcrs>("xcrs")?)
+        .map_err(asked("XCRs"))?;
+    vcpu.set_debug_regs(&state.debugregs.pod::<kvm_debugregs>("debugregs")?)
+        .map_err(asked("debug registers"))?;
     match (&state.lapic, host.irqchip) {
         (Some(lapic), true) => {
-            vcpu.set_lapic(&lapic.pod::<kvm_lapic_state>("lapic")?).map_err(asked("the LAPIC's state"))?;
+            vcpu.set_lapic(&lapic.pod::<kvm_lapic_state>("lapic")?)
+                .map_err(asked("the LAPIC's state"))?;
         }
         (None, false) => {}
         _ => return Err(StateFormatError { part: "lapic" }.into()),
     }
     write_msrs(vcpu, state, elapsed_ns)?;
-    vcpu.set_vcpu_events(&state.events.pod::<kvm_vcpu_events>("events")?).map_err(asked("pending events"))?;
+    vcpu.set_vcpu_events(&state.events.pod::<kvm_vcpu_events>("events")?)
+        .map_err(asked("pending events"))?;
     Ok(())
 }
 
@@ -182,7 +214,11 @@ fn write_msrs(vcpu: &VcpuFd, state: &CpuState, elapsed_ns: u64) -> Result<(), Re
             } else {
                 data
             };
-            kvm_msr_entry { index, data, ..Default::default() }
+            kvm_msr_entry {
+                index,
+                data,
+                ..Default::default()
+            }
         })
         .collect();
     entries.sort_by_key(|entry| entry.index == MSR_IA32_TSC_DEADLINE);
@@ -198,7 +234,10 @@ fn write_msrs(vcpu: &VcpuFd, state: &CpuState, elapsed_ns: u64) -> Result<(), Re
         // A zero that cannot be written is one that cannot be anything else.
         let refused = rest.first().unwrap_or(first);
         if refused.data != 0 {
-            return Err(RestoreCpuError::Msr { index: refused.index, value: refused.data });
+            return Err(RestoreCpuError::Msr {
+                index: refused.index,
+                value: refused.data,
+            });
         }
         rest = &rest[1..];
     }

@@ -1,11 +1,12 @@
 //! Which pages were written since they were last sent: by the guest, as KVM's log says, and by
 //! devices, as vm-memory's bitmap says.
 //!
-//! The order that loses nothing: [`DirtyLog::fetch`] learns what is dirty and clears nothing of
-//! KVM's; before a chunk of pages is read, [`DirtyLog::clear`] clears that chunk, so that a write
-//! after it is logged anew. The devices' bitmap is cleared as it is fetched, before any page is read.
+//! The order that loses nothing: [`DirtyLog::fetch`] learns what is dirty and forgets nothing; before a
+//! chunk of pages is read, [`DirtyLog::clear`] clears that chunk, so that a write after it is logged
+//! anew. vm-memory's bitmap can only be read and reset in one, so what was read of it is kept here
+//! until it is cleared: both halves of the log then behave alike, however often it is fetched.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use kvm_bindings::{KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1};
 use vm_memory::bitmap::AtomicBitmap;
@@ -31,6 +32,8 @@ pub const PAGES_PER_WORD: u64 = 64;
 #[derive(Debug)]
 pub struct DirtyLog {
     vm: Arc<Vm>,
+    /// For each slot, the pages that devices wrote and that were not cleared since.
+    written: Mutex<Vec<Vec<u64>>>,
 }
 
 impl DirtyLog {
@@ -40,7 +43,22 @@ impl DirtyLog {
     /// When KVM refuses.
     pub fn begin(vm: Arc<Vm>) -> Result<DirtyLog, KvmError> {
         vm.log_dirty_pages(true)?;
-        Ok(DirtyLog { vm })
+        let words = |pages: u64| vec![0; pages.div_ceil(PAGES_PER_WORD) as usize];
+        let written = vm
+            .memory()
+            .iter()
+            .map(|region| words(region.len() / PAGE_BYTES))
+            .collect();
+        Ok(DirtyLog {
+            vm,
+            written: Mutex::new(written),
+        })
+    }
+
+    fn written(&self) -> MutexGuard<'_, Vec<Vec<u64>>> {
+        self.written
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// The dirty pages of a slot (a region of RAM, counted in the order of addresses), devices' writes
@@ -50,12 +68,16 @@ impl DirtyLog {
     /// When KVM does not say, or there is no such slot.
     pub fn fetch(&self, slot: u32) -> Result<Vec<u64>, KvmError> {
         let region = self.region(slot)?;
-        // The devices' bits first: what a device writes from now on is in the next fetch.
-        let devices = region.bitmap_of_devices().get_and_reset();
         let kvm = self.vm.fd().get_dirty_log(slot, region.len() as usize);
         let mut words = kvm.map_err(asked("the dirty log"))?;
-        for (word, device) in words.iter_mut().zip(devices) {
-            *word |= device;
+        let mut written = self.written();
+        let written = written
+            .get_mut(slot as usize)
+            .map_or(&mut [][..], |words| &mut words[..]);
+        let fresh = region.bitmap_of_devices().get_and_reset();
+        for ((word, written), fresh) in words.iter_mut().zip(written).zip(fresh) {
+            *written |= fresh;
+            *word |= *written;
         }
         let used = region.len() / PAGE_BYTES % PAGES_PER_WORD;
         if let Some(last) = words.last_mut()
@@ -72,8 +94,17 @@ impl DirtyLog {
     /// # Errors
     /// When KVM refuses, or `first_page` is not a multiple of [`PAGES_PER_WORD`].
     pub fn clear(&self, slot: u32, first_page: u64, bits: &[u64]) -> Result<(), KvmError> {
-        if !self.vm.has_manual_dirty_log() || bits.is_empty() {
-            // Without the capability fetching has cleared it all.
+        if bits.is_empty() {
+            return Ok(());
+        }
+        if let Some(written) = self.written().get_mut(slot as usize) {
+            let from = ((first_page / PAGES_PER_WORD) as usize).min(written.len());
+            for (written, bits) in written[from..].iter_mut().zip(bits) {
+                *written &= !bits;
+            }
+        }
+        if !self.vm.has_manual_dirty_log() {
+            // Then fetching has cleared KVM's half, and whoever fetches keeps what it says.
             return Ok(());
         }
         let left = (self.region(slot)?.len() / PAGE_BYTES).saturating_sub(first_page);
@@ -82,16 +113,26 @@ impl DirtyLog {
             slot,
             num_pages,
             first_page,
-            __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 { dirty_bitmap: bits.as_ptr() as *mut _ },
+            __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 {
+                dirty_bitmap: bits.as_ptr() as *mut _,
+            },
         };
         // SAFETY: the descriptor is a VM's; the kernel reads `num_pages` bits, which `bits` holds.
         let answer = unsafe { ioctl_with_ref(self.vm.fd(), KVM_CLEAR_DIRTY_LOG(), &request) };
-        if answer == 0 { Ok(()) } else { Err(asked("to clear the dirty log")(kvm_ioctls::Error::last())) }
+        if answer == 0 {
+            Ok(())
+        } else {
+            Err(asked("to clear the dirty log")(kvm_ioctls::Error::last()))
+        }
     }
 
     fn region(&self, slot: u32) -> Result<&GuestRegionMmap<AtomicBitmap>, KvmError> {
         let missing = || asked("a memory slot")(kvm_ioctls::Error::new(libc::ENOENT));
-        self.vm.memory().iter().nth(slot as usize).ok_or_else(missing)
+        self.vm
+            .memory()
+            .iter()
+            .nth(slot as usize)
+            .ok_or_else(missing)
     }
 }
 

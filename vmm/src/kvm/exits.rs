@@ -59,7 +59,9 @@ pub fn run(vcpu: &mut VcpuFd) -> Exit<'_> {
         Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..)) => return Exit::ShutDown,
         Ok(VcpuExit::InternalError) => None,
         Ok(other) => Some(format!("{other:?}")),
-        Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => return Exit::Interrupted,
+        Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+            return Exit::Interrupted;
+        }
         Err(error) => Some(format!("KVM_RUN: {error}")),
     };
     Exit::Failed(failed.unwrap_or_else(|| internal_error(vcpu)))
@@ -77,9 +79,17 @@ fn port_io(vcpu: &mut VcpuFd) -> Exit<'_> {
     let data = unsafe { std::slice::from_raw_parts_mut(start, length) };
     let size = usize::from(io.size).max(1);
     if u32::from(io.direction) == kvm_bindings::KVM_EXIT_IO_IN {
-        Exit::PioRead { port: io.port, size, data }
+        Exit::PioRead {
+            port: io.port,
+            size,
+            data,
+        }
     } else {
-        Exit::PioWrite { port: io.port, size, data }
+        Exit::PioWrite {
+            port: io.port,
+            size,
+            data,
+        }
     }
 }
 
@@ -90,9 +100,15 @@ fn memory_io(vcpu: &mut VcpuFd) -> Exit<'_> {
     let length = (mmio.len as usize).min(mmio.data.len());
     let data = &mut mmio.data[..length];
     if mmio.is_write != 0 {
-        Exit::MmioWrite { address: mmio.phys_addr, data }
+        Exit::MmioWrite {
+            address: mmio.phys_addr,
+            data,
+        }
     } else {
-        Exit::MmioRead { address: mmio.phys_addr, data }
+        Exit::MmioRead {
+            address: mmio.phys_addr,
+            data,
+        }
     }
 }
 
@@ -103,5 +119,9 @@ fn internal_error(vcpu: &mut VcpuFd) -> String {
     let internal = unsafe { run.__bindgen_anon_1.internal };
     let data = internal.data.iter().take(internal.ndata as usize);
     let data: Vec<String> = data.map(|word| format!("{word:#x}")).collect();
-    format!("KVM internal error {} at rip {place:#x} [{}]", internal.suberror, data.join(" "))
+    format!(
+        "KVM internal error {} at rip {place:#x} [{}]",
+        internal.suberror,
+        data.join(" ")
+    )
 }

@@ -60,7 +60,8 @@ impl Registration {
         install();
         RUN_PAGE.set(vcpu.get_kvm_run());
         // SAFETY: no precondition.
-        Registration { thread: unsafe { libc::pthread_self() } }
+        let thread = unsafe { libc::pthread_self() };
+        Registration { thread }
     }
 
     /// What others kick.
@@ -83,6 +84,10 @@ impl Target {
     pub fn kick(self) -> io::Result<()> {
         // SAFETY: the caller keeps the thread's handle unjoined, so that the id stays valid.
         let answer = unsafe { libc::pthread_kill(self.0, signal()) };
-        if answer == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(answer)) }
+        if answer == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::from_raw_os_error(answer))
+        }
     }
 }

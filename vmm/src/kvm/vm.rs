@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CLOCK_REALTIME, KVM_DIRTY_LOG_INITIALLY_SET,
-    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_enable_cap, kvm_irqchip,
-    kvm_pit_config, kvm_pit_state2, kvm_userspace_memory_region,
+    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data,
+    kvm_enable_cap, kvm_irqchip, kvm_pit_config, kvm_pit_state2, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
@@ -55,23 +55,42 @@ impl Vm {
     /// # Errors
     /// When /dev/kvm cannot be opened or refuses.
     pub fn new(memory: GuestMemory) -> Result<Vm, KvmError> {
-        let kvm = Kvm::new().map_err(asked("to be opened (is /dev/kvm there, and may this user open it?)"))?;
+        let kvm = Kvm::new().map_err(asked(
+            "to be opened (is /dev/kvm there, and may this user open it?)",
+        ))?;
         let fd = kvm.create_vm().map_err(asked("a VM"))?;
-        fd.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(asked("the identity map's address"))?;
-        fd.set_tss_address(TSS_ADDRESS).map_err(asked("the TSS's address"))?;
+        fd.set_identity_map_address(IDENTITY_MAP_ADDRESS)
+            .map_err(asked("the identity map's address"))?;
+        fd.set_tss_address(TSS_ADDRESS)
+            .map_err(asked("the TSS's address"))?;
         let irqchip = fd.create_irq_chip();
         if let Err(error) = irqchip {
             tracing::warn!(%error, "this KVM has no irqchip: guests that need interrupts will not work");
         }
-        let pit_config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        let pit_config = kvm_pit_config {
+            flags: KVM_PIT_SPEAKER_DUMMY,
+            ..Default::default()
+        };
         let pit = irqchip.is_ok() && fd.create_pit2(pit_config).is_ok();
         let manual = kvm_enable_cap {
             cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-            args: [u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET), 0, 0, 0],
+            args: [
+                u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET),
+                0,
+                0,
+                0,
+            ],
             ..Default::default()
         };
         let manual_dirty_log = fd.enable_cap(&manual).is_ok();
-        let vm = Vm { kvm, fd: Arc::new(fd), memory, irqchip: irqchip.is_ok(), pit, manual_dirty_log };
+        let vm = Vm {
+            kvm,
+            fd: Arc::new(fd),
+            memory,
+            irqchip: irqchip.is_ok(),
+            pit,
+            manual_dirty_log,
+        };
         vm.set_slots(0)?;
         Ok(vm)
     }
@@ -105,7 +124,9 @@ impl Vm {
     /// # Errors
     /// When KVM refuses.
     pub fn create_vcpu(&self, index: u32) -> Result<VcpuFd, KvmError> {
-        self.fd.create_vcpu(u64::from(index)).map_err(asked("a vCPU"))
+        self.fd
+            .create_vcpu(u64::from(index))
+            .map_err(asked("a vCPU"))
     }
 
     /// Begins or ends dirty logging. When it begins every page counts as dirty.
@@ -134,7 +155,10 @@ impl Vm {
 
     /// Interrupt lines.
     pub fn interrupts(&self) -> Arc<dyn InterruptController> {
-        Arc::new(Lines { fd: self.fd.clone(), irqchip: self.irqchip })
+        Arc::new(Lines {
+            fd: self.fd.clone(),
+            irqchip: self.irqchip,
+        })
     }
 
     /// ioeventfds.
@@ -158,8 +182,13 @@ impl Vm {
         let mut state = VmState::default();
         if self.irqchip {
             for chip_id in CHIPS {
-                let mut chip = kvm_irqchip { chip_id, ..Default::default() };
-                self.fd.get_irqchip(&mut chip).map_err(asked("the irqchip's state"))?;
+                let mut chip = kvm_irqchip {
+                    chip_id,
+                    ..Default::default()
+                };
+                self.fd
+                    .get_irqchip(&mut chip)
+                    .map_err(asked("the irqchip's state"))?;
                 state.irqchips.push(Hex(pod::to_bytes(&chip)));
             }
         }
@@ -188,7 +217,9 @@ impl Vm {
             if chip.chip_id != chip_id {
                 return Err(StateFormatError { part: "irqchip" }.into());
             }
-            self.fd.set_irqchip(&chip).map_err(asked("the irqchip's state"))?;
+            self.fd
+                .set_irqchip(&chip)
+                .map_err(asked("the irqchip's state"))?;
         }
         if let Some(bytes) = &state.pit {
             let pit: kvm_pit_state2 = bytes.pod("pit")?;
@@ -196,14 +227,21 @@ impl Vm {
         }
         // The elapsed time is added here and not by KVM (KVM_CLOCK_REALTIME), which older hosts lack.
         debug_assert_ne!(KVM_CLOCK_REALTIME, 0);
-        let clock = kvm_clock_data { clock: state.clock_ns.saturating_add(elapsed_ns), ..Default::default() };
+        let clock = kvm_clock_data {
+            clock: state.clock_ns.saturating_add(elapsed_ns),
+            ..Default::default()
+        };
         self.fd.set_clock(&clock).map_err(asked("the clock"))?;
         Ok(())
     }
 }
 
 /// PIC, PIC, IOAPIC.
-const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
+const CHIPS: [u32; 3] = [
+    KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE,
+    KVM_IRQCHIP_IOAPIC,
+];
 
 /// The VM's own part of a saved machine.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -218,7 +256,9 @@ pub struct VmState {
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreVmError {
     /// It has other devices in the kernel.
-    #[error("the machine was saved with {saved} interrupt and timer chips in the kernel; this KVM has {here}")]
+    #[error(
+        "the machine was saved with {saved} interrupt and timer chips in the kernel; this KVM has {here}"
+    )]
     OtherPlatform {
         /// How many there were.
         saved: usize,
@@ -254,7 +294,8 @@ struct Notifications(Arc<VmFd>);
 impl NotifyRegistry for Notifications {
     fn register_mmio(&self, address: u64, value: u32) -> io::Result<EventFd> {
         let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        self.0.register_ioevent(&event, &IoEventAddress::Mmio(address), value)?;
+        self.0
+            .register_ioevent(&event, &IoEventAddress::Mmio(address), value)?;
         Ok(event)
     }
 }

@@ -107,10 +107,19 @@ impl TryFrom<&wire::SendMigrationRequest> for SendRequest {
     fn try_from(request: &wire::SendMigrationRequest) -> Result<SendRequest, SendRefused> {
         let malformed = |what: String| SendRefused::Malformed(what);
         if request.addresses.is_empty() || request.addresses.len() > ADDRESSES_MAX {
-            return Err(malformed(format!("give 1 to {ADDRESSES_MAX} addresses of the destination")));
+            return Err(malformed(format!(
+                "give 1 to {ADDRESSES_MAX} addresses of the destination"
+            )));
         }
-        let address = |text: &String| text.parse().map_err(|_| malformed(format!("`{text}` is not ip:port")));
-        let addresses = request.addresses.iter().map(address).collect::<Result<_, _>>()?;
+        let address = |text: &String| {
+            text.parse()
+                .map_err(|_| malformed(format!("`{text}` is not ip:port")))
+        };
+        let addresses = request
+            .addresses
+            .iter()
+            .map(address)
+            .collect::<Result<_, _>>()?;
         let ticket = request.ticket.as_slice().try_into();
         let ticket = ticket.map_err(|_| malformed(format!("a ticket has {TICKET_BYTES} bytes")))?;
         let asked = request.options.unwrap_or_default();
@@ -126,7 +135,12 @@ impl TryFrom<&wire::SendMigrationRequest> for SendRequest {
         if asked.rounds_max != 0 {
             options.policy.rounds_max = asked.rounds_max;
         }
-        Ok(SendRequest { id: MigrationId(request.migration_id), addresses, ticket, options })
+        Ok(SendRequest {
+            id: MigrationId(request.migration_id),
+            addresses,
+            ticket,
+            options,
+        })
     }
 }
 
@@ -137,12 +151,20 @@ impl Monitor {
     /// See [`SendRefused`].
     pub fn send(self: &Arc<Self>, request: SendRequest) -> Result<(), SendRefused> {
         let (status, watch_status) = watch::channel(SendStatus::default());
-        let (cancel, abandon, over) =
-            (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
+        let (cancel, abandon, over) = (
+            CancellationToken::new(),
+            CancellationToken::new(),
+            CancellationToken::new(),
+        );
         let failure = watch::Sender::new(String::new());
         {
             let mut state = self.lock();
-            if let Some(Migration { id, side: Side::Sending { over, .. }, .. }) = &state.migration {
+            if let Some(Migration {
+                id,
+                side: Side::Sending { over, .. },
+                ..
+            }) = &state.migration
+            {
                 if *id == request.id {
                     return Ok(());
                 }
@@ -160,11 +182,20 @@ impl Monitor {
                 over: over.clone(),
                 failure: failure.clone(),
             };
-            state.migration = Some(Migration { id: request.id, side, permit_ns: 0, running_ns: 0 });
+            state.migration = Some(Migration {
+                id: request.id,
+                side,
+                permit_ns: 0,
+                running_ns: 0,
+            });
         }
         tracing::info!(migration = %request.id, to = ?request.addresses, "sending the machine");
         let monitor = self.clone();
-        tokio::spawn(relay(Arc::downgrade(self), watch_status.clone(), over.clone()));
+        tokio::spawn(relay(
+            Arc::downgrade(self),
+            watch_status.clone(),
+            over.clone(),
+        ));
         tokio::spawn(final_sent(watch_status, over.clone()));
         tokio::spawn(async move {
             let attempt = monitor.attempt(request, status, cancel);
@@ -189,11 +220,26 @@ impl Monitor {
         status: watch::Sender<SendStatus>,
         cancel: CancellationToken,
     ) -> Result<(), String> {
-        failpoint::reach("source.setup").await.map_err(|error| error.to_string())?;
-        let credentials = Credentials { migration_id: request.id.0, ticket: Ticket(request.ticket) };
-        let connector = Arc::new(TcpConnector { addresses: request.addresses });
+        failpoint::reach("source.setup")
+            .await
+            .map_err(|error| error.to_string())?;
+        let credentials = Credentials {
+            migration_id: request.id.0,
+            ticket: Ticket(request.ticket),
+        };
+        let connector = Arc::new(TcpConnector {
+            addresses: request.addresses,
+        });
         let source = Arc::new(source::Source::new(self.clone()));
-        let sent = migration_core::send(connector, credentials, source, request.options, status, cancel).await;
+        let sent = migration_core::send(
+            connector,
+            credentials,
+            source,
+            request.options,
+            status,
+            cancel,
+        )
+        .await;
         match sent {
             Ok(sent) => {
                 tracing::info!(status = ?sent.status.timings, "the destination has the whole machine");
@@ -226,9 +272,16 @@ impl Monitor {
     /// Answers whether this monitor sends.
     async fn end_send_inner(&self, reason: &str, also_quiet: bool) -> Result<bool, CancelError> {
         let (cancel, abandon, over) = match &self.lock().migration {
-            Some(Migration { side: Side::Sending { cancel, abandon, over, .. }, .. }) => {
-                (cancel.clone(), abandon.clone(), over.clone())
-            }
+            Some(Migration {
+                side:
+                    Side::Sending {
+                        cancel,
+                        abandon,
+                        over,
+                        ..
+                    },
+                ..
+            }) => (cancel.clone(), abandon.clone(), over.clone()),
             _ => return Ok(false),
         };
         if over.is_cancelled() {
@@ -252,7 +305,9 @@ impl Monitor {
                 }
             }
         };
-        tokio::time::timeout(CANCEL_TIMEOUT, ended).await.map_err(|_| CancelError::TimedOut)?;
+        tokio::time::timeout(CANCEL_TIMEOUT, ended)
+            .await
+            .map_err(|_| CancelError::TimedOut)?;
         Ok(true)
     }
 
@@ -296,29 +351,54 @@ impl Monitor {
         };
         let acceptor = Arc::new(sink::Listeners::bind(&incoming.listen).await?);
         let id = incoming.migration_id;
-        let credentials = Credentials { migration_id: id.0, ticket: Ticket(ticket) };
+        let credentials = Credentials {
+            migration_id: id.0,
+            ticket: Ticket(ticket),
+        };
         let (status, watch_status) = watch::channel(ReceiveStatus::default());
         {
             let mut state = self.lock();
-            state.incoming_addresses = acceptor.addresses().map(|address| address.to_string()).collect();
-            let side = Side::Receiving { status: watch_status.clone() };
-            state.migration = Some(Migration { id, side, permit_ns: 0, running_ns: 0 });
+            state.incoming_addresses = acceptor
+                .addresses()
+                .map(|address| address.to_string())
+                .collect();
+            let side = Side::Receiving {
+                status: watch_status.clone(),
+            };
+            state.migration = Some(Migration {
+                id,
+                side,
+                permit_ns: 0,
+                running_ns: 0,
+            });
         }
         self.tell();
-        tokio::spawn(relay(Arc::downgrade(self), watch_status, CancellationToken::new()));
+        tokio::spawn(relay(
+            Arc::downgrade(self),
+            watch_status,
+            CancellationToken::new(),
+        ));
         let monitor = self.clone();
         tokio::spawn(async move {
             let sink = Arc::new(sink::Sink::new(monitor.clone()));
-            let options = ReceiveOptions { source_timeout: SOURCE_TIMEOUT, ..ReceiveOptions::default() };
+            let options = ReceiveOptions {
+                source_timeout: SOURCE_TIMEOUT,
+                ..ReceiveOptions::default()
+            };
             let received = async {
-                failpoint::reach("sink.setup").await.map_err(|error| error.to_string())?;
+                failpoint::reach("sink.setup")
+                    .await
+                    .map_err(|error| error.to_string())?;
                 let cancel = monitor.ended.child_token();
                 migration_core::receive(acceptor, credentials, sink, options, status, cancel)
                     .await
                     .map_err(|error| error.to_string())
             };
             match received.await {
-                Ok(received) => tracing::info!(bytes = received.status.received_bytes, "the machine is here"),
+                Ok(received) => tracing::info!(
+                    bytes = received.status.received_bytes,
+                    "the machine is here"
+                ),
                 // Once the state is loaded, what becomes of the source's connection changes nothing.
                 Err(reason) if monitor.lock().phase != Phase::Incoming => {
                     tracing::info!(reason, "the source went away after its machine was here");
@@ -344,7 +424,9 @@ impl Migration {
     /// The wire's form.
     pub(super) fn progress(&self) -> wire::MigrationProgress {
         match &self.side {
-            Side::Sending { status, failure, .. } => {
+            Side::Sending {
+                status, failure, ..
+            } => {
                 let mut progress = sending(&status.borrow());
                 progress.migration_id = self.id.0;
                 if !failure.borrow().is_empty() {
@@ -374,7 +456,9 @@ fn sending(status: &SendStatus) -> wire::MigrationProgress {
         SendStage::Setup => wire::MigrationStage::Setup,
         SendStage::MemoryCopy => wire::MigrationStage::MemoryCopy,
         SendStage::ModifiedPages | SendStage::Stopping => wire::MigrationStage::ModifiedPages,
-        SendStage::Quiet | SendStage::FinalSent | SendStage::Complete => wire::MigrationStage::StorageHandover,
+        SendStage::Quiet | SendStage::FinalSent | SendStage::Complete => {
+            wire::MigrationStage::StorageHandover
+        }
         SendStage::Failed => wire::MigrationStage::Failed,
     };
     let rounds = status.rounds.iter().map(|round| wire::Round {
@@ -452,7 +536,9 @@ async fn relay<T: Send + Sync + 'static>(
             changed = status.changed() => if changed.is_err() { return },
             () = over.cancelled() => return,
         }
-        let Some(monitor) = monitor.upgrade() else { return };
+        let Some(monitor) = monitor.upgrade() else {
+            return;
+        };
         monitor.tell();
     }
 }
@@ -460,7 +546,9 @@ async fn relay<T: Send + Sync + 'static>(
 /// Reaches the failpoint of its name as soon as *final* was sent.
 async fn final_sent(mut status: watch::Receiver<SendStatus>, over: CancellationToken) {
     let sent = async {
-        let reached = |status: &SendStatus| matches!(status.stage, SendStage::FinalSent | SendStage::Complete);
+        let reached = |status: &SendStatus| {
+            matches!(status.stage, SendStage::FinalSent | SendStage::Complete)
+        };
         status.wait_for(reached).await.is_ok()
     };
     let sent = tokio::select! {

@@ -22,8 +22,16 @@ impl Monitor {
             failure: state.failure.clone(),
             pid: std::process::id(),
             lease_deadline_ns: machine.gate().deadline_ns(),
-            migration: state.migration.as_ref().map(super::migration::Migration::progress),
-            guest: Some(self.platform.selfcheck.as_ref().map_or_else(Default::default, |port| guest(port))),
+            migration: state
+                .migration
+                .as_ref()
+                .map(super::migration::Migration::progress),
+            guest: Some(
+                self.platform
+                    .selfcheck
+                    .as_ref()
+                    .map_or_else(Default::default, |port| guest(port)),
+            ),
             usage: Some(usage),
             version: env!("CARGO_PKG_VERSION").into(),
             incoming_addresses: state.incoming_addresses.clone(),
@@ -70,5 +78,10 @@ fn guest(port: &selfcheck::SelfCheck) -> wire::GuestReport {
 /// Pages in memory, from the kernel's own count.
 fn resident_bytes() -> Option<u64> {
     let counts = std::fs::read_to_string("/proc/self/statm").ok()?;
-    counts.split_whitespace().nth(1)?.parse::<u64>().ok()?.checked_mul(crate::layout::PAGE_BYTES)
+    counts
+        .split_whitespace()
+        .nth(1)?
+        .parse::<u64>()
+        .ok()?
+        .checked_mul(crate::layout::PAGE_BYTES)
 }

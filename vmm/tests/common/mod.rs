@@ -13,7 +13,9 @@ use tokio::sync::mpsc;
 use vm_memory::{Bytes, GuestAddress};
 use vmm::boot::start::{Mode, Start, write_identity_map};
 use vmm::clock;
-use vmm::devices::{BusDevice, ExitContext, MachineEvent, Migratable, StateError, decode_state, encode_state};
+use vmm::devices::{
+    BusDevice, ExitContext, MachineEvent, Migratable, StateError, decode_state, encode_state,
+};
 use vmm::gate::{Lapsed, OnLapse};
 use vmm::machine::{Config, DeviceSet, Machine};
 use vmm::permit::{Expected, RunPermit};
@@ -36,7 +38,11 @@ const GUEST: &[u8] = &[
 
 /// Whether the test can run; says so when it cannot.
 pub fn kvm(test: &str) -> bool {
-    let there = std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
+    let there = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .is_ok();
     if !there {
         println!("SKIPPED {test}: /dev/kvm cannot be opened");
     }
@@ -75,7 +81,8 @@ impl Migratable for Counter {
         encode_state("counter", &self.last.load(Ordering::SeqCst))
     }
     fn restore(&self, _: u32, state: &[u8]) -> Result<(), StateError> {
-        self.last.store(decode_state("counter", state)?, Ordering::SeqCst);
+        self.last
+            .store(decode_state("counter", state)?, Ordering::SeqCst);
         Ok(())
     }
 }
@@ -89,7 +96,10 @@ impl Counter {
             if last > count {
                 return last;
             }
-            assert!(Instant::now() < deadline, "the guest does not count beyond {count}");
+            assert!(
+                Instant::now() < deadline,
+                "the guest does not count beyond {count}"
+            );
             std::thread::yield_now();
         }
     }
@@ -113,7 +123,12 @@ pub fn with_code(code: &'static [u8], vcpus: u32, empty: bool) -> Counting {
     let counter = Arc::new(Counter::default());
     let (send_event, events) = mpsc::channel(16);
     let (send_lapse, lapses) = mpsc::unbounded_channel();
-    let config = Config { memory_mib: 16, vcpus, disks: Vec::new(), on_lapse: OnLapse::Freeze };
+    let config = Config {
+        memory_mib: 16,
+        vcpus,
+        disks: Vec::new(),
+        on_lapse: OnLapse::Freeze,
+    };
     let on_bus = counter.clone();
     let machine = Machine::assemble(
         config,
@@ -127,14 +142,25 @@ pub fn with_code(code: &'static [u8], vcpus: u32, empty: bool) -> Counting {
         (!empty).then_some(|memory: &vmm::devices::GuestMemory, _: u64| {
             write_identity_map(memory, 16 << 20, true)?;
             memory.write_slice(code, GuestAddress(CODE))?;
-            Ok(Start { mode: Mode::User64, rip: CODE, rdi: 0, rsi: 0, rbx: 0 })
+            Ok(Start {
+                mode: Mode::User64,
+                rip: CODE,
+                rdi: 0,
+                rsi: 0,
+                rbx: 0,
+            })
         }),
         move |lapsed| {
             let _ = send_lapse.send(lapsed);
         },
     )
     .expect("a machine");
-    Counting { machine, counter, events, lapses }
+    Counting {
+        machine,
+        counter,
+        events,
+        lapses,
+    }
 }
 
 /// A permit for the next `lease`.
@@ -147,6 +173,11 @@ pub fn permit(lease: Duration) -> RunPermit {
         lease_deadline_ns: now + lease.as_nanos() as u64,
         nonce: 3,
     };
-    let expected = Expected { vm: VmId(1), nonce: 3, highest_token: Token(5), disk_token: Token(5) };
+    let expected = Expected {
+        vm: VmId(1),
+        nonce: 3,
+        highest_token: Token(5),
+        disk_token: Token(5),
+    };
     RunPermit::new(&wire, &expected, now).expect("a valid permit")
 }

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use proto::monitor::monitor_client::MonitorClient;
 use proto::monitor::{
-    DescribeRequest, ExtendLeaseRequest, MonitorStatus, Phase, RekeyRequest, RunPermit, SendMigrationRequest,
+    DescribeRequest, ExtendLeaseRequest, MonitorStatus, Phase, RekeyRequest, RunPermit,
+    SendMigrationRequest,
 };
 use serde_json::{Value, json};
 use tokio::process::{Child, Command};
@@ -56,7 +57,11 @@ impl Process {
         std::fs::write(&config, file.to_string()).expect("a machine file");
         let socket: PathBuf = directory.join(format!("{name}.sock"));
         let mut command = Command::new(env!("CARGO_BIN_EXE_vmm"));
-        command.arg("--config").arg(&config).arg("--control").arg(&socket);
+        command
+            .arg("--config")
+            .arg(&config)
+            .arg("--control")
+            .arg(&socket);
         if file.get("incoming").is_some() {
             command.arg("--incoming");
         }
@@ -68,7 +73,11 @@ impl Process {
             .kill_on_drop(true)
             .spawn()
             .expect("a monitor");
-        let mut process = Process { child, client: MonitorClient::new(proto::unix::channel(&socket)), nonce: 0 };
+        let mut process = Process {
+            child,
+            client: MonitorClient::new(proto::unix::channel(&socket)),
+            nonce: 0,
+        };
         let begun = std::time::Instant::now();
         loop {
             if let Ok(status) = process.client.describe(DescribeRequest {}).await {
@@ -86,11 +95,19 @@ impl Process {
 
     /// How it stands.
     pub async fn status(&mut self) -> MonitorStatus {
-        self.client.describe(DescribeRequest {}).await.expect("a status").into_inner()
+        self.client
+            .describe(DescribeRequest {})
+            .await
+            .expect("a status")
+            .into_inner()
     }
 
     /// Waits until its status is as wanted.
-    pub async fn wait(&mut self, what: &str, wanted: impl Fn(&MonitorStatus) -> bool) -> MonitorStatus {
+    pub async fn wait(
+        &mut self,
+        what: &str,
+        wanted: impl Fn(&MonitorStatus) -> bool,
+    ) -> MonitorStatus {
         let begun = std::time::Instant::now();
         loop {
             let status = self.status().await;
@@ -104,13 +121,20 @@ impl Process {
 
     /// Waits for a phase.
     pub async fn wait_phase(&mut self, phase: Phase) -> MonitorStatus {
-        self.wait(phase.as_str_name(), |status| status.phase() == phase).await
+        self.wait(phase.as_str_name(), |status| status.phase() == phase)
+            .await
     }
 
     /// A permit for it.
     pub fn permit(&self, token: u32, lease: Duration) -> RunPermit {
         let lease_deadline_ns = clock::boottime_ns() + lease.as_nanos() as u64;
-        RunPermit { vm_id: 1, token, log_index: 1, lease_deadline_ns, nonce: self.nonce }
+        RunPermit {
+            vm_id: 1,
+            token,
+            log_index: 1,
+            lease_deadline_ns,
+            nonce: self.nonce,
+        }
     }
 
     /// Lets it run.
@@ -122,23 +146,44 @@ impl Process {
     /// Moves its deadline.
     pub async fn extend(&mut self, token: u32, lease: Duration) -> Result<Phase, tonic::Status> {
         let lease_deadline_ns = clock::boottime_ns() + lease.as_nanos() as u64;
-        let request = ExtendLeaseRequest { token, lease_deadline_ns, nonce: self.nonce };
-        Ok(self.client.extend_lease(request).await?.into_inner().phase())
+        let request = ExtendLeaseRequest {
+            token,
+            lease_deadline_ns,
+            nonce: self.nonce,
+        };
+        Ok(self
+            .client
+            .extend_lease(request)
+            .await?
+            .into_inner()
+            .phase())
     }
 
     /// Gives it a newer token.
     pub async fn rekey(&mut self, token: u32) -> Result<(), tonic::Status> {
-        let request = RekeyRequest { token, nonce: self.nonce };
+        let request = RekeyRequest {
+            token,
+            nonce: self.nonce,
+        };
         self.client.rekey(request).await?;
         Ok(())
     }
 
     /// Sends its machine to `destination`.
-    pub async fn send_to(&mut self, id: u64, destination: &mut Process) -> Result<(), tonic::Status> {
+    pub async fn send_to(
+        &mut self,
+        id: u64,
+        destination: &mut Process,
+    ) -> Result<(), tonic::Status> {
         let addresses = destination.status().await.incoming_addresses;
         let ticket = ticket(id).to_vec();
-        let request =
-            SendMigrationRequest { migration_id: id, addresses, ticket, options: None, traceparent: String::new() };
+        let request = SendMigrationRequest {
+            migration_id: id,
+            addresses,
+            ticket,
+            options: None,
+            traceparent: String::new(),
+        };
         self.client.send_migration(request).await?;
         Ok(())
     }
@@ -151,7 +196,10 @@ impl Process {
 
     /// Waits for its end.
     pub async fn ended(&mut self) -> std::process::ExitStatus {
-        tokio::time::timeout(PATIENCE, self.child.wait()).await.expect("an end").expect("a status")
+        tokio::time::timeout(PATIENCE, self.child.wait())
+            .await
+            .expect("an end")
+            .expect("a status")
     }
 }
 
@@ -163,7 +211,10 @@ pub fn ticket(id: u64) -> [u8; 32] {
 /// `file` as a destination of migration `id` under `token`.
 pub fn incoming(file: &Value, id: u64, token: u32) -> Value {
     let mut file = file.clone();
-    let digits: String = ticket(id).iter().map(|byte| format!("{byte:02x}")).collect();
+    let digits: String = ticket(id)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
     file["incoming"] = json!({"migration_id": id, "ticket": digits, "listen": ["127.0.0.1:0"]});
     file["token"] = json!(token);
     file

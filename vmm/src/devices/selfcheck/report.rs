@@ -29,40 +29,61 @@ impl GuestReport {
 
     /// The first failed check in words.
     pub fn error(&self) -> Option<String> {
-        let guest = self.last.filter(|report| report.errors > 0).map(|report| describe(&report));
-        guest
-            .or_else(|| self.witness_failure.clone())
-            .or_else(|| (self.damaged_records > 0).then(|| "a report record did not match its checksum".into()))
+        let guest = self
+            .last
+            .filter(|report| report.errors > 0)
+            .map(|report| describe(&report));
+        guest.or_else(|| self.witness_failure.clone()).or_else(|| {
+            (self.damaged_records > 0).then(|| "a report record did not match its checksum".into())
+        })
     }
 
     /// Whether the guest has written its whole working set once.
     pub fn filled(&self) -> bool {
-        self.last.is_some_and(|report| report.flags & FLAG_FILLED != 0)
+        self.last
+            .is_some_and(|report| report.flags & FLAG_FILLED != 0)
     }
 
     /// The highest number such that it and all before it were on the disk at boot, once the guest has looked.
     pub fn found_at_boot(&self) -> Option<u64> {
-        self.last.filter(|report| report.flags & FLAG_SCANNED != 0).map(|report| report.found_at_boot)
+        self.last
+            .filter(|report| report.flags & FLAG_SCANNED != 0)
+            .map(|report| report.found_at_boot)
     }
 }
 
 /// The first failed check of a report in words.
 pub fn describe(report: &Report) -> String {
-    let Report { error_where: place, error_expected: expected, error_found: found, .. } = *report;
+    let Report {
+        error_where: place,
+        error_expected: expected,
+        error_found: found,
+        ..
+    } = *report;
     match ErrorCode::from_number(report.error_code) {
         Some(ErrorCode::PageDamaged) => {
-            format!("page {place} of the working set is damaged: a word is {found:#018x}, not {expected:#018x}")
+            format!(
+                "page {place} of the working set is damaged: a word is {found:#018x}, not {expected:#018x}"
+            )
         }
         Some(ErrorCode::PageStale) => {
             format!("page {place} of the working set holds generation {found}, not {expected}")
         }
         Some(ErrorCode::CounterStale) => {
-            format!("the guest's own memory is stale: one count says {expected} pages written, its twin {found}")
+            format!(
+                "the guest's own memory is stale: one count says {expected} pages written, its twin {found}"
+            )
         }
-        Some(ErrorCode::ClockWentBack) => format!("the clock went back from {expected} to {found} ns"),
-        Some(ErrorCode::DiskRequestFailed) => format!("the disk answered status {found} at block slot {place}"),
+        Some(ErrorCode::ClockWentBack) => {
+            format!("the clock went back from {expected} to {found} ns")
+        }
+        Some(ErrorCode::DiskRequestFailed) => {
+            format!("the disk answered status {found} at block slot {place}")
+        }
         Some(ErrorCode::BlockDamaged) => {
-            format!("the disk's block slot {place} is damaged: it should hold block {expected}, and says {found}")
+            format!(
+                "the disk's block slot {place} is damaged: it should hold block {expected}, and says {found}"
+            )
         }
         Some(ErrorCode::BlockStale) => {
             format!("the disk's block slot {place} holds block {found}, not {expected}")
@@ -70,9 +91,14 @@ pub fn describe(report: &Report) -> String {
         Some(ErrorCode::BlockLost) => {
             format!("block {expected} was flushed; at boot its slot {place} holds block {found}")
         }
-        Some(ErrorCode::DiskUnusable) => format!("the disk at {place:#x} cannot be used: it says {found:#x}"),
+        Some(ErrorCode::DiskUnusable) => {
+            format!("the disk at {place:#x} cannot be used: it says {found:#x}")
+        }
         Some(ErrorCode::BadParams) => "the boot parameters are damaged".into(),
         Some(ErrorCode::Panic) => format!("the guest's own program failed at line {place}"),
-        None => format!("unknown failure {} ({place:#x}, {expected:#x}, {found:#x})", report.error_code),
+        None => format!(
+            "unknown failure {} ({place:#x}, {expected:#x}, {found:#x})",
+            report.error_code
+        ),
     }
 }

@@ -35,7 +35,11 @@ pub fn save(device: &SelfCheck) -> Result<Vec<u8>, StateError> {
 pub fn restore(device: &SelfCheck, version: u32, state: &[u8]) -> Result<(), StateError> {
     let kind = device.kind();
     if version != VERSION {
-        return Err(StateError::Version { kind, found: version, known: VERSION });
+        return Err(StateError::Version {
+            kind,
+            found: version,
+            known: VERSION,
+        });
     }
     let state: State = decode_state(&kind, state)?;
     let last = match state.report {
@@ -43,7 +47,10 @@ pub fn restore(device: &SelfCheck, version: u32, state: &[u8]) -> Result<(), Sta
         Some(words) => {
             let words = <[u64; REPORT_WORDS]>::try_from(words).ok();
             let report = words.and_then(|words| Report::from_words(&words));
-            let damaged = StateError::Invalid { kind, reason: "its report record is damaged".into() };
+            let damaged = StateError::Invalid {
+                kind,
+                reason: "its report record is damaged".into(),
+            };
             Some(report.ok_or(damaged)?)
         }
     };

@@ -14,12 +14,22 @@ const EXIT: u64 = (PORT_EXIT - PORT_COMMAND) as u64;
 
 fn send(bench: &Bench, device: &SelfCheck, report: &Report) {
     let bytes = record_bytes(&report.to_words());
-    bench.context.memory.write_slice(&bytes, GuestAddress(REPORT_ADDRESS)).unwrap();
+    bench
+        .context
+        .memory
+        .write_slice(&bytes, GuestAddress(REPORT_ADDRESS))
+        .unwrap();
     bench.write(device, COMMAND, &COMMAND_REPORT.to_le_bytes());
 }
 
 fn report(life: u64, found: u64, flushed: u64) -> Report {
-    Report { life, found_at_boot: found, flushed, flags: FLAG_SCANNED, ..Report::default() }
+    Report {
+        life,
+        found_at_boot: found,
+        flushed,
+        flags: FLAG_SCANNED,
+        ..Report::default()
+    }
 }
 
 #[tokio::test]
@@ -29,11 +39,23 @@ async fn a_report_is_taken_and_the_longest_gap_is_kept_until_it_is_asked() {
     assert_eq!(device.report(), GuestReport::default());
     assert_eq!(device.report().found_at_boot(), None);
     for gap_ns in [3_000, 9_000, 5_000] {
-        send(&bench, &device, &Report { gap_ns, gap_ever_ns: 9_000, steps: gap_ns, ..report(1, 40, 44) });
+        send(
+            &bench,
+            &device,
+            &Report {
+                gap_ns,
+                gap_ever_ns: 9_000,
+                steps: gap_ns,
+                ..report(1, 40, 44)
+            },
+        );
     }
     let taken = device.report();
     assert_eq!(taken.last.unwrap().steps, 5_000);
-    assert_eq!((taken.found_at_boot(), taken.errors(), taken.error()), (Some(40), 0, None));
+    assert_eq!(
+        (taken.found_at_boot(), taken.errors(), taken.error()),
+        (Some(40), 0, None)
+    );
     assert_eq!(device.take_longest_gap(), Duration::from_nanos(9_000));
     assert_eq!(device.take_longest_gap(), Duration::ZERO);
     assert_eq!(device.report().last.unwrap().gap_ever_ns, 9_000);
@@ -56,12 +78,24 @@ async fn a_failed_check_and_a_damaged_record_are_errors() {
     };
     send(&bench, &device, &failed);
     assert_eq!(device.report().errors(), 3);
-    assert_eq!(device.report().error().unwrap(), "page 77 of the working set holds generation 4, not 5");
+    assert_eq!(
+        device.report().error().unwrap(),
+        "page 77 of the working set holds generation 4, not 5"
+    );
     for code in ErrorCode::ALL {
-        let text = report::describe(&Report { error_code: code as u64, ..failed });
+        let text = report::describe(&Report {
+            error_code: code as u64,
+            ..failed
+        });
         assert!(!text.contains("unknown"), "{text}");
     }
-    assert!(report::describe(&Report { error_code: 999, ..failed }).contains("unknown failure 999"));
+    assert!(
+        report::describe(&Report {
+            error_code: 999,
+            ..failed
+        })
+        .contains("unknown failure 999")
+    );
 }
 
 #[tokio::test]
@@ -70,7 +104,15 @@ async fn the_witness_has_every_flush_and_every_boot_once() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("witness");
     let device = SelfCheck::new(&bench.context, REPORT_ADDRESS, Some(path.clone()));
-    send(&bench, &device, &Report { life: 0, flags: 0, ..report(0, 0, 0) });
+    send(
+        &bench,
+        &device,
+        &Report {
+            life: 0,
+            flags: 0,
+            ..report(0, 0, 0)
+        },
+    );
     assert!(!path.exists());
     for flushed in [0, 8, 8, 12] {
         send(&bench, &device, &report(1, 8, flushed));
@@ -90,9 +132,18 @@ async fn the_witness_has_every_flush_and_every_boot_once() {
         [
             WitnessEvent::Found { number: 8, life: 1 },
             WitnessEvent::Flushed { number: 8, life: 1 },
-            WitnessEvent::Flushed { number: 12, life: 1 },
-            WitnessEvent::Flushed { number: 16, life: 1 },
-            WitnessEvent::Found { number: 16, life: 2 },
+            WitnessEvent::Flushed {
+                number: 12,
+                life: 1
+            },
+            WitnessEvent::Flushed {
+                number: 16,
+                life: 1
+            },
+            WitnessEvent::Found {
+                number: 16,
+                life: 2
+            },
         ]
     );
     assert_eq!(losses(&events), []);
@@ -102,10 +153,22 @@ async fn the_witness_has_every_flush_and_every_boot_once() {
 fn a_boot_that_finds_less_than_was_flushed_is_a_loss() {
     let flushed = |number| WitnessEvent::Flushed { number, life: 1 };
     let found = |number| WitnessEvent::Found { number, life: 2 };
-    assert_eq!(losses(&[found(0), flushed(4), found(4), flushed(8), found(9)]), []);
+    assert_eq!(
+        losses(&[found(0), flushed(4), found(4), flushed(8), found(9)]),
+        []
+    );
     assert_eq!(
         losses(&[flushed(8), found(7), found(7), flushed(9), found(3)]),
-        [Loss { found: 7, flushed: 8 }, Loss { found: 3, flushed: 9 }]
+        [
+            Loss {
+                found: 7,
+                flushed: 8
+            },
+            Loss {
+                found: 3,
+                flushed: 9
+            }
+        ]
     );
 }
 
@@ -115,14 +178,26 @@ async fn a_witness_that_cannot_be_written_is_told() {
     let path = PathBuf::from("/nonexistent/witness");
     let device = SelfCheck::new(&bench.context, REPORT_ADDRESS, Some(path));
     send(&bench, &device, &report(1, 0, 4));
-    assert!(device.report().error().unwrap().contains("/nonexistent/witness"));
+    assert!(
+        device
+            .report()
+            .error()
+            .unwrap()
+            .contains("/nonexistent/witness")
+    );
 }
 
 #[test]
 fn a_file_that_is_no_witness_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("witness");
-    for text in ["flushed x life 1\n", "flushed 1\n", "lost 1 life 1\n", "\n", "flushed 1 life 1 more\n"] {
+    for text in [
+        "flushed x life 1\n",
+        "flushed 1\n",
+        "lost 1 life 1\n",
+        "\n",
+        "flushed 1 life 1 more\n",
+    ] {
         std::fs::write(&path, text).unwrap();
         assert!(witness::read(&path).is_err(), "{text:?}");
     }
@@ -148,10 +223,20 @@ async fn a_guest_that_ends_or_gives_up_is_told() {
     bench.write(device.as_ref(), EXIT, &0u32.to_le_bytes());
     assert_eq!(bench.events.try_recv(), Ok(MachineEvent::ShutDown));
     bench.write(device.as_ref(), EXIT, &7u32.to_le_bytes());
-    assert_eq!(bench.events.try_recv(), Ok(MachineEvent::Failed("the guest ended with code 7".into())));
+    assert_eq!(
+        bench.events.try_recv(),
+        Ok(MachineEvent::Failed("the guest ended with code 7".into()))
+    );
     bench.write(device.as_ref(), COMMAND, &COMMAND_GIVE_UP.to_le_bytes());
-    assert!(matches!(bench.events.try_recv(), Ok(MachineEvent::Failed(why)) if why.contains("gave up")));
-    for (offset, data) in [(COMMAND, vec![9, 0, 0, 0]), (EXIT, vec![0]), (3, vec![0; 4]), (1 << 40, vec![0; 4])] {
+    assert!(
+        matches!(bench.events.try_recv(), Ok(MachineEvent::Failed(why)) if why.contains("gave up"))
+    );
+    for (offset, data) in [
+        (COMMAND, vec![9, 0, 0, 0]),
+        (EXIT, vec![0]),
+        (3, vec![0; 4]),
+        (1 << 40, vec![0; 4]),
+    ] {
         bench.write(device.as_ref(), offset, &data);
     }
     assert!(bench.events.try_recv().is_err());

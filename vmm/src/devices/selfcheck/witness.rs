@@ -53,15 +53,25 @@ impl Witness {
         if lines.is_empty() {
             return Ok(());
         }
-        self.append(&lines).map_err(|source| WitnessError { path: self.path.clone(), source })
+        self.append(&lines).map_err(|source| WitnessError {
+            path: self.path.clone(),
+            source,
+        })
     }
 
     fn append(&mut self, lines: &str) -> io::Result<()> {
         if self.file.is_none() {
-            self.file = Some(OpenOptions::new().append(true).create(true).open(&self.path)?);
+            self.file = Some(
+                OpenOptions::new()
+                    .append(true)
+                    .create(true)
+                    .open(&self.path)?,
+            );
         }
         // One write a call: lines of two monitors never mix.
-        self.file.as_mut().map_or(Ok(()), |file| file.write_all(lines.as_bytes()))
+        self.file
+            .as_mut()
+            .map_or(Ok(()), |file| file.write_all(lines.as_bytes()))
     }
 }
 
@@ -86,7 +96,9 @@ pub enum WitnessEvent {
 
 /// A boot that found less than had been flushed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a guest found its disk whole up to block {found}, but block {flushed} had been flushed before")]
+#[error(
+    "a guest found its disk whole up to block {found}, but block {flushed} had been flushed before"
+)]
 pub struct Loss {
     /// What it found.
     pub found: u64,
@@ -106,12 +118,19 @@ pub fn read(path: &Path) -> io::Result<Vec<WitnessEvent>> {
             let event = match words[..] {
                 [kind, number, "life", life] => match (kind, number.parse(), life.parse()) {
                     ("found", Ok(number), Ok(life)) => Some(WitnessEvent::Found { number, life }),
-                    ("flushed", Ok(number), Ok(life)) => Some(WitnessEvent::Flushed { number, life }),
+                    ("flushed", Ok(number), Ok(life)) => {
+                        Some(WitnessEvent::Flushed { number, life })
+                    }
                     _ => None,
                 },
                 _ => None,
             };
-            event.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("not a witness's line: {line:?}")))
+            event.ok_or_else(|| {
+                io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    format!("not a witness's line: {line:?}"),
+                )
+            })
         })
         .collect()
 }
@@ -124,7 +143,10 @@ pub fn losses(events: &[WitnessEvent]) -> Vec<Loss> {
         match *event {
             WitnessEvent::Flushed { number, .. } => promised = promised.max(number),
             WitnessEvent::Found { number: found, .. } if found < promised => {
-                losses.push(Loss { found, flushed: promised });
+                losses.push(Loss {
+                    found,
+                    flushed: promised,
+                });
                 // What is gone is gone: later boots are judged by what came after it.
                 promised = found;
             }

@@ -52,7 +52,11 @@ pub fn save(serial: &Serial) -> Result<Vec<u8>, StateError> {
 pub fn restore(serial: &Serial, version: u32, state: &[u8]) -> Result<(), StateError> {
     let kind = serial.kind();
     if version != VERSION {
-        return Err(StateError::Version { kind, found: version, known: VERSION });
+        return Err(StateError::Version {
+            kind,
+            found: version,
+            known: VERSION,
+        });
     }
     let saved: State = decode_state(&kind, state)?;
     let state = SerialState {
@@ -67,9 +71,16 @@ pub fn restore(serial: &Serial, version: u32, state: &[u8]) -> Result<(), StateE
         scratch: saved.scratch,
         in_buffer: saved.received,
     };
-    let restored =
-        Uart::from_state(&state, Line(serial.irq.clone()), NoEvents, Output(serial.console.clone()))
-            .map_err(|error| StateError::Invalid { kind, reason: error.to_string() })?;
+    let restored = Uart::from_state(
+        &state,
+        Line(serial.irq.clone()),
+        NoEvents,
+        Output(serial.console.clone()),
+    )
+    .map_err(|error| StateError::Invalid {
+        kind,
+        reason: error.to_string(),
+    })?;
     *serial.uart.lock().unwrap_or_else(PoisonError::into_inner) = restored;
     Ok(())
 }

@@ -44,14 +44,19 @@ async fn registers_and_unread_input_travel() {
     let console = Arc::new(Console::default());
     let serial = Serial::new(&bench.context, IRQ, console.clone());
     console.type_input(b"abc");
-    until("the input is received", || bench.read_byte(serial.as_ref(), LINE_STATUS) & DATA_READY != 0).await;
+    until("the input is received", || {
+        bench.read_byte(serial.as_ref(), LINE_STATUS) & DATA_READY != 0
+    })
+    .await;
     bench.write(serial.as_ref(), 7, &[0x5a]);
     let saved = serial.save().unwrap();
     let there = Serial::new(&bench.context, IRQ, Arc::new(Console::default()));
     there.restore(1, &saved).unwrap();
     assert_eq!(there.save().unwrap(), saved);
     assert_eq!(bench.read_byte(there.as_ref(), 7), 0x5a);
-    let read: Vec<u8> = (0..3).map(|_| bench.read_byte(there.as_ref(), DATA)).collect();
+    let read: Vec<u8> = (0..3)
+        .map(|_| bench.read_byte(there.as_ref(), DATA))
+        .collect();
     assert_eq!(read, b"abc");
 }
 
@@ -61,9 +66,16 @@ async fn a_state_that_no_port_saved_is_refused() {
     let serial = Serial::new(&bench.context, IRQ, Arc::new(Console::default()));
     let saved = serial.save().unwrap();
     let text = String::from_utf8(saved.clone()).unwrap();
-    let too_long = text.replace("\"received\":[]", &format!("\"received\":[{}1]", "1,".repeat(64)));
+    let too_long = text.replace(
+        "\"received\":[]",
+        &format!("\"received\":[{}1]", "1,".repeat(64)),
+    );
     assert_ne!(too_long, text);
-    for (version, state) in [(2, saved.as_slice()), (1, b"".as_slice()), (1, too_long.as_bytes())] {
+    for (version, state) in [
+        (2, saved.as_slice()),
+        (1, b"".as_slice()),
+        (1, too_long.as_bytes()),
+    ] {
         assert!(serial.restore(version, state).is_err());
     }
     assert_eq!(serial.save().unwrap(), saved);

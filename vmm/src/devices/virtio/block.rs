@@ -102,7 +102,8 @@ impl Block {
             config: config_space(sectors),
         };
         let mut tasks = Tasks::default();
-        let transport = Transport::new(context, config.address, config.irq, description, &mut tasks)?;
+        let transport =
+            Transport::new(context, config.address, config.irq, description, &mut tasks)?;
         let server = Server {
             transport: transport.clone(),
             disk,
@@ -111,7 +112,10 @@ impl Block {
             read_only: config.read_only,
         };
         tasks.spawn(&context.runtime, server.serve());
-        Ok(Arc::new(Self { transport, _tasks: tasks }))
+        Ok(Arc::new(Self {
+            transport,
+            _tasks: tasks,
+        }))
     }
 
     /// The registers and queues.
@@ -207,17 +211,28 @@ impl Server {
     }
 
     async fn run(&self, request: Request) -> (Request, Answer) {
-        let command = Command::parse(&request, self.transport.memory(), self.sectors, self.read_only);
+        let command = Command::parse(
+            &request,
+            self.transport.memory(),
+            self.sectors,
+            self.read_only,
+        );
         let result: Result<Bytes, DiskError> = match command {
             // Nothing is always there.
             Ok(Command::Read { bytes: 0, .. }) => Ok(Bytes::new()),
             Ok(Command::Write { data, .. }) if data.is_empty() => Ok(Bytes::new()),
             Ok(Command::Read { offset, bytes }) => self.disk.read(offset, bytes).await,
-            Ok(Command::Write { offset, data }) => self.disk.write(offset, data).await.map(|()| Bytes::new()),
+            Ok(Command::Write { offset, data }) => {
+                self.disk.write(offset, data).await.map(|()| Bytes::new())
+            }
             Ok(Command::Flush) => self.disk.flush().await.map(|()| Bytes::new()),
             Ok(Command::GetId) => Ok(self.id()),
             Ok(Command::Unknown(kind)) => {
-                tracing::debug!(device = self.transport.name(), kind, "a request that this device does not know");
+                tracing::debug!(
+                    device = self.transport.name(),
+                    kind,
+                    "a request that this device does not know"
+                );
                 return (request, Answer::Unsupported);
             }
             Err(error) => {
@@ -242,14 +257,22 @@ impl Server {
                 return 0;
             };
             let (mut status, mut written) = match answer {
-                Answer::Done(data) => (STATUS_OK, request.writable.write(memory, 0, &data[..data.len().min(status_at)])),
+                Answer::Done(data) => (
+                    STATUS_OK,
+                    request
+                        .writable
+                        .write(memory, 0, &data[..data.len().min(status_at)]),
+                ),
                 Answer::Failed => (STATUS_IO_ERROR, Ok(0)),
                 Answer::Unsupported => (STATUS_UNSUPPORTED, Ok(0)),
             };
             if written.is_err() {
                 (status, written) = (STATUS_IO_ERROR, Ok(0));
             }
-            match (request.writable.write(memory, status_at, &[status]), written) {
+            match (
+                request.writable.write(memory, status_at, &[status]),
+                written,
+            ) {
                 (Ok(1), Ok(bytes)) if bytes == status_at => bytes + 1,
                 _ => 0,
             }

@@ -132,7 +132,10 @@ pub fn collect(
             continue;
         }
         if !memory.check_range(piece.addr(), piece.len() as usize) {
-            return Err(ChainError::OutOfRange { address: piece.addr().0, length: piece.len() });
+            return Err(ChainError::OutOfRange {
+                address: piece.addr().0,
+                length: piece.len(),
+            });
         }
         if piece.is_write_only() {
             writable.push(&piece);
@@ -145,5 +148,9 @@ pub fn collect(
             return Err(ChainError::TooLarge);
         }
     }
-    if ended { Ok((readable, writable)) } else { Err(ChainError::Broken) }
+    if ended {
+        Ok((readable, writable))
+    } else {
+        Err(ChainError::Broken)
+    }
 }

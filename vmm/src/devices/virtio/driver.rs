@@ -45,7 +45,11 @@ impl<'a> Driver<'a> {
     /// Brings the device up with these features besides version 1, and takes its first queue.
     pub(crate) fn start(transport: &'a Transport, features: u64) -> Self {
         reset(transport);
-        set(transport, register::STATUS, status::ACKNOWLEDGE | status::DRIVER);
+        set(
+            transport,
+            register::STATUS,
+            status::ACKNOWLEDGE | status::DRIVER,
+        );
         accept(transport, features | FEATURE_VERSION_1);
         set(transport, register::STATUS, status::FEATURES_OK);
         assert_ne!(get(transport, register::STATUS) & status::FEATURES_OK, 0);
@@ -58,14 +62,26 @@ impl<'a> Driver<'a> {
     pub(crate) fn queue(transport: &'a Transport, queue: u64) -> Self {
         let rings = RINGS + queue * RINGS_BYTES;
         let memory = transport.memory().clone();
-        memory.write_slice(&[0; RINGS_BYTES as usize], GuestAddress(rings)).unwrap();
+        memory
+            .write_slice(&[0; RINGS_BYTES as usize], GuestAddress(rings))
+            .unwrap();
         set(transport, register::QUEUE_SELECT, queue as u32);
         set(transport, register::QUEUE_SIZE, u32::from(QUEUE_SIZE));
         set(transport, register::QUEUE_DESCRIPTORS_LOW, rings as u32);
-        set(transport, register::QUEUE_DRIVER_LOW, (rings + AVAILABLE) as u32);
+        set(
+            transport,
+            register::QUEUE_DRIVER_LOW,
+            (rings + AVAILABLE) as u32,
+        );
         set(transport, register::QUEUE_DEVICE_LOW, (rings + USED) as u32);
         set(transport, register::QUEUE_READY, 1);
-        Self { transport, memory, queue, available: 0, used: 0 }
+        Self {
+            transport,
+            memory,
+            queue,
+            available: 0,
+            used: 0,
+        }
     }
 
     /// Takes over a queue on another device after a migration of its memory and state.
@@ -86,7 +102,10 @@ impl<'a> Driver<'a> {
     /// Writes descriptor `index`.
     pub(crate) fn describe(&self, index: u16, piece: Piece) {
         let place = self.rings() + 16 * u64::from(index);
-        let words = [piece.address, u64::from(piece.length) | u64::from(piece.flags) << 32 | u64::from(piece.next) << 48];
+        let words = [
+            piece.address,
+            u64::from(piece.length) | u64::from(piece.flags) << 32 | u64::from(piece.next) << 48,
+        ];
         for (word, place) in words.iter().zip([place, place + 8]) {
             self.memory.write_obj(*word, GuestAddress(place)).unwrap();
         }
@@ -98,7 +117,15 @@ impl<'a> Driver<'a> {
             let last = index + 1 == pieces.len();
             let flags = if write { WRITE } else { 0 } | if last { 0 } else { NEXT };
             let index = head + index as u16;
-            self.describe(index, Piece { address, length, flags, next: index + 1 });
+            self.describe(
+                index,
+                Piece {
+                    address,
+                    length,
+                    flags,
+                    next: index + 1,
+                },
+            );
         }
     }
 
@@ -113,12 +140,16 @@ impl<'a> Driver<'a> {
 
     /// Says that so many chains were made available.
     pub(crate) fn set_available(&self, index: u16) {
-        self.memory.write_obj(index, GuestAddress(self.rings() + AVAILABLE + 2)).unwrap();
+        self.memory
+            .write_obj(index, GuestAddress(self.rings() + AVAILABLE + 2))
+            .unwrap();
     }
 
     /// Asks for no interrupts.
     pub(crate) fn poll_only(&self) {
-        self.memory.write_obj(1u16, GuestAddress(self.rings() + AVAILABLE)).unwrap();
+        self.memory
+            .write_obj(1u16, GuestAddress(self.rings() + AVAILABLE))
+            .unwrap();
     }
 
     /// Tells the device.
@@ -154,7 +185,10 @@ impl<'a> Driver<'a> {
 
 /// Writes the features that the driver wants.
 pub(crate) fn accept(transport: &Transport, features: u64) {
-    for (select, half) in [features as u32, (features >> 32) as u32].into_iter().enumerate() {
+    for (select, half) in [features as u32, (features >> 32) as u32]
+        .into_iter()
+        .enumerate()
+    {
         set(transport, register::DRIVER_FEATURES_SELECT, select as u32);
         set(transport, register::DRIVER_FEATURES, half);
     }

@@ -138,7 +138,11 @@ impl Transport {
         description: Description,
         tasks: &mut Tasks,
     ) -> Result<Arc<Self>, virtio_queue::Error> {
-        let queues = description.queue_sizes.iter().map(|&size| Queue::new(size)).collect::<Result<Vec<_>, _>>()?;
+        let queues = description
+            .queue_sizes
+            .iter()
+            .map(|&size| Queue::new(size))
+            .collect::<Result<Vec<_>, _>>()?;
         let transport = Arc::new(Self {
             memory: context.memory.clone(),
             irq: context.irq_line(irq),
@@ -161,8 +165,13 @@ impl Transport {
             }),
         });
         for queue in 0..transport.kicks.len() {
-            match context.notify.register_mmio(address + register::QUEUE_NOTIFY, queue as u32) {
-                Ok(event) => tasks.spawn(&context.runtime, forward(transport.clone(), queue, event)),
+            match context
+                .notify
+                .register_mmio(address + register::QUEUE_NOTIFY, queue as u32)
+            {
+                Ok(event) => {
+                    tasks.spawn(&context.runtime, forward(transport.clone(), queue, event))
+                }
                 // Then the notification is an exit like any other write: slower, nothing else.
                 Err(error) => tracing::debug!(device = transport.name(), %error, "no ioeventfd"),
             }
@@ -207,7 +216,9 @@ impl Transport {
     pub fn take(&self, queue: usize) -> Option<Request> {
         let mut state = self.lock();
         loop {
-            if !state.running || state.status & (status::DRIVER_OK | status::NEEDS_RESET) != status::DRIVER_OK {
+            if !state.running
+                || state.status & (status::DRIVER_OK | status::NEEDS_RESET) != status::DRIVER_OK
+            {
                 return None;
             }
             let epoch = state.epoch;
@@ -236,7 +247,13 @@ impl Transport {
             match collect(chain, &self.memory) {
                 Ok((readable, writable)) => {
                     state.in_flight += 1;
-                    return Some(Request { readable, writable, queue, head, epoch });
+                    return Some(Request {
+                        readable,
+                        writable,
+                        queue,
+                        head,
+                        epoch,
+                    });
                 }
                 Err(error) => self.give_back(&mut state, queue, head, error),
             }
@@ -249,7 +266,11 @@ impl Transport {
     }
 
     /// Ends a request: `answer` writes guest memory and says how many bytes it wrote. After a reset it is not called.
-    pub fn complete(&self, request: &Request, answer: impl FnOnce(&GuestMemoryMmap<AtomicBitmap>) -> usize) {
+    pub fn complete(
+        &self,
+        request: &Request,
+        answer: impl FnOnce(&GuestMemoryMmap<AtomicBitmap>) -> usize,
+    ) {
         let mut state = self.lock();
         if request.epoch == state.epoch {
             let bytes = answer(&self.memory);
@@ -311,7 +332,9 @@ impl Transport {
             register::VERSION => 2,
             register::DEVICE_ID => self.description.device_id,
             register::VENDOR_ID => VENDOR,
-            register::DEVICE_FEATURES => word(self.description.features, state.device_features_select),
+            register::DEVICE_FEATURES => {
+                word(self.description.features, state.device_features_select)
+            }
             register::QUEUE_SIZE_MAX => queue.map_or(0, |queue| u32::from(queue.max_size())),
             register::QUEUE_READY => queue.map_or(0, |queue| u32::from(queue.ready())),
             register::INTERRUPT_STATUS => state.interrupt_status,
@@ -466,14 +489,20 @@ async fn forward(transport: Arc<Transport>, queue: usize, event: EventFd) {
     }
 }
 
-fn interrupt_wanted(queue: &mut Queue, memory: &GuestMemoryMmap<AtomicBitmap>) -> Result<bool, virtio_queue::Error> {
+fn interrupt_wanted(
+    queue: &mut Queue,
+    memory: &GuestMemoryMmap<AtomicBitmap>,
+) -> Result<bool, virtio_queue::Error> {
     if queue.event_idx_enabled() {
         return queue.needs_notification(memory);
     }
     // The used index must be seen before the driver's wish is read, or both sides would wait.
     std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
     let flags: u16 = memory
-        .load(GuestAddress(queue.avail_ring()), std::sync::atomic::Ordering::Relaxed)
+        .load(
+            GuestAddress(queue.avail_ring()),
+            std::sync::atomic::Ordering::Relaxed,
+        )
         .map_err(virtio_queue::Error::GuestMemory)?;
     Ok(u16::from_le(flags) & AVAILABLE_NO_INTERRUPT == 0)
 }

@@ -87,22 +87,39 @@ impl Net {
     ///
     /// # Errors
     /// See [`NetError`].
-    pub fn new(context: &DeviceContext, config: &NetConfig, tap: Tap) -> Result<Arc<Self>, NetError> {
+    pub fn new(
+        context: &DeviceContext,
+        config: &NetConfig,
+        tap: Tap,
+    ) -> Result<Arc<Self>, NetError> {
         let mut space = config.mac.0.to_vec();
         space.extend(STATUS_LINK_UP.to_le_bytes());
         let description = Description {
             name: format!("virtio-net:{}", config.index),
             device_id: DEVICE_ID,
-            features: FEATURE_VERSION_1 | FEATURE_INDIRECT | FEATURE_EVENT_INDEX | FEATURE_MAC | FEATURE_STATUS,
+            features: FEATURE_VERSION_1
+                | FEATURE_INDIRECT
+                | FEATURE_EVENT_INDEX
+                | FEATURE_MAC
+                | FEATURE_STATUS,
             queue_sizes: vec![QUEUE_SIZE_MAX; 2],
             config: space,
         };
         let mut tasks = Tasks::default();
-        let transport = Transport::new(context, config.address, config.irq, description, &mut tasks)?;
-        let port = Arc::new(Port { tap, mac: config.mac, ipv4: Mutex::default() });
+        let transport =
+            Transport::new(context, config.address, config.irq, description, &mut tasks)?;
+        let port = Arc::new(Port {
+            tap,
+            mac: config.mac,
+            ipv4: Mutex::default(),
+        });
         tasks.spawn(&context.runtime, receive(transport.clone(), port.clone()));
         tasks.spawn(&context.runtime, send(transport.clone(), port.clone()));
-        Ok(Arc::new(Self { transport, port, _tasks: tasks }))
+        Ok(Arc::new(Self {
+            transport,
+            port,
+            _tasks: tasks,
+        }))
     }
 
     /// The registers and queues.
@@ -123,7 +140,10 @@ impl Net {
     pub async fn announce(&self) -> io::Result<()> {
         self.port.tap.write(&announce::rarp(self.port.mac)).await?;
         if let Some(address) = self.port.ipv4() {
-            self.port.tap.write(&announce::gratuitous_arp(self.port.mac, address)).await?;
+            self.port
+                .tap
+                .write(&announce::gratuitous_arp(self.port.mac, address))
+                .await?;
         }
         Ok(())
     }
@@ -160,8 +180,14 @@ async fn receive(transport: Arc<Transport>, port: Arc<Port>) {
                 return 0;
             }
             let header = request.writable.write(memory, 0, &HEADER);
-            let payload = request.writable.write(memory, HEADER_BYTES, &frame[..length]);
-            if header.is_ok() && payload.is_ok() { HEADER_BYTES + length } else { 0 }
+            let payload = request
+                .writable
+                .write(memory, HEADER_BYTES, &frame[..length]);
+            if header.is_ok() && payload.is_ok() {
+                HEADER_BYTES + length
+            } else {
+                0
+            }
         });
     }
 }
@@ -192,7 +218,9 @@ fn outgoing<'a>(request: &Request, transport: &Transport, frame: &'a mut [u8]) -
         return None;
     }
     let length = request.readable.read(transport.memory(), 0, frame).ok()?;
-    frame.get(HEADER_BYTES..length).filter(|frame| frame.len() >= announce::ETHERNET_HEADER_BYTES)
+    frame
+        .get(HEADER_BYTES..length)
+        .filter(|frame| frame.len() >= announce::ETHERNET_HEADER_BYTES)
 }
 
 impl BusDevice for Net {

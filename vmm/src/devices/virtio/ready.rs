@@ -11,7 +11,8 @@ use vmm_sys_util::eventfd::EventFd;
 /// A file that does not block, to be waited for. Called on a tokio runtime.
 pub(crate) fn watch_file(file: File) -> io::Result<AsyncFd<File>> {
     // SAFETY: a `File` owns its descriptor and answers the same number until it is dropped.
-    let watched = unsafe { AsyncFd::register_with_interest(file, Interest::READABLE | Interest::WRITABLE) };
+    let watched =
+        unsafe { AsyncFd::register_with_interest(file, Interest::READABLE | Interest::WRITABLE) };
     Ok(watched?)
 }
 

@@ -6,9 +6,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use futures::future::{BoxFuture, select_all};
-use migration_core::{
-    Acceptor, BoxStream, HostError, MachineSink, MemorySink, PAGE_SIZE, Region,
-};
+use migration_core::{Acceptor, BoxStream, HostError, MachineSink, MemorySink, PAGE_SIZE, Region};
 use proto::failpoint;
 use tokio::net::TcpListener;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -30,9 +28,20 @@ impl Sink {
     }
 
     fn address(&self, region: usize, page: u64) -> Result<GuestAddress, HostError> {
-        let region = self.monitor.platform.machine.memory().iter().nth(region).ok_or("there is no such region")?;
-        let offset = page.checked_mul(PAGE_SIZE as u64).filter(|offset| *offset <= region.len());
-        Ok(region.start_addr().unchecked_add(offset.ok_or("there is no such page")?))
+        let region = self
+            .monitor
+            .platform
+            .machine
+            .memory()
+            .iter()
+            .nth(region)
+            .ok_or("there is no such region")?;
+        let offset = page
+            .checked_mul(PAGE_SIZE as u64)
+            .filter(|offset| *offset <= region.len());
+        Ok(region
+            .start_addr()
+            .unchecked_add(offset.ok_or("there is no such page")?))
     }
 }
 
@@ -43,7 +52,12 @@ impl MemorySink for Sink {
 
     fn write_pages(&self, region: usize, first_page: u64, data: &[u8]) -> Result<(), HostError> {
         let address = self.address(region, first_page)?;
-        Ok(self.monitor.platform.machine.memory().write_slice(data, address)?)
+        Ok(self
+            .monitor
+            .platform
+            .machine
+            .memory()
+            .write_slice(data, address)?)
     }
 
     fn zero_pages(&self, region: usize, first_page: u64, count: u64) -> Result<(), HostError> {
@@ -98,7 +112,10 @@ impl Listeners {
 impl Acceptor for Listeners {
     async fn accept(&self) -> io::Result<BoxFuture<'static, io::Result<BoxStream>>> {
         // `accept` of a TcpListener loses no connection when its future is dropped.
-        let accepts = self.0.iter().map(|(_, listener)| Box::pin(listener.accept()));
+        let accepts = self
+            .0
+            .iter()
+            .map(|(_, listener)| Box::pin(listener.accept()));
         let (stream, _) = select_all(accepts).await.0?;
         Ok(Box::pin(async move {
             stream.set_nodelay(true)?;

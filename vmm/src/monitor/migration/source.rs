@@ -24,22 +24,41 @@ pub(super) struct Source {
 
 impl Source {
     pub(super) fn new(monitor: Arc<Monitor>) -> Source {
-        Source { monitor, log: Mutex::default() }
+        Source {
+            monitor,
+            log: Mutex::default(),
+        }
     }
 
     fn log(&self) -> MutexGuard<'_, Option<DirtyLog>> {
-        self.log.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.log
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    fn with_log<T>(&self, work: impl FnOnce(&DirtyLog) -> Result<T, HostError>) -> Result<T, HostError> {
+    fn with_log<T>(
+        &self,
+        work: impl FnOnce(&DirtyLog) -> Result<T, HostError>,
+    ) -> Result<T, HostError> {
         work(self.log().as_ref().ok_or("dirty logging is off")?)
     }
 
     /// The guest's address of a page; the engine names no page outside the regions.
     fn address(&self, region: usize, page: u64) -> Result<GuestAddress, HostError> {
-        let region = self.monitor.platform.machine.memory().iter().nth(region).ok_or("there is no such region")?;
-        let offset = page.checked_mul(PAGE_SIZE as u64).filter(|offset| *offset <= region.len());
-        Ok(region.start_addr().unchecked_add(offset.ok_or("there is no such page")?))
+        let region = self
+            .monitor
+            .platform
+            .machine
+            .memory()
+            .iter()
+            .nth(region)
+            .ok_or("there is no such region")?;
+        let offset = page
+            .checked_mul(PAGE_SIZE as u64)
+            .filter(|offset| *offset <= region.len());
+        Ok(region
+            .start_addr()
+            .unchecked_add(offset.ok_or("there is no such page")?))
     }
 }
 
@@ -76,9 +95,19 @@ impl MemorySource for Source {
         self.with_log(|log| Ok(log.clear(region as u32, first_page, bits)?))
     }
 
-    fn read_pages(&self, region: usize, first_page: u64, buffer: &mut [u8]) -> Result<(), HostError> {
+    fn read_pages(
+        &self,
+        region: usize,
+        first_page: u64,
+        buffer: &mut [u8],
+    ) -> Result<(), HostError> {
         let address = self.address(region, first_page)?;
-        Ok(self.monitor.platform.machine.memory().read_slice(buffer, address)?)
+        Ok(self
+            .monitor
+            .platform
+            .machine
+            .memory()
+            .read_slice(buffer, address)?)
     }
 
     fn stop_dirty_log(&self) -> Result<(), HostError> {
@@ -108,7 +137,11 @@ impl MachineSource for Source {
     async fn drain_disks(&self) -> Result<(), HostError> {
         let machine = &self.monitor.platform.machine;
         machine.drain(DRAIN_TIMEOUT).await?;
-        if machine.disks().iter().any(|disk| wants_rekey(&disk.watch().borrow().state)) {
+        if machine
+            .disks()
+            .iter()
+            .any(|disk| wants_rekey(&disk.watch().borrow().state))
+        {
             return Err("a disk wants a re-key".into());
         }
         failpoint::reach("source.before_quiet").await?;

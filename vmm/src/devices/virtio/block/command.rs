@@ -80,7 +80,9 @@ impl Command {
         read_only: bool,
     ) -> Result<Command, CommandError> {
         let mut header = [0; HEADER_BYTES];
-        if request.readable.read(memory, 0, &mut header)? < HEADER_BYTES || request.writable.is_empty() {
+        if request.readable.read(memory, 0, &mut header)? < HEADER_BYTES
+            || request.writable.is_empty()
+        {
             return Err(CommandError::Incomplete);
         }
         let [kind, sector] = [&header[..4], &header[8..]].map(number);
@@ -88,7 +90,10 @@ impl Command {
             0 => {
                 let bytes = request.writable.len() - 1;
                 let offset = check(sector, bytes, sectors)?;
-                Ok(Command::Read { offset, bytes: bytes as u32 })
+                Ok(Command::Read {
+                    offset,
+                    bytes: bytes as u32,
+                })
             }
             1 if read_only => Err(CommandError::ReadOnly),
             1 => {
@@ -96,7 +101,10 @@ impl Command {
                 let offset = check(sector, bytes, sectors)?;
                 let mut data = vec![0; bytes];
                 request.readable.read(memory, HEADER_BYTES, &mut data)?;
-                Ok(Command::Write { offset, data: data.into() })
+                Ok(Command::Write {
+                    offset,
+                    data: data.into(),
+                })
             }
             4 => Ok(Command::Flush),
             8 => Ok(Command::GetId),
@@ -106,7 +114,10 @@ impl Command {
 }
 
 fn number(bytes: &[u8]) -> u64 {
-    bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte))
+    bytes
+        .iter()
+        .rev()
+        .fold(0, |number, byte| number << 8 | u64::from(*byte))
 }
 
 fn check(sector: u64, bytes: usize, sectors: u64) -> Result<u64, CommandError> {
@@ -115,7 +126,11 @@ fn check(sector: u64, bytes: usize, sectors: u64) -> Result<u64, CommandError> {
     }
     let end = sector.checked_add(bytes as u64 / SECTOR_BYTES);
     if end.is_none_or(|end| end > sectors) {
-        return Err(CommandError::OutOfRange { sector, bytes, sectors });
+        return Err(CommandError::OutOfRange {
+            sector,
+            bytes,
+            sectors,
+        });
     }
     Ok(sector * SECTOR_BYTES)
 }

@@ -15,7 +15,11 @@ pub fn save(block: &Block) -> Result<Vec<u8>, StateError> {
 /// Restores a device.
 pub fn restore(block: &Block, version: u32, state: &[u8]) -> Result<(), StateError> {
     if version != VERSION {
-        return Err(StateError::Version { kind: block.kind(), found: version, known: VERSION });
+        return Err(StateError::Version {
+            kind: block.kind(),
+            found: version,
+            known: VERSION,
+        });
     }
     let state: TransportState = decode_state(&block.kind(), state)?;
     block.transport.restore(&state)

@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use cluster_model::ids::Token;
-use storage_broker::disk::{DiskState, DiskStatistics, DiskStatus, DrainError, Drained, RekeyError};
+use storage_broker::disk::{
+    DiskState, DiskStatistics, DiskStatus, DrainError, Drained, RekeyError,
+};
 use tokio::sync::watch;
 use vm_memory::{Bytes as _, GuestAddress};
 
@@ -33,7 +35,10 @@ impl MemoryDisk {
         Arc::new(Self {
             data: Mutex::new(vec![0; DISK_BYTES]),
             held: watch::Sender::new(false),
-            status: watch::Sender::new(DiskStatus { state: DiskState::Ready, token: Token(1) }),
+            status: watch::Sender::new(DiskStatus {
+                state: DiskState::Ready,
+                token: Token(1),
+            }),
             begun: AtomicU64::new(0),
             flushes: AtomicU64::new(0),
         })
@@ -47,8 +52,16 @@ impl MemoryDisk {
     fn range(offset: u64, length: usize) -> Result<std::ops::Range<usize>, DiskError> {
         let start = offset as usize;
         let range = start..start + length;
-        let beyond = DiskError::OutOfRange { offset, length: length as u64, size_bytes: DISK_BYTES as u64 };
-        if range.end <= DISK_BYTES { Ok(range) } else { Err(beyond) }
+        let beyond = DiskError::OutOfRange {
+            offset,
+            length: length as u64,
+            size_bytes: DISK_BYTES as u64,
+        };
+        if range.end <= DISK_BYTES {
+            Ok(range)
+        } else {
+            Err(beyond)
+        }
     }
 }
 
@@ -100,15 +113,27 @@ impl Disk for MemoryDisk {
 }
 
 fn device(bench: &Bench, disk: &Arc<MemoryDisk>, read_only: bool) -> Arc<Block> {
-    let config =
-        BlockConfig { index: 0, address: 0xd000_0000, irq: 5, serial: "vm7-disk0".into(), read_only };
+    let config = BlockConfig {
+        index: 0,
+        address: 0xd000_0000,
+        irq: 5,
+        serial: "vm7-disk0".into(),
+        read_only,
+    };
     let block = Block::new(&bench.context, &config, disk.clone()).unwrap();
     block.resume();
     block
 }
 
 /// Offers one request with its own header and status place; `pieces` are the data.
-fn offer(block: &Block, driver: &mut Driver<'_>, head: u16, kind: u32, sector: u64, pieces: &[(u64, u32, bool)]) {
+fn offer(
+    block: &Block,
+    driver: &mut Driver<'_>,
+    head: u16,
+    kind: u32,
+    sector: u64,
+    pieces: &[(u64, u32, bool)],
+) {
     let memory = block.transport().memory();
     let header = BUFFERS + 16 * u64::from(head);
     memory.write_obj([kind, 0], GuestAddress(header)).unwrap();
@@ -124,7 +149,11 @@ fn offer(block: &Block, driver: &mut Driver<'_>, head: u16, kind: u32, sector: u
 }
 
 fn status_of(block: &Block, head: u16) -> u8 {
-    block.transport().memory().read_obj(GuestAddress(STATUS_AT + u64::from(head))).unwrap()
+    block
+        .transport()
+        .memory()
+        .read_obj(GuestAddress(STATUS_AT + u64::from(head)))
+        .unwrap()
 }
 
 /// Does one request and answers its status and the length that the device reported.
@@ -150,13 +179,27 @@ async fn what_was_written_is_read_back_through_any_pieces() {
     let memory = block.transport().memory();
     memory.write_slice(&data, GuestAddress(DATA_AT)).unwrap();
     assert_eq!(
-        ask(&block, &mut driver, 1, 3, &[(DATA_AT, 100, false), (DATA_AT + 100, 1436, false)]).await,
+        ask(
+            &block,
+            &mut driver,
+            1,
+            3,
+            &[(DATA_AT, 100, false), (DATA_AT + 100, 1436, false)]
+        )
+        .await,
         (STATUS_OK, 1)
     );
     assert_eq!(disk.data.lock().unwrap()[3 * 512..3 * 512 + 1536], data);
     let back = DATA_AT + 0x2000;
     assert_eq!(
-        ask(&block, &mut driver, 0, 3, &[(back, 511, true), (back + 511, 1025, true)]).await,
+        ask(
+            &block,
+            &mut driver,
+            0,
+            3,
+            &[(back, 511, true), (back + 511, 1025, true)]
+        )
+        .await,
         (STATUS_OK, 1537)
     );
     let mut read = vec![0; 1536];
@@ -164,8 +207,14 @@ async fn what_was_written_is_read_back_through_any_pieces() {
     assert_eq!(read, data);
     assert_eq!(ask(&block, &mut driver, 4, 0, &[]).await, (STATUS_OK, 1));
     assert_eq!(load(&disk.flushes), 1);
-    assert_eq!(ask(&block, &mut driver, 8, 0, &[(back, 20, true)]).await, (STATUS_OK, 21));
-    assert_eq!(&memory.read_obj::<[u8; 20]>(GuestAddress(back)).unwrap(), b"vm7-disk0\0\0\0\0\0\0\0\0\0\0\0");
+    assert_eq!(
+        ask(&block, &mut driver, 8, 0, &[(back, 20, true)]).await,
+        (STATUS_OK, 21)
+    );
+    assert_eq!(
+        &memory.read_obj::<[u8; 20]>(GuestAddress(back)).unwrap(),
+        b"vm7-disk0\0\0\0\0\0\0\0\0\0\0\0"
+    );
 }
 
 #[tokio::test]
@@ -174,7 +223,9 @@ async fn the_configuration_says_capacity_limits_and_block_size() {
     let block = device(&bench, &disk, false);
     let mut config = [0; 32];
     for (offset, part) in config.chunks_mut(4).enumerate() {
-        block.transport().read(register::CONFIG + 4 * offset as u64, part);
+        block
+            .transport()
+            .read(register::CONFIG + 4 * offset as u64, part);
     }
     assert_eq!(config[..8], (DISK_BYTES as u64 / 512).to_le_bytes());
     assert_eq!(config[8..12], SEGMENT_BYTES_MAX.to_le_bytes());
@@ -193,13 +244,22 @@ async fn a_request_that_cannot_be_served_fails_and_the_disk_never_sees_it() {
         (0, sectors, vec![(DATA_AT, 512, true)], STATUS_IO_ERROR),
         (0, sectors - 1, vec![(DATA_AT, 1024, true)], STATUS_IO_ERROR),
         (0, u64::MAX, vec![(DATA_AT, 512, true)], STATUS_IO_ERROR),
-        (1, u64::MAX - 1, vec![(DATA_AT, 1024, false)], STATUS_IO_ERROR),
+        (
+            1,
+            u64::MAX - 1,
+            vec![(DATA_AT, 1024, false)],
+            STATUS_IO_ERROR,
+        ),
         (0, 0, vec![(DATA_AT, 500, true)], STATUS_IO_ERROR),
         (1, 0, vec![(DATA_AT, 513, false)], STATUS_IO_ERROR),
         (11, 0, vec![], STATUS_UNSUPPORTED),
         (u32::MAX, 0, vec![(DATA_AT, 512, true)], STATUS_UNSUPPORTED),
     ] {
-        assert_eq!(ask(&block, &mut driver, kind, sector, &pieces).await.0, status, "{kind} {sector}");
+        assert_eq!(
+            ask(&block, &mut driver, kind, sector, &pieces).await.0,
+            status,
+            "{kind} {sector}"
+        );
     }
     // Empty requests succeed without the disk.
     assert_eq!(ask(&block, &mut driver, 0, 0, &[]).await.0, STATUS_OK);
@@ -231,8 +291,18 @@ async fn a_disk_under_a_shared_lease_is_not_written() {
     let (bench, disk) = (Bench::new(), MemoryDisk::new());
     let block = device(&bench, &disk, true);
     let mut driver = Driver::start(block.transport(), FEATURE_READ_ONLY);
-    assert_eq!(ask(&block, &mut driver, 1, 0, &[(DATA_AT, 512, false)]).await.0, STATUS_IO_ERROR);
-    assert_eq!(ask(&block, &mut driver, 0, 0, &[(DATA_AT, 512, true)]).await.0, STATUS_OK);
+    assert_eq!(
+        ask(&block, &mut driver, 1, 0, &[(DATA_AT, 512, false)])
+            .await
+            .0,
+        STATUS_IO_ERROR
+    );
+    assert_eq!(
+        ask(&block, &mut driver, 0, 0, &[(DATA_AT, 512, true)])
+            .await
+            .0,
+        STATUS_OK
+    );
     assert_eq!(load(&disk.begun), 1);
 }
 
@@ -254,7 +324,10 @@ async fn a_held_disk_pends_and_quiesce_waits_for_it() {
     assert!(block.save().is_err());
     offer(&block, &mut driver, 4, 4, 0, &[]);
     disk.release();
-    tokio::time::timeout(Duration::from_secs(10), quiet).await.unwrap().unwrap();
+    tokio::time::timeout(Duration::from_secs(10), quiet)
+        .await
+        .unwrap()
+        .unwrap();
     assert_eq!(driver.used(), Some((0, 1)));
     assert_eq!(driver.used(), None);
     assert_eq!(load(&disk.begun), 1);
@@ -263,11 +336,25 @@ async fn a_held_disk_pends_and_quiesce_waits_for_it() {
     let saved = block.save().unwrap();
     let other_disk = MemoryDisk::new();
     let other = Bench::new();
-    let config = BlockConfig { index: 0, address: 0xd000_0000, irq: 5, serial: String::new(), read_only: false };
+    let config = BlockConfig {
+        index: 0,
+        address: 0xd000_0000,
+        irq: 5,
+        serial: String::new(),
+        read_only: false,
+    };
     let there = Block::new(&other.context, &config, other_disk.clone()).unwrap();
     let mut memory = vec![0; 4 << 20];
-    block.transport().memory().read_slice(&mut memory, GuestAddress(0)).unwrap();
-    there.transport().memory().write_slice(&memory, GuestAddress(0)).unwrap();
+    block
+        .transport()
+        .memory()
+        .read_slice(&mut memory, GuestAddress(0))
+        .unwrap();
+    there
+        .transport()
+        .memory()
+        .write_slice(&memory, GuestAddress(0))
+        .unwrap();
     there.restore(there.version(), &saved).unwrap();
     there.resume();
     let mut driver = driver.moved_to(there.transport());
@@ -316,8 +403,21 @@ async fn a_state_of_another_version_or_kind_is_refused() {
     let block = device(&bench, &disk, false);
     block.quiesce().await;
     let saved = block.save().unwrap();
-    assert!(matches!(block.restore(2, &saved), Err(StateError::Version { found: 2, known: 1, .. })));
-    assert!(matches!(block.restore(1, b"{}"), Err(StateError::Invalid { .. })));
-    assert!(matches!(block.restore(1, &saved[1..]), Err(StateError::Invalid { .. })));
+    assert!(matches!(
+        block.restore(2, &saved),
+        Err(StateError::Version {
+            found: 2,
+            known: 1,
+            ..
+        })
+    ));
+    assert!(matches!(
+        block.restore(1, b"{}"),
+        Err(StateError::Invalid { .. })
+    ));
+    assert!(matches!(
+        block.restore(1, &saved[1..]),
+        Err(StateError::Invalid { .. })
+    ));
     block.restore(1, &saved).unwrap();
 }

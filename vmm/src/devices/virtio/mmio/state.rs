@@ -60,7 +60,9 @@ impl Transport {
     pub fn save(&self) -> Result<TransportState, StateError> {
         let state = self.lock();
         if state.running || state.in_flight > 0 {
-            return Err(StateError::NotQuiesced { kind: self.name().into() });
+            return Err(StateError::NotQuiesced {
+                kind: self.name().into(),
+            });
         }
         Ok(TransportState {
             status: state.status,
@@ -79,25 +81,40 @@ impl Transport {
     /// # Errors
     /// When it is not one that a device like this can have saved; nothing has changed then.
     pub fn restore(&self, saved: &TransportState) -> Result<(), StateError> {
-        let invalid = |reason: String| StateError::Invalid { kind: self.name().into(), reason };
+        let invalid = |reason: String| StateError::Invalid {
+            kind: self.name().into(),
+            reason,
+        };
         let mut state = self.lock();
         if state.running || state.in_flight > 0 {
-            return Err(StateError::NotQuiesced { kind: self.name().into() });
+            return Err(StateError::NotQuiesced {
+                kind: self.name().into(),
+            });
         }
         if saved.status & !status::ALL != 0 {
             return Err(invalid(format!("status {:#x}", saved.status)));
         }
         let unknown = saved.driver_features & !self.description.features;
         if saved.status & status::FEATURES_OK != 0 && unknown != 0 {
-            return Err(invalid(format!("the guest uses features {unknown:#x}, which this monitor does not offer")));
+            return Err(invalid(format!(
+                "the guest uses features {unknown:#x}, which this monitor does not offer"
+            )));
         }
         if saved.queues.len() != state.queues.len() {
-            return Err(invalid(format!("{} queues, not {}", saved.queues.len(), state.queues.len())));
+            return Err(invalid(format!(
+                "{} queues, not {}",
+                saved.queues.len(),
+                state.queues.len()
+            )));
         }
         let mut queues = Vec::with_capacity(saved.queues.len());
         for (queue, own) in saved.queues.iter().zip(&state.queues) {
             if queue.max_size != own.max_size() {
-                return Err(invalid(format!("a queue of at most {}, not {}", queue.max_size, own.max_size())));
+                return Err(invalid(format!(
+                    "a queue of at most {}, not {}",
+                    queue.max_size,
+                    own.max_size()
+                )));
             }
             let queue = load_queue(queue).map_err(|error| invalid(error.to_string()))?;
             if queue.ready() && !queue.is_valid(self.memory.as_ref()) {

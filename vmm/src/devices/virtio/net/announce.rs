@@ -37,7 +37,10 @@ impl FromStr for MacAddress {
         let mut address = [0; 6];
         let mut parts = text.split(':');
         for byte in &mut address {
-            let part = parts.next().filter(|part| part.len() == 2).ok_or_else(bad)?;
+            let part = parts
+                .next()
+                .filter(|part| part.len() == 2)
+                .ok_or_else(bad)?;
             *byte = u8::from_str_radix(part, 16).map_err(|_| bad())?;
         }
         // The lowest bit of the first byte marks a group, and no interface is all zeroes.
@@ -65,7 +68,13 @@ pub fn gratuitous_arp(mac: MacAddress, address: Ipv4Addr) -> [u8; FRAME_BYTES] {
     frame(TYPE_ARP, ARP_REQUEST, mac, address, [0; 6])
 }
 
-fn frame(kind: u16, operation: u16, mac: MacAddress, address: Ipv4Addr, target: [u8; 6]) -> [u8; FRAME_BYTES] {
+fn frame(
+    kind: u16,
+    operation: u16,
+    mac: MacAddress,
+    address: Ipv4Addr,
+    target: [u8; 6],
+) -> [u8; FRAME_BYTES] {
     let mut bytes = Vec::with_capacity(FRAME_BYTES);
     bytes.extend(BROADCAST);
     bytes.extend(mac.0);
@@ -88,5 +97,6 @@ pub fn claimed_address(frame: &[u8], mac: MacAddress) -> Option<Ipv4Addr> {
     let sender = frame.get(22..28)?;
     let address = <[u8; 4]>::try_from(frame.get(28..32)?).ok()?;
     let address = Ipv4Addr::from(address);
-    (kind == TYPE_ARP.to_be_bytes() && sender == mac.0 && !address.is_unspecified()).then_some(address)
+    (kind == TYPE_ARP.to_be_bytes() && sender == mac.0 && !address.is_unspecified())
+        .then_some(address)
 }

@@ -21,8 +21,11 @@ struct State {
 
 /// Saves a quiesced device.
 pub fn save(net: &Net) -> Result<Vec<u8>, StateError> {
-    let state =
-        State { transport: net.transport.save()?, mac: net.port.mac.to_string(), ipv4: net.port.ipv4() };
+    let state = State {
+        transport: net.transport.save()?,
+        mac: net.port.mac.to_string(),
+        ipv4: net.port.ipv4(),
+    };
     encode_state(&net.kind(), &state)
 }
 
@@ -30,7 +33,11 @@ pub fn save(net: &Net) -> Result<Vec<u8>, StateError> {
 pub fn restore(net: &Net, version: u32, state: &[u8]) -> Result<(), StateError> {
     let kind = net.kind();
     if version != VERSION {
-        return Err(StateError::Version { kind, found: version, known: VERSION });
+        return Err(StateError::Version {
+            kind,
+            found: version,
+            known: VERSION,
+        });
     }
     let state: State = decode_state(&kind, state)?;
     if state.mac != net.port.mac.to_string() {

@@ -41,7 +41,9 @@ struct Link {
 #[derive(Debug, thiserror::Error)]
 pub enum TapError {
     /// Not a name.
-    #[error("{0:?} is no name for a network interface: 1 to {NAME_BYTES_MAX} letters, digits, dots, dashes")]
+    #[error(
+        "{0:?} is no name for a network interface: 1 to {NAME_BYTES_MAX} letters, digits, dots, dashes"
+    )]
     Name(String),
     /// The bridge does not take it.
     #[error(
@@ -75,7 +77,11 @@ impl Tap {
     /// # Errors
     /// See [`TapError`].
     pub fn open(name: &str, bridge: &str) -> Result<Self, TapError> {
-        let refused = |doing, source| TapError::Refused { doing, name: name.into(), source };
+        let refused = |doing, source| TapError::Refused {
+            doing,
+            name: name.into(),
+            source,
+        };
         let mut interface = request(name)?;
         let file = make(&mut interface).map_err(|source| refused("make the tap", source))?;
         let control = socket().map_err(|source| refused("open a control socket for", source))?;
@@ -84,10 +90,17 @@ impl Tap {
             bridge: bridge.into(),
             source,
         })?;
-        let link = Link { control, name: name.into() };
-        link.set(false).map_err(|source| refused("take down the link of", source))?;
+        let link = Link {
+            control,
+            name: name.into(),
+        };
+        link.set(false)
+            .map_err(|source| refused("take down the link of", source))?;
         let tap = Self::from_file(file).map_err(|source| refused("wait for", source))?;
-        Ok(Self { link: Some(link), ..tap })
+        Ok(Self {
+            link: Some(link),
+            ..tap
+        })
     }
 
     /// Sets the link up or down.
@@ -103,7 +116,10 @@ impl Tap {
     /// # Errors
     /// When it cannot be waited for.
     pub fn from_file(file: File) -> io::Result<Self> {
-        Ok(Self { file: watch_file(file)?, link: None })
+        Ok(Self {
+            file: watch_file(file)?,
+            link: None,
+        })
     }
 
     /// Waits until a frame may be there.
@@ -112,7 +128,10 @@ impl Tap {
     /// When the runtime is gone.
     pub async fn readable(&self) -> io::Result<()> {
         // Left ready: only a read that finds nothing clears it.
-        self.file.readable().await.map(|mut ready| ready.retain_ready())
+        self.file
+            .readable()
+            .await
+            .map(|mut ready| ready.retain_ready())
     }
 
     /// Reads one frame if there is one.
@@ -120,7 +139,8 @@ impl Tap {
     /// # Errors
     /// `WouldBlock` where there is none, and whatever the host says.
     pub fn try_read(&self, frame: &mut [u8]) -> io::Result<usize> {
-        self.file.try_io(Interest::READABLE, |mut file| file.read(frame))
+        self.file
+            .try_io(Interest::READABLE, |mut file| file.read(frame))
     }
 
     /// Writes one frame.
@@ -134,7 +154,10 @@ impl Tap {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             other => return other.map(|_| ()),
         }
-        self.file.async_io(Interest::WRITABLE, |mut file| file.write(frame)).await.map(|_| ())
+        self.file
+            .async_io(Interest::WRITABLE, |mut file| file.write(frame))
+            .await
+            .map(|_| ())
     }
 }
 
@@ -161,14 +184,25 @@ fn make(interface: &mut libc::ifreq) -> io::Result<File> {
         .open(Path::new("/dev/net/tun"))?;
     interface.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
     // SAFETY: the descriptor is open and `interface` is a whole `ifreq`, which TUNSETIFF reads and fills.
-    check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, std::ptr::from_mut(interface)) })?;
+    check(unsafe {
+        libc::ioctl(
+            file.as_raw_fd(),
+            libc::TUNSETIFF,
+            std::ptr::from_mut(interface),
+        )
+    })?;
     Ok(file)
 }
 
 fn socket() -> io::Result<OwnedFd> {
     use nix::sys::socket::{AddressFamily, SockFlag, SockType};
     // Bound to nothing: only its ioctls are used.
-    Ok(nix::sys::socket::socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?)
+    Ok(nix::sys::socket::socket(
+        AddressFamily::Inet,
+        SockType::Datagram,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?)
 }
 
 fn plug(control: &OwnedFd, mut port: libc::ifreq, bridge: &str) -> io::Result<()> {
@@ -186,12 +220,20 @@ fn plug(control: &OwnedFd, mut port: libc::ifreq, bridge: &str) -> io::Result<()
 impl Link {
     fn set(&self, up: bool) -> io::Result<()> {
         let mut interface = request(&self.name).map_err(io::Error::other)?;
-        ioctl(&self.control, libc::SIOCGIFFLAGS as libc::c_ulong, &mut interface)?;
+        ioctl(
+            &self.control,
+            libc::SIOCGIFFLAGS as libc::c_ulong,
+            &mut interface,
+        )?;
         // SAFETY: SIOCGIFFLAGS has filled this member.
         let flags = unsafe { interface.ifr_ifru.ifru_flags };
         let is_up = libc::IFF_UP as libc::c_short;
         interface.ifr_ifru.ifru_flags = if up { flags | is_up } else { flags & !is_up };
-        ioctl(&self.control, libc::SIOCSIFFLAGS as libc::c_ulong, &mut interface)
+        ioctl(
+            &self.control,
+            libc::SIOCSIFFLAGS as libc::c_ulong,
+            &mut interface,
+        )
     }
 }
 
@@ -201,5 +243,9 @@ fn ioctl(control: &OwnedFd, number: libc::c_ulong, interface: &mut libc::ifreq) 
 }
 
 fn check(answer: libc::c_int) -> io::Result<()> {
-    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if answer < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }

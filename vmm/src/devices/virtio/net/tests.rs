@@ -18,7 +18,12 @@ fn device(bench: &Bench) -> (Arc<Net>, UnixDatagram) {
     near.set_nonblocking(true).unwrap();
     far.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     let tap = Tap::from_file(File::from(OwnedFd::from(near))).unwrap();
-    let config = NetConfig { index: 0, address: 0xd000_1000, irq: 6, mac: MAC };
+    let config = NetConfig {
+        index: 0,
+        address: 0xd000_1000,
+        irq: 6,
+        mac: MAC,
+    };
     (Net::new(&bench.context, &config, tap).unwrap(), far)
 }
 
@@ -55,8 +60,16 @@ async fn a_frame_reaches_the_guest_behind_a_header() {
     far.send(b"fourteen bytes and more").unwrap();
     assert_eq!(receive.wait_used().await, (0, 12 + 23));
     let memory = net.transport().memory();
-    assert_eq!(memory.read_obj::<[u8; 12]>(GuestAddress(BUFFERS)).unwrap(), HEADER);
-    assert_eq!(&memory.read_obj::<[u8; 23]>(GuestAddress(BUFFERS + 0x1000)).unwrap(), b"fourteen bytes and more");
+    assert_eq!(
+        memory.read_obj::<[u8; 12]>(GuestAddress(BUFFERS)).unwrap(),
+        HEADER
+    );
+    assert_eq!(
+        &memory
+            .read_obj::<[u8; 23]>(GuestAddress(BUFFERS + 0x1000))
+            .unwrap(),
+        b"fourteen bytes and more"
+    );
 }
 
 #[tokio::test]
@@ -84,13 +97,21 @@ async fn the_guests_frames_go_out_without_their_header_and_malformed_ones_do_not
     net.resume();
     let (_receive, mut send) = drivers(&net);
     let memory = net.transport().memory();
-    memory.write_slice(&arp(), GuestAddress(BUFFERS + 12)).unwrap();
+    memory
+        .write_slice(&arp(), GuestAddress(BUFFERS + 12))
+        .unwrap();
     for (pieces, what) in [
         (vec![(BUFFERS, 11, false)], "no whole header"),
         (vec![(BUFFERS, 12 + 13, false)], "no whole Ethernet header"),
-        (vec![(BUFFERS, 12 + FRAME_BYTES_MAX as u32 + 1, false)], "too long"),
+        (
+            vec![(BUFFERS, 12 + FRAME_BYTES_MAX as u32 + 1, false)],
+            "too long",
+        ),
         (vec![(BUFFERS, 100, true)], "nothing to read"),
-        (vec![(BUFFERS, 20, false), (BUFFERS + 20, 52, false)], "right"),
+        (
+            vec![(BUFFERS, 20, false), (BUFFERS + 20, 52, false)],
+            "right",
+        ),
     ] {
         send.chain(0, &pieces);
         send.offer(0);
@@ -106,7 +127,10 @@ async fn after_a_migration_the_interface_announces_what_its_guest_claimed() {
     let (net, _far) = device(&bench);
     net.resume();
     let (_receive, mut send) = drivers(&net);
-    net.transport().memory().write_slice(&arp(), GuestAddress(BUFFERS + 12)).unwrap();
+    net.transport()
+        .memory()
+        .write_slice(&arp(), GuestAddress(BUFFERS + 12))
+        .unwrap();
     send.chain(0, &[(BUFFERS, 72, false)]);
     send.offer(0);
     send.notify();
@@ -148,8 +172,14 @@ fn the_announcements_are_the_frames_of_the_standards() {
     assert_eq!(rarp[38..], [0; 22]);
     let arp = announce::gratuitous_arp(MAC, Ipv4Addr::new(10, 1, 2, 3));
     assert_eq!(arp[12..22], [0x08, 0x06, 0, 1, 8, 0, 6, 4, 0, 1]);
-    assert_eq!((&arp[28..32], &arp[38..42]), (&[10, 1, 2, 3][..], &[10, 1, 2, 3][..]));
-    assert_eq!(announce::claimed_address(&arp, MAC), Some(Ipv4Addr::new(10, 1, 2, 3)));
+    assert_eq!(
+        (&arp[28..32], &arp[38..42]),
+        (&[10, 1, 2, 3][..], &[10, 1, 2, 3][..])
+    );
+    assert_eq!(
+        announce::claimed_address(&arp, MAC),
+        Some(Ipv4Addr::new(10, 1, 2, 3))
+    );
     assert_eq!(announce::claimed_address(&arp, MacAddress([2; 6])), None);
     assert_eq!(announce::claimed_address(&rarp, MAC), None);
     for length in 0..32 {
@@ -161,9 +191,16 @@ fn the_announcements_are_the_frames_of_the_standards() {
 fn only_addresses_of_one_interface_are_mac_addresses() {
     assert_eq!("52:54:00:01:02:03".parse(), Ok(MAC));
     assert_eq!(MAC.to_string(), "52:54:00:01:02:03");
-    for text in ["", "52:54:00:01:02", "52:54:00:01:02:03:04", "53:54:00:01:02:03", "5:4:0:1:2:3", "00:00:00:00:00:00",
-        "5g:54:00:01:02:03", "+2:54:00:01:02:03x"]
-    {
+    for text in [
+        "",
+        "52:54:00:01:02",
+        "52:54:00:01:02:03:04",
+        "53:54:00:01:02:03",
+        "5:4:0:1:2:3",
+        "00:00:00:00:00:00",
+        "5g:54:00:01:02:03",
+        "+2:54:00:01:02:03x",
+    ] {
         assert!(text.parse::<MacAddress>().is_err(), "{text}");
     }
 }
