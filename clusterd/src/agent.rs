@@ -49,8 +49,11 @@ struct Memory {
     claimed: BTreeSet<(VmId, Token)>,
     start_failures: BTreeMap<(VmId, Token), String>,
     prepared: BTreeSet<MigrationId>,
-    /// Source monitors seen quiet, and for which migration.
-    quiet_seen: BTreeMap<u64, MigrationId>,
+    /// Source monitors seen sending, and for which migration.
+    sending_seen: BTreeMap<u64, MigrationId>,
+    /// Migrations of those that are gone. A dead monitor may have sent everything before anybody heard
+    /// that it was quiet, so the machine is given up only when the log has ended the migration: the
+    /// destination cuts over if it is complete and aborts if it is not.
     quiet_lost: BTreeSet<MigrationId>,
     /// Failures in a row of a machine's flows.
     failures: BTreeMap<VmId, u32>,

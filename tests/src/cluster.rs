@@ -266,17 +266,17 @@ impl TestCluster {
         api.api.vm_create(request).await?;
         self.wait_running(&machine.name).await?;
         self.wait_progress(&machine.name).await?;
-        if let Some(node) = node {
-            if self.vm(&machine.name).await?.node != node {
-                let end = self.migrate(&machine.name, node).await?;
-                ensure!(
-                    end.state == "cut-over",
-                    "placing {} on {node}: {}",
-                    machine.name,
-                    end.reason
-                );
-                self.wait_progress(&machine.name).await?;
-            }
+        if let Some(node) = node
+            && self.vm(&machine.name).await?.node != node
+        {
+            let end = self.migrate(&machine.name, node).await?;
+            ensure!(
+                end.state == "cut-over",
+                "placing {} on {node}: {}",
+                machine.name,
+                end.reason
+            );
+            self.wait_progress(&machine.name).await?;
         }
         self.vm(&machine.name).await
     }

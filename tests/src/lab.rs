@@ -113,31 +113,23 @@ pub fn forwarding_entries(bridge: &str) -> anyhow::Result<Vec<String>> {
 /// # Errors
 /// When they cannot be listed.
 pub fn taps() -> anyhow::Result<Vec<(String, bool)>> {
+    // `ip tuntap list` asks /sys, which shows the network of who mounted it.
     let output = Command::new("ip")
-        .args(["-j", "tuntap", "list"])
+        .args(["-j", "link", "show", "type", "tun"])
         .output()
         .context("cannot run ip; install iproute2")?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    // Nothing at all is printed where there is none.
-    if text.trim().is_empty() {
-        return Ok(Vec::new());
-    }
-    let listed: Vec<Value> = serde_json::from_str(&text)?;
-    let names = listed.iter().filter_map(|tap| tap["ifname"].as_str());
-    names
-        .map(|name| {
-            let output = Command::new("ip")
-                .args(["-j", "link", "show", name])
-                .output()?;
-            let link: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap_or_default();
-            let up = link.iter().any(|link| {
-                link["flags"]
-                    .as_array()
-                    .is_some_and(|flags| flags.iter().any(|flag| flag == "UP"))
-            });
-            Ok((name.to_owned(), up))
-        })
-        .collect()
+    ensure!(
+        output.status.success(),
+        "ip link show: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let links: Vec<Value> = serde_json::from_slice(&output.stdout)?;
+    let name_and_link = |link: &Value| {
+        let flags = link["flags"].as_array()?;
+        let up = flags.iter().any(|flag| flag == "UP");
+        Some((link["ifname"].as_str()?.to_owned(), up))
+    };
+    Ok(links.iter().filter_map(name_and_link).collect())
 }
 
 /// Hears the RARP frames that reach the switch.

@@ -119,25 +119,24 @@ impl Memory {
         }
     }
 
-    /// Takes in which source monitors are quiet and which of those are gone, and forgets what the log has
-    /// passed.
+    /// Takes in which monitors send and which of those are gone, and forgets what the log has passed.
     pub(super) fn notice(&mut self, me: NodeId, state: &ClusterState, monitors: &Table) {
         for (&nonce, monitor) in monitors.iter() {
-            if monitor.status.said_quiet
-                && let Some(id) = monitor.migration()
+            // One that sends may have said quiet, and everything, since it was last heard.
+            if let Some(id) = monitor.migration()
                 && side(me, state, monitor, id) == Side::Source
             {
-                self.quiet_seen.insert(nonce, id);
+                self.sending_seen.insert(nonce, id);
             }
         }
         let gone: Vec<u64> = self
-            .quiet_seen
+            .sending_seen
             .keys()
             .copied()
             .filter(|nonce| !monitors.contains_key(nonce))
             .collect();
         for nonce in gone {
-            self.quiet_lost.extend(self.quiet_seen.remove(&nonce));
+            self.quiet_lost.extend(self.sending_seen.remove(&nonce));
         }
         let open = |id: &MigrationId| {
             id.0 > state.applied.0
