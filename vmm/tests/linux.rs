@@ -176,7 +176,11 @@ async fn linux_boots_to_a_shell_and_works_on_in_another_process() {
     terminal.type_line("n=41; echo answer $((n+1))").await;
     terminal.wait_for("answer 42", seen).await;
     // Requests are in flight at any moment, and rings and buffers are pages that devices alone write.
-    terminal.type_line("(while :; do dd if=/dev/vda of=/dev/null bs=4k iflag=direct 2>/dev/null; done) &").await;
+    terminal
+        .type_line(
+            "(while :; do dd if=/dev/vda of=/dev/null bs=4k iflag=direct 2>/dev/null; done) &",
+        )
+        .await;
     let mut asked = 0;
     let mut blocks = 0;
     for id in 1..=MIGRATIONS {
