@@ -125,6 +125,8 @@ impl Vcpus {
         let mut threads = Vec::with_capacity(vcpus.len());
         for (index, mut fd) in vcpus.into_iter().enumerate() {
             let shared = Arc::new(Shared::default());
+            // Its thread is not in the guest, whether or not it has begun.
+            shared.lock().parked = true;
             let (send_target, target) = std_mpsc::channel();
             let thread = Runner {
                 index: index as u32,
