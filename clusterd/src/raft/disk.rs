@@ -2,12 +2,12 @@
 //!
 //! sled's `flush()` ends in `sync_file_range`, which survives a crash of the process but not a loss of
 //! power. So a commit is made durable in the [journal](super::journal), with one write and one `fdatasync`;
-//! what is in it moves to sled while nothing waits, and before the journal begins again sled is flushed and
+//! what is in it moves to sled while nothing waits for a while, and before the journal begins again sled is flushed and
 //! its one data file, which we open a second time for that, synced. Values stay under 64 KiB because sled
 //! moves large ones to files of their own that nobody syncs; snapshots are plain files (see
 //! [`super::snapshot`]).
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -26,8 +26,8 @@ const MARKER: &str = "raft-store";
 const JOURNAL: &str = "journal";
 /// sled's key for the journal's generation: records of older ones are in sled already.
 const KEY_GENERATION: &str = "journal";
-/// Changes moved to sled in one go while nothing waits: well under a millisecond.
-const SETTLE_MAX: usize = 32;
+/// Changes moved to sled in one go while nothing waits: about a millisecond.
+const SETTLE_MAX: usize = 64;
 /// What the marker says.
 const MARKER_TEXT: &[u8] = b"baton raft store 1\n";
 
@@ -248,30 +248,30 @@ impl SledDisk {
     /// Moves up to `count` changes from the journal to sled.
     fn apply(&mut self, count: usize) -> io::Result<()> {
         let count = count.min(self.pending.len());
-        let mut puts = sled::Batch::default();
-        let mut batched = false;
+        // What a later change of these overwrites or removes never reaches sled.
+        let mut puts = BTreeMap::new();
+        let mut metas: BTreeMap<Key, Vec<u8>> = BTreeMap::new();
         for change in self.pending.drain(..count) {
-            if let Change::Put { index, value } = change {
-                puts.insert(&index.to_be_bytes(), value);
-                batched = true;
-                continue;
-            }
-            if std::mem::take(&mut batched) {
-                self.log
-                    .apply_batch(std::mem::take(&mut puts))
-                    .map_err(to_io)?;
-            }
             match change {
-                Change::Put { .. } => {}
-                Change::RemoveFrom(index) => remove(&self.log, index..u64::MAX)?,
-                Change::RemoveThrough(index) => remove(&self.log, 0..index.saturating_add(1))?,
-                Change::Meta { key, value } => {
-                    self.meta.insert(key.text(), value).map_err(to_io)?;
+                Change::Put { index, value } => drop(puts.insert(index, value)),
+                Change::RemoveFrom(index) => {
+                    puts.split_off(&index);
+                    remove(&self.log, index..u64::MAX)?;
                 }
+                Change::RemoveThrough(index) => {
+                    puts = puts.split_off(&index.saturating_add(1));
+                    remove(&self.log, 0..index.saturating_add(1))?;
+                }
+                Change::Meta { key, value } => drop(metas.insert(key, value)),
             }
         }
-        if batched {
-            self.log.apply_batch(puts).map_err(to_io)?;
+        let mut batch = sled::Batch::default();
+        for (index, value) in puts {
+            batch.insert(&index.to_be_bytes(), value);
+        }
+        self.log.apply_batch(batch).map_err(to_io)?;
+        for (key, value) in metas {
+            self.meta.insert(key.text(), value).map_err(to_io)?;
         }
         Ok(())
     }

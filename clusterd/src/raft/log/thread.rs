@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use openraft::storage::IOFlushed;
 use tokio::sync::{mpsc, oneshot};
@@ -14,6 +15,10 @@ use super::super::types::TypeConfig;
 
 /// Jobs written under one sync: enough for every client that can wait, little enough to answer soon.
 const GROUP_MAX: usize = 1_024;
+
+/// Put-off work begins when nothing was asked for this long: sled's share of a commit costs more than the
+/// commit, and on a busy log it waits until the journal is full.
+const IDLE: Duration = Duration::from_millis(20);
 
 type Entries = Vec<(u64, Vec<u8>)>;
 
@@ -59,9 +64,13 @@ impl LogThread {
         jobs: mpsc::Sender<Job>,
         durable: impl Fn(u64) + Send + 'static,
     ) -> io::Result<LogThread> {
+        // Only for a wait with a bound on this thread.
+        let timer = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()?;
         let thread = std::thread::Builder::new()
             .name("raft-log".into())
-            .spawn(move || run(disk, waiting, durable))?;
+            .spawn(move || run(disk, Jobs { waiting, timer }, durable))?;
         Ok(LogThread {
             jobs,
             thread: Arc::new(Mutex::new(Some(thread))),
@@ -98,13 +107,52 @@ enum Waiting {
     },
 }
 
-fn run(mut disk: impl LogDisk, mut jobs: mpsc::Receiver<Job>, durable: impl Fn(u64)) {
+/// The log thread's end of the queue.
+struct Jobs {
+    waiting: mpsc::Receiver<Job>,
+    timer: tokio::runtime::Runtime,
+}
+
+impl Jobs {
+    /// The next job; with `patience`, [`Next::Nothing`] when none came within it.
+    fn next(&mut self, patience: Option<Duration>) -> Next {
+        let job = match patience {
+            None => Ok(self.waiting.blocking_recv()),
+            Some(patience) => self
+                .timer
+                .block_on(async { tokio::time::timeout(patience, self.waiting.recv()).await }),
+        };
+        match job {
+            Ok(Some(job)) => Next::Job(job),
+            Ok(None) => Next::End,
+            Err(_) => Next::Nothing,
+        }
+    }
+}
+
+enum Next {
+    Job(Job),
+    Nothing,
+    End,
+}
+
+fn run(mut disk: impl LogDisk, mut jobs: Jobs, durable: impl Fn(u64)) {
     let mut failed: Option<String> = None;
     let mut closing = false;
+    let mut unsettled = true;
     while !closing {
-        let Some(first) = jobs.blocking_recv() else {
-            break;
+        let first = match jobs.next(unsettled.then_some(IDLE)) {
+            Next::Job(job) => job,
+            Next::End => break,
+            Next::Nothing => {
+                while unsettled && jobs.waiting.is_empty() {
+                    // A failure is remembered; the next job reports it.
+                    unsettled = guard(&mut failed, || disk.settle()).unwrap_or(false);
+                }
+                continue;
+            }
         };
+        unsettled = true;
         let mut changes = Vec::new();
         let mut waiting = Vec::new();
         let mut next = Some(first);
@@ -144,7 +192,7 @@ fn run(mut disk: impl LogDisk, mut jobs: mpsc::Receiver<Job>, durable: impl Fn(u
                 }
             }
             next = if taken < GROUP_MAX {
-                jobs.try_recv().ok()
+                jobs.waiting.try_recv().ok()
             } else {
                 None
             };
@@ -155,13 +203,6 @@ fn run(mut disk: impl LogDisk, mut jobs: mpsc::Receiver<Job>, durable: impl Fn(u
             if must_sync { disk.sync() } else { Ok(()) }
         });
         answer(waiting, &written, &durable);
-        while !closing && jobs.is_empty() {
-            match guard(&mut failed, || disk.settle()) {
-                Ok(true) => {}
-                // A failure is remembered; the next job reports it.
-                Ok(false) | Err(_) => break,
-            }
-        }
     }
 }
 
