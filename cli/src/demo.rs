@@ -76,6 +76,7 @@ pub async fn run(c: &Context, args: Args) -> Result<ExitCode, CliError> {
         relay: None,
         failpoints: false,
         bridge: None,
+        environment: Default::default(),
     };
     say(
         "Baton: three nodes on this machine, real KVM machines, one NFS server. Nothing here is simulated.",

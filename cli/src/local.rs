@@ -3,6 +3,7 @@
 //! What is running is written to `cluster.json` in the cluster's folder, so that a later command finds
 //! it. Programs are looked for beside this one, then in `PATH`.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::process::CommandExt;
@@ -54,6 +55,9 @@ pub struct Plan {
     /// A bridge that machines may name; on node `n1` it is the host's bridge of that name and `-n1` (tests).
     #[serde(default)]
     pub bridge: Option<String>,
+    /// Variables that every node is started with, besides those of whoever starts it (tests).
+    #[serde(default)]
+    pub environment: BTreeMap<String, String>,
 }
 
 /// A process of the cluster.
@@ -366,6 +370,7 @@ impl LocalCluster {
         if let Some(bridge) = &plan.bridge {
             command.args(["--bridge", &format!("{bridge}={bridge}-{}", node.name)]);
         }
+        command.envs(&plan.environment);
         if plan.failpoints {
             command.env(
                 proto::failpoint::VARIABLE,

@@ -1,6 +1,7 @@
 //! A cluster of real processes for a test: every link goes through a relay, every node can be killed,
 //! every guest leaves a witness, and nothing is left behind.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -36,6 +37,8 @@ pub struct Setup {
     pub relay: bool,
     /// A bridge that machines may name; `lan` is the bridge `lan-n1` on n1.
     pub bridge: Option<String>,
+    /// Variables that every node is started with, besides the test's own.
+    pub environment: BTreeMap<String, String>,
 }
 
 impl Default for Setup {
@@ -46,6 +49,7 @@ impl Default for Setup {
             memory_mib: 2048,
             relay: true,
             bridge: None,
+            environment: BTreeMap::new(),
         }
     }
 }
@@ -112,6 +116,7 @@ impl TestCluster {
             relay: setup.relay.then_some([127, second + 1, third]),
             failpoints: true,
             bridge: setup.bridge.clone(),
+            environment: setup.environment.clone(),
         };
         let pairs = if setup.relay {
             plan.relay_pairs(setup.nodes)

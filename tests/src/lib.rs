@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod cluster;
+pub mod ctl;
 pub mod figures;
 pub mod lab;
 pub mod linux;

@@ -84,6 +84,7 @@ pub async fn run(c: &Context, command: Command) -> Result<ExitCode, CliError> {
                 relay: None,
                 failpoints: false,
                 bridge: None,
+                environment: Default::default(),
             };
             let cluster = LocalCluster::up(plan, nodes, |step| eprintln!("  {step}")).await?;
             match c.output {
