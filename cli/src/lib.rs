@@ -18,16 +18,33 @@ use client::Connection;
 use commands::{balance, cluster, dev, events, lease, migration, node, rule, vm, volume, why};
 use output::Format;
 
+/// What a shell gives for a program that Ctrl-C ended.
+const EXIT_INTERRUPTED: u8 = 130;
+
+/// Shown under the commands.
+const AFTER_HELP: &str = "\
+Examples:
+  clusterctl demo                                 see a migration, a drain and a failover on this machine
+  clusterctl dev up                               a cluster of three on this machine, to try things
+  clusterctl vm create web-1 --disk vol-a:40GiB   make and start a machine
+  clusterctl migrate web-1 --to n3                move it while it runs
+  clusterctl drain n1 --dry-run                   what would leave n1, where to, and why
+  clusterctl why web-1                            why it is where it is
+
+Exit codes: 0 done, 1 refused or failed, 2 misused, 5 done in part, 130 interrupted (the work goes on).";
+
 /// The command line of Baton, a VM cluster manager.
 #[derive(Debug, Parser)]
 #[command(
     name = "clusterctl",
     version,
     propagate_version = true,
-    disable_help_subcommand = true
+    disable_help_subcommand = true,
+    after_help = AFTER_HELP
 )]
 pub struct Args {
-    /// A node of the cluster, `host:port`, or the path of a node's Unix socket.
+    /// A node of the cluster, `host:port`, or the path of a node's Unix socket; of several with commas
+    /// between them the first that answers is asked.
     #[arg(
         long,
         short = 's',
@@ -145,7 +162,7 @@ impl Context {
 }
 
 /// Parses the command line, does it, and says how it went: 0 well, 1 refused or failed, 2 misused,
-/// 5 done in part.
+/// 5 done in part, 130 interrupted.
 pub fn main() -> ExitCode {
     let args = Args::parse();
     let runtime = match tokio::runtime::Builder::new_multi_thread()
@@ -161,6 +178,12 @@ pub fn main() -> ExitCode {
     };
     match runtime.block_on(run(args)) {
         Ok(code) => code,
+        // As `head` wants it: no word, no harm.
+        Err(client::CliError::OutputClosed) => ExitCode::SUCCESS,
+        Err(error @ client::CliError::Interrupted(_)) => {
+            eprintln!("{error}");
+            ExitCode::from(EXIT_INTERRUPTED)
+        }
         Err(error) => {
             eprintln!("{error}");
             ExitCode::FAILURE

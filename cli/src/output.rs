@@ -3,7 +3,6 @@
 use std::io::{IsTerminal, Write};
 
 use clap::ValueEnum;
-use comfy_table::{ContentArrangement, Table, presets};
 use serde::Serialize;
 
 use crate::client::CliError;
@@ -49,35 +48,151 @@ pub fn text(line: impl std::fmt::Display) -> Result<(), CliError> {
     Ok(())
 }
 
-/// A table without lines: columns as wide as they need, for reading and for `awk`.
+/// A table without lines: columns as wide as they need, for reading and for `awk`. On a terminal the last
+/// column is folded into the room that the others leave.
 pub fn table(header: &[&str], rows: Vec<Vec<String>>) -> Result<(), CliError> {
     text(table_string(header, rows))
 }
 
 /// The same as text.
 pub fn table_string(header: &[&str], rows: Vec<Vec<String>>) -> String {
-    let mut table = Table::new();
-    table
-        .load_style(presets::NOTHING)
-        .set_content_arrangement(ContentArrangement::Disabled);
-    table.set_header(header.to_vec());
-    for row in rows {
-        table.add_row(row.into_iter().map(|cell| {
-            if cell.is_empty() {
-                "-".to_owned()
-            } else {
-                cell
+    table_in(terminal_width(), header, rows)
+}
+
+/// What lies between columns.
+const GAP: usize = 2;
+/// A column narrower than that is not folded: it would read worse.
+const FOLD_MIN: usize = 24;
+
+fn table_in(width: Option<usize>, header: &[&str], rows: Vec<Vec<String>>) -> String {
+    let mut cells: Vec<Vec<String>> = vec![header.iter().map(|&cell| cell.to_owned()).collect()];
+    cells.extend(rows.into_iter().map(|row| {
+        row.into_iter()
+            .map(|cell| {
+                if cell.is_empty() {
+                    "-".to_owned()
+                } else {
+                    cell
+                }
+            })
+            .collect()
+    }));
+    let columns = header.len();
+    let widths: Vec<usize> = (0..columns)
+        .map(|column| {
+            let lengths = cells.iter().filter_map(|row| row.get(column));
+            lengths.map(|cell| cell.chars().count()).max().unwrap_or(0)
+        })
+        .collect();
+    let before: usize = widths.iter().rev().skip(1).map(|width| width + GAP).sum();
+    let last = width
+        .map(|width| width.saturating_sub(before))
+        .filter(|&room| room >= FOLD_MIN);
+    let mut lines = Vec::new();
+    for row in cells {
+        let mut line = String::new();
+        for (column, cell) in row.iter().enumerate() {
+            if column + 1 < columns {
+                let pad = widths[column] + GAP - cell.chars().count();
+                line.push_str(cell);
+                line.push_str(&" ".repeat(pad));
+                continue;
             }
-        }));
+            let folded = last.map_or_else(|| vec![cell.clone()], |room| fold(cell, room));
+            for (number, part) in folded.iter().enumerate() {
+                if number > 0 {
+                    lines.push(std::mem::take(&mut line));
+                    line.push_str(&" ".repeat(before));
+                }
+                line.push_str(part);
+            }
+        }
+        lines.push(line);
     }
-    for column in table.column_iter_mut() {
-        column.set_padding((0, 2));
+    let trimmed: Vec<&str> = lines.iter().map(|line| line.trim_end()).collect();
+    trimmed.join("\n")
+}
+
+/// A text in lines of `width` characters at most, broken between words; a longer word stays whole.
+fn fold(text: &str, width: usize) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    let mut length = 0;
+    for word in text.split(' ') {
+        let long = word.chars().count();
+        if length > 0 && length + 1 + long > width {
+            lines.push(String::new());
+            length = 0;
+        }
+        if let Some(line) = lines.last_mut() {
+            if length > 0 {
+                line.push(' ');
+                length += 1;
+            }
+            line.push_str(word);
+            length += long;
+        }
     }
-    table
-        .lines()
-        .map(|line| line.trim_end().to_owned())
-        .collect::<Vec<_>>()
-        .join("\n")
+    lines
+}
+
+/// A text that begins after `indent` characters of its line, folded on a terminal so that every further
+/// line begins there too.
+pub fn hanging(text: &str, indent: usize) -> String {
+    match terminal_width() {
+        Some(width) if width >= indent + FOLD_MIN => {
+            fold(text, width - indent).join(&format!("\n{}", " ".repeat(indent)))
+        }
+        _ => text.to_owned(),
+    }
+}
+
+/// Whether a person reads stdout.
+pub fn on_a_terminal() -> bool {
+    std::io::stdout().is_terminal()
+}
+
+/// How wide the terminal is that stdout goes to; `None` where it goes elsewhere.
+fn terminal_width() -> Option<usize> {
+    let (width, _) = terminal_size::terminal_size_of(std::io::stdout())?;
+    Some(usize::from(width.0))
+}
+
+/// `1 machine`, `3 machines`.
+pub fn counted(count: impl Into<u64>, noun: &str) -> String {
+    let count = count.into();
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} {noun}{plural}")
+}
+
+/// Waits for something that Ctrl-C may end; `goes_on` says what it is that goes on without us.
+///
+/// # Errors
+/// Those of what is waited for; [`CliError::Interrupted`].
+pub async fn unless_interrupted<T>(
+    waiting: impl Future<Output = Result<T, CliError>>,
+    goes_on: impl FnOnce() -> String,
+) -> Result<T, CliError> {
+    tokio::select! {
+        biased;
+        outcome = waiting => outcome,
+        _ = tokio::signal::ctrl_c() => Err(CliError::Interrupted(goes_on())),
+    }
+}
+
+/// Until somebody wants this program to end: Ctrl-C, SIGTERM, a closed terminal.
+///
+/// # Errors
+/// When signals cannot be received.
+pub async fn told_to_end() -> Result<(), CliError> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut hang_up = signal(SignalKind::hangup())?;
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => {}
+        _ = terminate.recv() => {}
+        _ = hang_up.recv() => {}
+    }
+    Ok(())
 }
 
 /// Whether a person watches stderr.
@@ -177,6 +292,31 @@ mod tests {
         assert_eq!(bytes(1 << 30), "1 GiB");
         assert_eq!(micros(12_345), "12.3 ms");
         assert_eq!(millis(61_500), "1 min 01 s");
+    }
+
+    #[test]
+    fn the_last_column_is_folded_where_the_terminal_ends() {
+        let rows = || {
+            let why = "n1 has no room: it needs 900 of memory, 4 is free".to_owned();
+            vec![vec!["web-1".to_owned(), String::new(), why]]
+        };
+        let header = ["VM", "TO", "WHY"];
+        assert_eq!(
+            table_in(Some(40), &header, rows()),
+            "VM     TO  WHY\n\
+             web-1  -   n1 has no room: it needs 900\n\
+             \x20          of memory, 4 is free"
+        );
+        // Too narrow to fold, and no terminal at all: one line a row, for awk.
+        for width in [None, Some(20)] {
+            assert_eq!(table_in(width, &header, rows()).lines().count(), 2);
+        }
+    }
+
+    #[test]
+    fn one_is_not_plural() {
+        assert_eq!(counted(1u32, "machine"), "1 machine");
+        assert_eq!(counted(0u32, "machine"), "0 machines");
     }
 
     #[test]

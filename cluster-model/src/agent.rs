@@ -539,6 +539,7 @@ impl Owned<'_> {
             return vec![Act::StopGuest {
                 vm,
                 token: record.token,
+                forced: self.vm.stop_forced,
             }];
         }
         if let Some(trouble) = self.source_trouble(monitor) {

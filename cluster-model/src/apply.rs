@@ -165,7 +165,11 @@ impl ClusterState {
                 desired,
             } => self.create_vm(entry, name, spec, images, *desired),
             Command::DeleteVm { vm } => self.delete_vm(entry, *vm),
-            Command::SetDesired { vm, desired } => self.set_desired(entry, *vm, *desired),
+            Command::SetDesired {
+                vm,
+                desired,
+                forced,
+            } => self.set_desired(entry, *vm, *desired, *forced),
             Command::StartVm {
                 vm,
                 node,

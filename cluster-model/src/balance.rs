@@ -268,7 +268,8 @@ fn consider(
     from: NodeId,
     threshold: u16,
 ) -> Result<(Move, Fill, Fill), String> {
-    let choice = best_node_in(fleet, vm, full).map_err(|no_place| no_place.to_string())?;
+    let choice =
+        best_node_in(fleet, vm, full).map_err(|no_place| no_place.in_words(fleet.state))?;
     let to = choice.node;
     let nodes = &fleet.state.nodes;
     let (Some(source), Some(destination)) = (nodes.get(&from), nodes.get(&to)) else {

@@ -142,7 +142,7 @@ pub fn plan(
                     }
                 }
                 Err(no_place) => Step::Stays {
-                    reason: no_place.to_string(),
+                    reason: no_place.in_words(state),
                 },
             }
         };
@@ -260,7 +260,7 @@ fn next_of(fleet: &mut Fleet<'_>, drain: &Drain) -> Vec<Command> {
             Err(no_place) => commands.push(Command::DrainTrouble {
                 node,
                 vm: vm.id,
-                reason: no_place.to_string(),
+                reason: no_place.in_words(state),
                 stuck: true,
             }),
         }

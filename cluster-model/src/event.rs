@@ -34,6 +34,12 @@ pub enum Severity {
     Error,
 }
 
+/// `1 machine`, `3 machines`.
+pub fn counted(count: usize, noun: &str) -> String {
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} {noun}{plural}")
+}
+
 /// Why an automatic act was taken: the rule, and what the rule was fed with.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Why {

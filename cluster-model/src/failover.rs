@@ -53,7 +53,10 @@ pub fn plan(state: &ClusterState, observed: &Observed) -> Vec<Command> {
                 fleet.promise_start(vm, choice.node);
             }
             Err(no_place) => {
-                let detail = clip(format!("{} waits: {no_place}", vm.name), DETAIL_BYTES_MAX);
+                let detail = clip(
+                    format!("{} waits: {}", vm.name, no_place.in_words(state)),
+                    DETAIL_BYTES_MAX,
+                );
                 if last_note(state, vm.id) != Some(&detail) {
                     commands.push(Command::Note {
                         objects: vec![Object::Vm(vm.id)],

@@ -19,6 +19,7 @@ pub mod lease;
 pub mod membership;
 pub mod placement;
 pub mod queue;
+pub mod rejection;
 pub mod settings;
 pub mod state;
 pub mod supervise;
@@ -30,14 +31,15 @@ pub use agent::{
     decide, permit_allowed,
 };
 pub use apply::parse_mac;
-pub use command::{Command, Envelope, Outcome, Rejection, ReleaseReason, Reply};
-pub use event::{Event, Object, Severity, Why};
+pub use command::{Command, Envelope, Outcome, ReleaseReason, Reply};
+pub use event::{Event, Object, Severity, Why, counted};
 pub use fleet::{Fleet, NodeLoad, Observed};
 pub use ids::{
     Incarnation, LogIndex, MigrationId, Name, NameError, NodeId, RequestId, Token, VmId, VolumeId,
 };
 pub use lease::{Grant, LeaseRefusal, LeaseTable, NodeLease};
 pub use placement::{Choice, NoPlace, Score, best_node};
+pub use rejection::Rejection;
 pub use settings::{BalanceLevel, Settings, SettingsError};
 pub use state::{
     Boot, ClusterInfo, ClusterState, Desired, DiskSpec, Drain, Duty, FenceClass, Lease, Liveness,

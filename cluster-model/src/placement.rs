@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 
 use crate::command::Rejection;
-use crate::event::Why;
+use crate::event::{Why, counted};
 use crate::fleet::{Fleet, Observed, permille};
 use crate::ids::{Name, NodeId, VmId};
 use crate::state::{ClusterState, Duty, Liveness, Node, NodeRole, Rule, Vm, Volume};
@@ -275,10 +275,10 @@ impl Score {
 
     fn words(&self) -> String {
         let mut words = format!(
-            "memory {}.{} % with it, {} machines",
+            "memory {}.{} % with it, {}",
             self.memory_permille / 10,
             self.memory_permille % 10,
-            self.machines
+            counted(self.machines as usize, "machine")
         );
         for (is, word) in [
             (self.failed_here, "could not start it before"),
@@ -308,7 +308,7 @@ pub struct Choice {
 
 /// No node can take a machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, thiserror::Error)]
-#[error("no node can take {vm}: {}", refusals(.considered))]
+#[error("no node can take {vm}: {}", refusals(.considered, ToString::to_string))]
 pub struct NoPlace {
     /// Which machine.
     pub vm: VmId,
@@ -316,25 +316,34 @@ pub struct NoPlace {
     pub considered: Vec<(NodeId, Rejection)>,
 }
 
-fn refusals(considered: &[(NodeId, Rejection)]) -> String {
+fn refusals(considered: &[(NodeId, Rejection)], words: impl Fn(&Rejection) -> String) -> String {
     if considered.is_empty() {
         return "there is no other node; add one: clusterctl node add".into();
     }
     let mut texts: Vec<String> = considered
         .iter()
         .take(WHY_NODES_MAX)
-        .map(|(_, rejection)| rejection.to_string())
+        .map(|(_, rejection)| words(rejection))
         .collect();
     if considered.len() > WHY_NODES_MAX {
         texts.push(format!(
-            "and {} nodes more",
-            considered.len() - WHY_NODES_MAX
+            "and {} more",
+            counted(considered.len() - WHY_NODES_MAX, "node")
         ));
     }
     texts.join("; ")
 }
 
 impl NoPlace {
+    /// The same as `Display`, with people's names.
+    pub fn in_words(&self, state: &ClusterState) -> String {
+        format!(
+            "no node can take {}: {}",
+            state.vm_label(self.vm),
+            refusals(&self.considered, |rejection| rejection.in_words(state))
+        )
+    }
+
     /// Whether room alone is missing on some node: it may come back.
     pub fn for_want_of_room(&self) -> bool {
         self.considered
@@ -346,7 +355,10 @@ impl NoPlace {
     pub fn why(&self, rule: &str, fleet: &Fleet<'_>) -> Why {
         let mut why = Why::rule(rule);
         for (node, rejection) in self.considered.iter().take(WHY_NODES_MAX) {
-            why = why.with(&fleet.state.node_label(*node), rejection);
+            why = why.with(
+                &fleet.state.node_label(*node),
+                rejection.in_words(fleet.state),
+            );
         }
         why
     }
@@ -360,7 +372,7 @@ impl Choice {
         for (node, verdict) in &self.considered {
             let (count, words) = match verdict {
                 Ok(score) => (&mut fit, score.words()),
-                Err(rejection) => (&mut unfit, rejection.to_string()),
+                Err(rejection) => (&mut unfit, rejection.in_words(fleet.state)),
             };
             *count += 1;
             if *count <= WHY_NODES_MAX {

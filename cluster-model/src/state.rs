@@ -397,6 +397,9 @@ pub struct Vm {
     /// Nodes that could not start it since it last ran, or since a person last asked for it.
     #[serde(default)]
     pub failed_on: BTreeSet<NodeId>,
+    /// Whether it is to stop at once: writes that are not on disk yet are left behind.
+    #[serde(default)]
+    pub stop_forced: bool,
 }
 
 /// One lease: the right to use a disk under the owner's token.

@@ -286,7 +286,11 @@ impl World {
     }
 
     pub(crate) fn desire(&mut self, vm: VmId, desired: Desired) {
-        self.done(Command::SetDesired { vm, desired });
+        self.done(Command::SetDesired {
+            vm,
+            desired,
+            forced: false,
+        });
     }
 
     pub(crate) fn settings(&mut self, change: impl FnOnce(&mut Settings)) {

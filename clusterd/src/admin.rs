@@ -11,6 +11,7 @@ mod migrations;
 mod node_backend;
 mod nodes;
 mod plans;
+mod predict;
 mod service;
 pub mod soft;
 pub mod views;

@@ -138,6 +138,14 @@ fn interval(member: &Member) -> Duration {
 }
 
 async fn ask(member: &Arc<Member>, request: HeartbeatRequest) -> Option<HeartbeatReply> {
+    let begun = std::time::Instant::now();
+    let reply = answer_to(member, request).await?;
+    metrics::histogram!("clusterd_lease_renew_duration_seconds")
+        .record(begun.elapsed().as_secs_f64());
+    Some(reply)
+}
+
+async fn answer_to(member: &Arc<Member>, request: HeartbeatRequest) -> Option<HeartbeatReply> {
     let leader = member.raft.leadership().borrow().clone();
     if leader.is_me {
         return Some(leader::answer(member, request).await);
@@ -147,13 +155,8 @@ async fn ask(member: &Arc<Member>, request: HeartbeatRequest) -> Option<Heartbea
         PeerClient::new(channel).max_encoding_message_size(crate::net::MESSAGE_BYTES_MAX);
     // A reply later than the lease's length grants nothing.
     let patience = Duration::from_millis(u64::from(member.state().settings.freeze_ms));
-    let begun = std::time::Instant::now();
     match tokio::time::timeout(patience, client.heartbeat(request)).await {
-        Ok(Ok(reply)) => {
-            metrics::histogram!("clusterd_lease_renew_duration_seconds")
-                .record(begun.elapsed().as_secs_f64());
-            Some(reply.into_inner())
-        }
+        Ok(Ok(reply)) => Some(reply.into_inner()),
         Ok(Err(status)) => {
             tracing::debug!(leader = ?leader.leader, status = status.message(), "a heartbeat failed");
             None

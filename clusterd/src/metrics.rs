@@ -1,7 +1,8 @@
 //! Figures for Prometheus, served as text on an address of their own.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use axum::Router;
 use axum::routing::get;
@@ -17,6 +18,9 @@ const SECONDS: [f64; 18] = [
     0.000_5, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 1.0, 5.0,
     20.0, 60.0, 300.0,
 ];
+
+/// A machine and the phase of its monitor.
+type Shown = (String, &'static str);
 
 /// Why metrics are not served.
 #[derive(Debug, thiserror::Error)]
@@ -121,16 +125,43 @@ fn leases(member: &Member, state: &ClusterState) {
         .deadline_ns
         .saturating_sub(member.clock.boottime_ns());
     gauge!("clusterd_lease_left_seconds").set(left_ns as f64 / 1e9);
+    machines(member, state);
+}
+
+/// The machines whose monitors run here. A machine that has gone, or is in another phase now, is shown as
+/// 0 and not as it last was.
+fn machines(member: &Member, state: &ClusterState) {
+    static SHOWN: Mutex<BTreeSet<Shown>> = Mutex::new(BTreeSet::new());
+    let mut now = BTreeSet::new();
     for monitor in member.monitors.table().borrow().values() {
         let vm = state.vm_label(monitor.vm());
-        let phase = monitor.status.phase().as_str_name();
-        gauge!("clusterd_vm_info", "vm" => vm.clone(), "phase" => phase).set(1.0);
+        now.insert((vm.clone(), monitor.status.phase().as_str_name()));
         if let Some(usage) = &monitor.status.usage {
             gauge!("clusterd_vm_cpu_seconds_total", "vm" => vm.clone())
                 .set(usage.cpu_ns as f64 / 1e9);
-            gauge!("clusterd_vm_memory_bytes", "vm" => vm).set(usage.memory_resident_bytes as f64);
+            gauge!("clusterd_vm_memory_bytes", "vm" => vm.clone())
+                .set(usage.memory_resident_bytes as f64);
+        }
+        if let Some(progress) = &monitor.status.migration {
+            gauge!("clusterd_migration_remaining_bytes", "vm" => vm.clone())
+                .set(progress.remaining_bytes as f64);
+            gauge!("clusterd_migration_sent_bytes", "vm" => vm.clone())
+                .set(progress.sent_bytes as f64);
+            gauge!("clusterd_migration_dirty_bytes_per_second", "vm" => vm)
+                .set(progress.dirty_bytes_s as f64);
         }
     }
+    let mut shown = SHOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    for (vm, phase) in shown.difference(&now) {
+        gauge!("clusterd_vm_info", "vm" => vm.clone(), "phase" => *phase).set(0.0);
+        if !now.iter().any(|(present, _)| present == vm) {
+            gauge!("clusterd_vm_memory_bytes", "vm" => vm.clone()).set(0.0);
+        }
+    }
+    for (vm, phase) in &now {
+        gauge!("clusterd_vm_info", "vm" => vm.clone(), "phase" => *phase).set(1.0);
+    }
+    *shown = now;
 }
 
 fn nodes(state: &ClusterState) {

@@ -6,6 +6,9 @@ use clap::{Parser, Subcommand};
 use storage_broker::{daemon, nfs_server};
 use tokio::signal::unix::{SignalKind, signal};
 
+/// `json` makes the log one JSON object a line.
+const LOG_FORMAT: &str = "BATON_LOG_FORMAT";
+
 /// Volumes, disks and the storage fence of a Baton node.
 #[derive(Debug, Parser)]
 #[command(name = "storage-broker", version)]
@@ -24,12 +27,16 @@ enum Command {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    tracing_subscriber::fmt()
+    let log = tracing_subscriber::fmt()
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()),
         )
-        .with_writer(std::io::stderr)
-        .init();
+        .with_writer(std::io::stderr);
+    if std::env::var(LOG_FORMAT).is_ok_and(|format| format == "json") {
+        log.json().init();
+    } else {
+        log.init();
+    }
     match run(Cli::parse().command).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -24,6 +24,9 @@ pub const PATIENCE: Duration = Duration::from_secs(90);
 /// How often a condition is looked at.
 const LOOK: Duration = Duration::from_millis(25);
 
+/// Set to anything, it leaves every test cluster's folder behind: its logs say why a test failed.
+const KEEP_LOGS: &str = "BATON_TEST_KEEP";
+
 /// What a test's cluster is like.
 #[derive(Clone, Debug)]
 pub struct Setup {
@@ -518,7 +521,7 @@ impl TestCluster {
 
 impl Drop for TestCluster {
     fn drop(&mut self) {
-        if std::thread::panicking()
+        if (std::thread::panicking() || std::env::var_os(KEEP_LOGS).is_some())
             && let Some(kept) = self.keep_logs()
         {
             eprintln!("the cluster's logs: {}", kept.display());

@@ -14,6 +14,9 @@ use crate::spec::MachineFile;
 /// Set to a collector's address, it turns traces on (OpenTelemetry's own variable).
 const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
 
+/// `json` makes the log one JSON object a line.
+const LOG_FORMAT: &str = "BATON_LOG_FORMAT";
+
 /// How long the end of the process waits for others: a dead collector would hold it for seconds.
 pub const GOODBYE_MAX: Duration = Duration::from_millis(300);
 
@@ -34,6 +37,11 @@ pub fn start(file: &MachineFile) -> Telemetry {
     let log = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_target(false);
+    let log = if std::env::var(LOG_FORMAT).is_ok_and(|format| format == "json") {
+        log.json().boxed()
+    } else {
+        log.boxed()
+    };
     let traces = std::env::var_os(ENDPOINT).and_then(|_| exporter(file));
     let spans = traces.as_ref().map(|provider| {
         tracing_opentelemetry::layer()

@@ -168,7 +168,7 @@ fn screen(s: &ClusterStatusReply) -> String {
         "any one node may be lost".to_owned()
     } else {
         format!(
-            "NOT every machine would run after the loss of one node: {}",
+            "NOT safe against the loss of one node: {}",
             s.tolerates_why_not
         )
     };
@@ -183,8 +183,8 @@ fn screen(s: &ClusterStatusReply) -> String {
          Capacity  vCPUs {} on {} CPUs · memory {} of {} MiB · {tolerates}\n\
          Nodes     {} of {} up\n\
          VMs       {} running of {}\n\
-         Storage   {} volumes · {} leases held · last token t{}\n\
-         Work      {} migrations under way · {} queued\n\
+         Storage   {} · {} held · last token t{}\n\
+         Work      {} under way · {} queued\n\
          Alerts    {alerts}",
         s.name,
         s.cluster_id,
@@ -200,10 +200,10 @@ fn screen(s: &ClusterStatusReply) -> String {
         s.nodes_all,
         s.vms_running,
         s.vms_all,
-        s.volumes,
-        s.leases_held,
+        output::counted(s.volumes, "volume"),
+        output::counted(s.leases_held, "lease"),
         s.token_last,
-        s.migrations_active,
+        output::counted(s.migrations_active, "migration"),
         s.migrations_queued,
     )
 }

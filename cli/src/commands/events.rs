@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use proto::admin::{EventView, EventsRequest};
 
 use crate::Context;
-use crate::client::CliError;
+use crate::client::{CliError, Connection};
 use crate::output::{self, Format};
 
 /// `events`.
@@ -54,7 +54,7 @@ pub async fn run(c: &Context, args: Args) -> Result<ExitCode, CliError> {
         .map_or(0, |since| {
             u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
         });
-    let request = EventsRequest {
+    let mut request = EventsRequest {
         follow: args.follow,
         since_ms: args.since.map_or(0, |ago| now_ms.saturating_sub(ago)),
         object: args.object,
@@ -63,34 +63,62 @@ pub async fn run(c: &Context, args: Args) -> Result<ExitCode, CliError> {
         after_index: 0,
         after_sequence: 0,
     };
-    let mut events = c.connect().await?.api.events(request).await?.into_inner();
+    let mut connection = c.connect().await?;
+    loop {
+        match print(c, &mut connection, &mut request).await {
+            // The node that was asked is gone: another goes on where it stopped.
+            Err(error) if args.follow && error.is_about_the_connection() => {
+                eprintln!("-- the node stopped answering; asking another --");
+                connection.open_again().await?;
+            }
+            // Streams end when a node stops in good order, too.
+            Ok(()) if args.follow => connection.open_again().await?,
+            outcome => return outcome.map(|()| ExitCode::SUCCESS),
+        }
+    }
+}
+
+/// Prints events as they come; `request` then asks for those after the last one.
+async fn print(
+    c: &Context,
+    connection: &mut Connection,
+    request: &mut EventsRequest,
+) -> Result<(), CliError> {
+    let mut events = connection.api.events(request.clone()).await?.into_inner();
     while let Some(event) = events.message().await? {
         match c.output {
             Format::Json => output::json_line(&event)?,
-            Format::Table => output::text(line(&event))?,
+            Format::Table => output::text(line(&event, 0))?,
         }
+        (request.after_index, request.after_sequence) = (event.index, event.sequence);
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
-/// One event on one line.
-pub fn line(event: &EventView) -> String {
+/// One event: on a terminal with a short time and folded, elsewhere on one line with the whole time.
+/// `indent` characters stand before it already.
+pub fn line(event: &EventView, indent: usize) -> String {
     let object = event.objects.first().map_or("-", String::as_str);
-    let mut line = format!(
-        "{}  {:>6}  {:<5}  {:<18} {:<20} {}",
-        output::utc(event.at_ms),
-        event.index,
-        event.severity,
-        object,
-        event.kind,
-        event.detail
+    let time = output::utc(event.at_ms);
+    let time = if output::on_a_terminal() {
+        // 2026-11-22T14:03:52Z
+        time[5..19].replace('T', " ")
+    } else {
+        time
+    };
+    let head = format!(
+        "{time}  {:>5}  {:<5}  {object:<15}  {:<18}  ",
+        event.index, event.severity, event.kind
     );
+    let mut detail = event.detail.clone();
     if !event.rule.is_empty() {
-        line.push_str("  [");
-        line.push_str(&event.rule);
-        line.push(']');
+        detail.push_str("  [");
+        detail.push_str(&event.rule);
+        detail.push(']');
     }
-    line
+    // Where there is no room beside them, details go under the rest.
+    let indent = indent + head.chars().count();
+    format!("{head}{}", output::hanging(&detail, indent))
 }
 
 #[cfg(test)]

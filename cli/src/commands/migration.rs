@@ -66,6 +66,11 @@ pub async fn run(c: &Context, command: Command) -> Result<ExitCode, CliError> {
                     list.iter().map(row).collect(),
                 )?,
             }
+            if list.is_empty() && !all && output::interactive() {
+                eprintln!(
+                    "none is queued or under way; those that ended: clusterctl migration list --all"
+                );
+            }
             Ok(ExitCode::SUCCESS)
         }
         Command::Show { id } => {
@@ -155,22 +160,16 @@ fn row(m: &MigrationView) -> Vec<String> {
     ]
 }
 
-/// Follows a migration to its end: a bar on a terminal, one line a stage elsewhere.
+/// Follows a migration to its end: a bar on a terminal, one line a stage elsewhere. When the node that was
+/// asked dies, another is.
 ///
 /// # Errors
-/// When the node cannot be asked any more, or the time is over (the migration goes on).
+/// When no node can be asked any more, Ctrl-C was typed, or the time is over (the migration goes on).
 pub async fn follow(
     connection: &mut Connection,
     id: &str,
     timeout: Duration,
 ) -> Result<MigrationView, CliError> {
-    let mut views = connection
-        .api
-        .migration_watch(MigrationWatchRequest {
-            migration: id.to_owned(),
-        })
-        .await?
-        .into_inner();
     let interactive = output::interactive();
     let bar = if interactive {
         ProgressBar::new(1)
@@ -178,53 +177,93 @@ pub async fn follow(
         ProgressBar::hidden()
     };
     bar.set_style(
-        ProgressStyle::with_template("{prefix}  {bar:28}  {percent:>3}%  {msg}")
+        ProgressStyle::with_template("{prefix}  {bar:20}  {percent:>3}%  {wide_msg}")
             .unwrap_or_else(|_| ProgressStyle::default_bar()),
     );
     let mut last: Option<MigrationView> = None;
-    let watching = async {
-        while let Some(view) = views.message().await? {
-            bar.set_prefix(format!("{}  {} → {}", view.vm, view.from, view.to));
-            if view.memory_total_bytes > 0 {
-                bar.set_length(view.memory_total_bytes);
-                bar.set_position(view.memory_total_bytes.saturating_sub(view.remaining_bytes));
-            }
-            bar.set_message(progress_words(&view));
-            let changed = last
-                .as_ref()
-                .is_none_or(|last| (&last.stage, &last.state) != (&view.stage, &view.state));
-            if !interactive && changed {
-                eprintln!(
-                    "{} {} → {}: {} {}",
-                    view.vm, view.from, view.to, view.state, view.stage
-                );
-            }
-            last = Some(view);
+    let mut shown = |view: &MigrationView, last: Option<&MigrationView>| {
+        bar.set_prefix(format!("{}  {} → {}", view.vm, view.from, view.to));
+        if view.memory_total_bytes > 0 {
+            bar.set_length(view.memory_total_bytes);
+            bar.set_position(view.memory_total_bytes.saturating_sub(view.remaining_bytes));
         }
-        Ok::<(), CliError>(())
+        bar.set_message(progress_words(view));
+        let changed =
+            last.is_none_or(|last| (&last.stage, &last.state) != (&view.stage, &view.state));
+        if !interactive && changed {
+            eprintln!("{} {} → {}: {}", view.vm, view.from, view.to, stage(view));
+        }
     };
+    let watching = async {
+        loop {
+            match watch_once(connection, id, &mut last, &mut shown).await {
+                Err(error) if error.is_about_the_connection() => connection.open_again().await?,
+                outcome => return outcome,
+            }
+        }
+    };
+    let watching = output::unless_interrupted(watching, || {
+        format!(
+            "the migration goes on; watch it: clusterctl migration watch {id}; end it: clusterctl migration cancel {id}"
+        )
+    });
     let outcome = tokio::time::timeout(timeout, watching).await;
     bar.finish_and_clear();
     match outcome {
         Err(_) => Err(CliError::Local(format!(
-            "{id} is still under way; watch it: clusterctl migration watch {id}"
+            "{id} is still under way after {} s; watch it: clusterctl migration watch {id}",
+            timeout.as_secs()
         ))),
         Ok(Err(error)) => Err(error),
         Ok(Ok(())) => last.ok_or_else(|| CliError::Local(format!("the node says nothing of {id}"))),
     }
 }
 
+async fn watch_once(
+    connection: &mut Connection,
+    id: &str,
+    last: &mut Option<MigrationView>,
+    shown: &mut impl FnMut(&MigrationView, Option<&MigrationView>),
+) -> Result<(), CliError> {
+    let mut views = connection
+        .api
+        .migration_watch(MigrationWatchRequest {
+            migration: id.to_owned(),
+        })
+        .await?
+        .into_inner();
+    while let Some(view) = views.message().await? {
+        shown(&view, last.as_ref());
+        *last = Some(view);
+    }
+    Ok(())
+}
+
+/// The stage of a migration, or how it ended, in a word or two.
+fn stage(m: &MigrationView) -> &str {
+    match m.state.as_str() {
+        "active" => &m.stage,
+        other => other,
+    }
+}
+
 fn progress_words(m: &MigrationView) -> String {
     match m.state.as_str() {
-        "queued" => "queued".into(),
-        _ => format!(
-            "{} · round {} · left {} · {}/s · dirty {}/s",
-            m.stage,
-            m.round,
-            output::bytes(m.remaining_bytes),
-            output::bytes(m.rate_bytes_s),
-            output::bytes(m.dirty_bytes_s)
-        ),
+        "active" if m.memory_total_bytes > 0 => {
+            let mut words = format!(
+                "round {} · left {} · {}/s · dirty {}/s",
+                m.round,
+                output::bytes(m.remaining_bytes),
+                output::bytes(m.rate_bytes_s),
+                output::bytes(m.dirty_bytes_s)
+            );
+            if m.rate_bytes_s > 0 && m.remaining_bytes > 0 {
+                let left_ms = m.remaining_bytes.saturating_mul(1_000) / m.rate_bytes_s;
+                words.push_str(&format!(" · eta {}", output::millis(left_ms)));
+            }
+            format!("{words} · {}", m.stage)
+        }
+        _ => stage(m).to_owned(),
     }
 }
 
@@ -255,22 +294,23 @@ pub fn describe(m: &MigrationView) -> String {
             ));
             if m.total_us > 0 {
                 lines.push(format!(
-                    "  {} · {} rounds · sent {} for {} of memory",
+                    "  {} · {} · sent {} for {} of memory",
                     output::micros(m.total_us),
-                    m.rounds.len(),
+                    output::counted(m.rounds.len() as u64, "round"),
                     output::bytes(m.sent_bytes),
                     output::bytes(m.memory_total_bytes)
                 ));
             }
             if m.blackout_us > 0 {
-                lines.push(format!(
-                    "  blackout {} = {}",
-                    output::micros(m.blackout_us),
-                    parts(m)
-                ));
+                let blackout = format!("  blackout {} = ", output::micros(m.blackout_us));
+                let indent = blackout.chars().count();
+                lines.push(format!("{blackout}{}", output::hanging(&parts(m), indent)));
             }
         }
-        "aborted" => lines.push(format!("✘ {} stays on {}: {}", m.vm, m.from, m.reason)),
+        "aborted" => {
+            let stays = format!("✘ {} stays on {}: ", m.vm, m.from);
+            lines.push(format!("{stays}{}", output::hanging(&m.reason, 2)));
+        }
         _ => lines.push(format!(
             "{}  {} {} → {}: {}",
             m.id,
@@ -280,7 +320,7 @@ pub fn describe(m: &MigrationView) -> String {
             progress_words(m)
         )),
     }
-    lines.push(format!("  {} · asked by {} ({})", m.id, m.actor, m.cause));
+    lines.push(format!("  {} · {} · asked by {}", m.id, m.cause, m.actor));
     if !m.rounds.is_empty() {
         let rows = m
             .rounds

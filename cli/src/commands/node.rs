@@ -1,5 +1,6 @@
 //! `clusterctl node`: who is in the cluster, and emptying one of them.
 
+use std::collections::BTreeSet;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -105,6 +106,7 @@ pub async fn run(c: &Context, command: Command) -> Result<ExitCode, CliError> {
                         "VCPUS",
                         "MEMORY",
                         "MIGR IN/OUT",
+                        "CPU LOAD",
                         "LEASE SLACK",
                         "VERSION",
                         "ADDRESS",
@@ -163,6 +165,11 @@ fn row(node: &NodeView) -> Vec<String> {
         format!("{}/{}", node.vcpus_committed, node.cpus),
         format!("{}/{} MiB", node.memory_committed_mib, node.memory_mib),
         format!("{}/{}", node.migrations_in, node.migrations_out),
+        if node.state == "lost" {
+            String::new()
+        } else {
+            format!("{:.0} %", node.cpu_load * 100.0)
+        },
         if node.lease_slack_ms < 0 {
             String::new()
         } else {
@@ -341,71 +348,112 @@ pub async fn drain(c: &Context, args: DrainArgs) -> Result<ExitCode, CliError> {
     })
 }
 
-/// Follows a drain to its end, with a bar on a terminal and a line for each machine elsewhere.
+/// Follows a drain to its end, with a bar on a terminal and a line for each machine elsewhere. When the node
+/// that was asked dies, another is.
 ///
 /// # Errors
-/// When the node cannot be asked any more, or the time is over (the drain goes on).
+/// When no node can be asked any more, Ctrl-C was typed, or the time is over (the drain goes on).
 pub async fn watch_drain(
     connection: &mut Connection,
     node: &str,
     timeout: Duration,
 ) -> Result<DrainStatus, CliError> {
-    let bar = if output::interactive() {
+    let interactive = output::interactive();
+    let bar = if interactive {
         ProgressBar::new(1)
     } else {
         ProgressBar::hidden()
     };
     bar.set_style(
         ProgressStyle::with_template(
-            "{prefix} draining  {bar:24}  {pos} of {len} gone  {elapsed}  {msg}",
+            "{prefix} draining  {bar:20}  {pos} of {len} gone  {elapsed}  {wide_msg}",
         )
         .unwrap_or_else(|_| ProgressStyle::default_bar()),
     );
     bar.set_prefix(node.to_owned());
-    let deadline = Instant::now() + timeout;
-    loop {
-        let status = connection
-            .api
-            .node_drain_status(NodeDrainStatusRequest {
-                node: node.to_owned(),
-            })
-            .await?
-            .into_inner();
-        bar.set_length(u64::from(status.machines));
-        bar.set_position(u64::from(status.gone));
-        let moving: Vec<String> = status
-            .moving
-            .iter()
-            .map(|migration| format!("{} → {} ({})", migration.vm, migration.to, migration.stage))
-            .collect();
-        bar.set_message(moving.join(", "));
-        if status.state != "draining" {
-            bar.finish_and_clear();
-            return Ok(status);
+    let mut told = BTreeSet::new();
+    let watching = async {
+        loop {
+            let asked = connection
+                .api
+                .node_drain_status(NodeDrainStatusRequest {
+                    node: node.to_owned(),
+                })
+                .await;
+            let status = match asked.map_err(CliError::from) {
+                Ok(status) => status.into_inner(),
+                Err(error) if error.is_about_the_connection() => {
+                    connection.open_again().await?;
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            bar.set_length(u64::from(status.machines));
+            bar.set_position(u64::from(status.gone));
+            bar.set_message(moving_words(&status));
+            for migration in status.moving.iter().filter(|_| !interactive) {
+                if told.insert(migration.id.clone()) {
+                    eprintln!(
+                        "{node} draining: {} of {} gone, {} → {}",
+                        status.gone, status.machines, migration.vm, migration.to
+                    );
+                }
+            }
+            if status.state != "draining" {
+                return Ok(status);
+            }
+            tokio::time::sleep(DRAIN_LOOK).await;
         }
-        if Instant::now() > deadline {
-            bar.finish_and_clear();
-            return Err(CliError::Local(format!(
-                "{node} is still being drained; watch it: clusterctl node show {node}"
-            )));
-        }
-        tokio::time::sleep(DRAIN_LOOK).await;
+    };
+    let watching = output::unless_interrupted(watching, || {
+        format!(
+            "the drain goes on; look: clusterctl node show {node}; end it: clusterctl uncordon {node}"
+        )
+    });
+    let outcome = tokio::time::timeout(timeout, watching).await;
+    bar.finish_and_clear();
+    outcome.unwrap_or_else(|_| {
+        Err(CliError::Local(format!(
+            "{node} is still being drained after {} s; look: clusterctl node show {node}",
+            timeout.as_secs()
+        )))
+    })
+}
+
+fn moving_words(status: &DrainStatus) -> String {
+    let mut words: Vec<String> = status
+        .moving
+        .iter()
+        .map(|migration| {
+            let percent = match migration.memory_total_bytes {
+                0 => 0,
+                all => 100 - 100 * migration.remaining_bytes.min(all) / all,
+            };
+            format!("{} → {} {percent}%", migration.vm, migration.to)
+        })
+        .collect();
+    if !status.waiting.is_empty() {
+        words.push(format!("{} waiting", status.waiting.len()));
     }
+    words.join(", ")
 }
 
 /// The plan as a table.
 pub fn plan_text(plan: &DrainPlan) -> String {
     let moves = plan.moves.len() - plan.cannot_move as usize;
+    if plan.moves.is_empty() {
+        return format!("Plan for {}: no machine is on it", plan.node);
+    }
+    let leave = output::counted(moves as u64, "machine");
     let mut text = format!(
-        "Plan for {}: {moves} machines leave, {} cannot · predicted {}",
+        "Plan for {}: {leave} to leave, {} cannot · predicted {} ({})",
         plan.node,
         plan.cannot_move,
-        output::millis(plan.predicted_ms)
+        output::millis(plan.predicted_ms),
+        plan.predicted_from,
     );
-    if !plan.moves.is_empty() {
-        text.push('\n');
-        text.push_str(&moves_table(&plan.moves));
-    }
+    text.push('\n');
+    text.push_str(&moves_table(&plan.moves));
     text
 }
 
@@ -430,35 +478,43 @@ fn moves_table(moves: &[DrainMove]) -> String {
                 if cannot {
                     String::new()
                 } else {
-                    format!("≤ {} ms", m.predicted_blackout_ms)
+                    format!("{} ms", m.predicted_blackout_ms)
                 },
                 m.why.clone(),
             ]
         })
         .collect();
-    output::table_string(&["VM", "HOW", "TO", "PREDICTED", "BLACKOUT", "WHY"], rows)
+    output::table_string(
+        &["VM", "HOW", "TO", "PREDICTED", "BLACKOUT MAX", "WHY"],
+        rows,
+    )
 }
 
 fn drain_line(status: &DrainStatus) -> String {
     let node = &status.node;
     match status.state.as_str() {
         "drained" => format!(
-            "✔ {node} is drained and safe to power off · {} machines left it in {} · longest blackout {}\n  to bring it back: clusterctl uncordon {node} --failback",
-            status.gone,
-            output::millis(status.elapsed_ms),
-            output::micros(status.longest_blackout_us)
+            "✔ {node} is drained and safe to power off · {} left it{}\n  to bring it back: clusterctl uncordon {node} --failback",
+            output::counted(status.gone, "machine"),
+            match status.gone {
+                0 => String::new(),
+                _ => format!(
+                    " in {} · longest blackout {}",
+                    output::millis(status.elapsed_ms),
+                    output::micros(status.longest_blackout_us)
+                ),
+            }
         ),
         "incomplete" => format!(
-            "✘ {node} keeps {} machines\n{}",
-            status.stuck.len(),
+            "✘ {node} keeps {}; it takes no others until: clusterctl uncordon {node}\n{}",
+            output::counted(status.stuck.len() as u64, "machine"),
             moves_table(&status.stuck)
         ),
         "draining" => format!(
-            "{node} is being drained: {} of {} gone, {} moving, waiting: {}",
+            "drain        {} of {} gone, {}",
             status.gone,
             status.machines,
-            status.moving.len(),
-            status.waiting.join(", ")
+            moving_words(status)
         ),
         other => format!("{node}: {other}"),
     }
@@ -487,6 +543,7 @@ pub async fn uncordon(c: &Context, args: UncordonArgs) -> Result<ExitCode, CliEr
             output::text(format!("✔ {} takes machines again", args.node))?;
             if !reply.failback.is_empty() {
                 output::text(moves_table(&reply.failback))?;
+                output::text("they are queued; watch: clusterctl migration list")?;
             }
         }
     }

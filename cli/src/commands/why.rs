@@ -12,7 +12,8 @@ use crate::output::{self, Format};
 /// `why`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// vm/NAME, node/NAME or migration/ID; a bare name is a machine's.
+    /// vm/NAME, node/NAME, volume/NAME or migration/ID; of a bare name: the machine, else the node or the
+    /// migration that is called so.
     object: String,
     /// Why it is not, or could not be, on this node.
     #[arg(long, default_value = "")]
@@ -24,17 +25,12 @@ pub struct Args {
 /// # Errors
 /// What the node refused.
 pub async fn run(c: &Context, args: Args) -> Result<ExitCode, CliError> {
-    let object = if args.object.contains('/') {
-        args.object
-    } else {
-        format!("vm/{}", args.object)
-    };
     let reply = c
         .connect()
         .await?
         .api
         .why(WhyRequest {
-            object,
+            object: args.object,
             not_on: args.not_on,
         })
         .await?
@@ -43,7 +39,7 @@ pub async fn run(c: &Context, args: Args) -> Result<ExitCode, CliError> {
         output::json(&reply)?;
         return Ok(ExitCode::SUCCESS);
     }
-    output::text(&reply.summary)?;
+    output::text(output::hanging(&reply.summary, 0))?;
     if !reply.considered.is_empty() {
         output::text("considered")?;
         for check in &reply.considered {
@@ -51,16 +47,21 @@ pub async fn run(c: &Context, args: Args) -> Result<ExitCode, CliError> {
                 "  {:<12} {:<4} {}",
                 check.name,
                 if check.passed { "yes" } else { "no" },
-                check.detail
+                output::hanging(&check.detail, 20)
             ))?;
         }
     }
     if !reply.chain.is_empty() {
         output::text("how it came")?;
         for event in &reply.chain {
-            output::text(format!("  {}", events::line(event)))?;
-            for (name, value) in &event.inputs {
-                output::text(format!("      {name} = {value}"))?;
+            output::text(format!("  {}", events::line(event, 2)))?;
+            let mut inputs: Vec<_> = event.inputs.iter().collect();
+            inputs.sort_by_key(|(name, _)| (*name != "chosen", *name));
+            let longest = inputs.iter().map(|(name, _)| name.chars().count()).max();
+            for (name, value) in inputs {
+                let name = format!("{name:<width$}", width = longest.unwrap_or(0));
+                let indent = 6 + name.chars().count() + 2;
+                output::text(format!("      {name}  {}", output::hanging(value, indent)))?;
             }
         }
     }

@@ -66,12 +66,14 @@ pub enum Act {
         /// Why.
         why: String,
     },
-    /// Ask the guest to stop; the monitor drains and flushes, then says `Stopped`.
+    /// Stop the guest; the monitor drains and flushes unless forced, then says `Stopped`.
     StopGuest {
         /// Which machine.
         vm: VmId,
         /// Its token.
         token: Token,
+        /// Leave what is not on disk yet behind.
+        forced: bool,
     },
     /// Propose [`crate::Command::Release`].
     Release {

@@ -332,7 +332,26 @@ fn a_machine_that_is_to_stop_is_stopped_then_given_up_by_how_it_ended() {
     world.desire(vm, Desired::Stopped);
     assert_eq!(
         with(&world, MonitorPhase::Running),
-        vec![Act::StopGuest { vm, token }]
+        vec![Act::StopGuest {
+            vm,
+            token,
+            forced: false
+        }]
+    );
+    world.done(Command::SetDesired {
+        vm,
+        desired: Desired::Stopped,
+        forced: true,
+    });
+    world.desire(vm, Desired::Stopped);
+    assert_eq!(
+        with(&world, MonitorPhase::Running),
+        vec![Act::StopGuest {
+            vm,
+            token,
+            forced: true
+        }],
+        "a gentler request does not take back a forced one"
     );
     assert_eq!(
         with(&world, MonitorPhase::Stopped),

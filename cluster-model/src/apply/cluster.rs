@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Applied, Entry, name_taken};
 use crate::command::{Outcome, Rejection};
-use crate::event::{Object, Severity, Why};
+use crate::event::{Object, Severity, Why, counted};
 use crate::ids::{Incarnation, Name, NodeId, VmId, VolumeId};
 use crate::settings::Settings;
 use crate::state::{
@@ -283,7 +283,7 @@ impl ClusterState {
             Severity::Error,
             objects,
             "node.lost",
-            format!("{name} is lost with {} machines", owned.len()),
+            format!("{name} is lost with {}", counted(owned.len(), "machine")),
             Some(why.clone()),
         );
         if quarantine {
@@ -501,7 +501,10 @@ impl ClusterState {
                 Severity::Info,
                 vec![Object::Node(node)],
                 "drain.done",
-                format!("{name} is drained and safe to power off; {machines} machines left it"),
+                format!(
+                    "{name} is drained and safe to power off; {} left it",
+                    counted(machines, "machine")
+                ),
                 None,
             );
         } else {
@@ -510,7 +513,10 @@ impl ClusterState {
                 Severity::Warn,
                 vec![Object::Node(node)],
                 "drain.incomplete",
-                format!("{name} keeps {} machines that cannot move", left.len()),
+                format!(
+                    "{name} keeps {} that cannot move",
+                    counted(left.len(), "machine")
+                ),
                 None,
             );
         }

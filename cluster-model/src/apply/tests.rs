@@ -152,6 +152,7 @@ fn command(world: &World, (kind, a, b, c): Step) -> Command {
             } else {
                 Desired::Running
             },
+            forced: c % 4 == 0,
         },
         20 => Command::NodeLost {
             node,
@@ -528,6 +529,28 @@ fn a_lost_node_keeps_no_machine_and_what_it_ran_settles_first() {
         claimed: Token(2),
     };
     world.refused(late);
+}
+
+#[test]
+fn a_forced_stop_may_leave_writes_behind_so_the_next_start_settles() {
+    for forced in [false, true] {
+        let mut world = World::new(3, 1_024);
+        let vm = world.running("a", 64, NodeId(1));
+        world.done(Command::SetDesired {
+            vm,
+            desired: Desired::Stopped,
+            forced,
+        });
+        world.done(Command::Release {
+            vm,
+            node: NodeId(1),
+            expects: world.token(vm),
+            reason: ReleaseReason::Stopped,
+        });
+        assert_eq!(world.vm(vm).ownership.settle, forced);
+        world.desire(vm, Desired::Running);
+        assert!(!world.vm(vm).stop_forced, "a start forgets it");
+    }
 }
 
 #[test]

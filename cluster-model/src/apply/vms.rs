@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Applied, Entry, name_taken};
 use crate::command::{Outcome, Rejection, ReleaseReason};
-use crate::event::{Object, Severity, Why};
+use crate::event::{Object, Severity, Why, counted};
 use crate::ids::{Name, NodeId, Token, VmId};
 use crate::placement;
 use crate::state::{
@@ -72,6 +72,7 @@ impl ClusterState {
                 moved_at_ms: 0,
                 home: None,
                 failed_on: BTreeSet::new(),
+                stop_forced: false,
             },
         );
         self.note(
@@ -80,10 +81,10 @@ impl ClusterState {
             vec![Object::Vm(id)],
             "vm.created",
             format!(
-                "{name}: {} vCPUs, {} MiB, {} disks",
-                spec.vcpus,
+                "{name}: {}, {} MiB, {}",
+                counted(spec.vcpus as usize, "vCPU"),
                 spec.memory_mib,
-                spec.disks.len()
+                counted(spec.disks.len(), "disk")
             ),
             None,
         );
@@ -282,11 +283,15 @@ impl ClusterState {
         entry: &mut Entry<'_>,
         vm: VmId,
         desired: Desired,
+        forced: bool,
     ) -> Applied {
         let known = self.vm_mut(vm)?;
         let name = known.name.clone();
-        let changed = known.desired != desired;
+        let forced = forced && desired == Desired::Stopped;
+        let changed = known.desired != desired || (forced && !known.stop_forced);
         known.desired = desired;
+        // A later, gentler request does not take back a forced one that is under way.
+        known.stop_forced = desired == Desired::Stopped && (forced || known.stop_forced);
         if desired == Desired::Running {
             known.held = None;
             known.crashes.clear();
@@ -300,6 +305,10 @@ impl ClusterState {
         if changed {
             let (kind, words) = match desired {
                 Desired::Running => ("vm.start-asked", "should run"),
+                Desired::Stopped if forced => (
+                    "vm.stop-forced",
+                    "should stop at once, without waiting for its disks",
+                ),
                 Desired::Stopped => ("vm.stop-asked", "should stop"),
             };
             self.note(
@@ -488,6 +497,7 @@ impl ClusterState {
         let (severity, kind, detail) = match reason {
             ReleaseReason::Stopped => {
                 settle &= !known.ownership.activated;
+                settle |= known.stop_forced && known.ownership.activated;
                 (
                     Severity::Info,
                     "vm.stopped",

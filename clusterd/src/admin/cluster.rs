@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use cluster_model::{Command, Desired, Liveness, MigrationState, NodeRole, Rule, Settings};
+use cluster_model::{
+    ClusterState, Command, Desired, Liveness, MigrationState, NodeRole, Rule, Settings, counted,
+};
 use proto::admin::{
     ClusterInitReply, ClusterInitRequest, ClusterStatusReply, ClusterStatusRequest, Done,
     RuleListReply, RuleListRequest, RuleSetRequest, SettingsGetRequest, SettingsReply,
@@ -54,7 +56,7 @@ impl AdminService {
             .cluster
             .clone()
             .ok_or(super::BackendError::NoCluster)?;
-        let members = |voter: bool| {
+        let members = |voter: bool| -> Vec<String> {
             raft.members
                 .iter()
                 .filter(|(_, member)| member.voter == voter)
@@ -88,7 +90,8 @@ impl AdminService {
                     .count(),
             )
         };
-        let tolerates = cluster_model::admission::tolerates_one_loss(&state);
+        let tolerates = votes_tolerate_one_loss(&members(true), &state)
+            .and_then(|()| cluster_model::admission::tolerates_one_loss(&state));
         let mut alerts: Vec<String> = Vec::new();
         for node in state
             .nodes
@@ -324,6 +327,36 @@ impl AdminService {
             .collect();
         Ok(RuleListReply { rules })
     }
+}
+
+/// Whether a majority of the voters would still live after the loss of one more.
+fn votes_tolerate_one_loss(voters: &[String], state: &ClusterState) -> Result<(), String> {
+    let lost: Vec<&str> = voters
+        .iter()
+        .map(String::as_str)
+        .filter(|voter| {
+            state.nodes.values().any(|node| {
+                node.name.as_str() == *voter
+                    && matches!(node.liveness, Liveness::Lost | Liveness::Quarantined)
+            })
+        })
+        .collect();
+    let left = (voters.len() - lost.len()).saturating_sub(1);
+    if left * 2 > voters.len() {
+        return Ok(());
+    }
+    Err(if lost.is_empty() {
+        format!(
+            "{} cannot lose one and keep a majority; add nodes: clusterctl node add",
+            counted(voters.len(), "voter")
+        )
+    } else {
+        format!(
+            "{} is lost already, and one more would leave no majority of {}",
+            lost.join(", "),
+            voters.join(" ")
+        )
+    })
 }
 
 fn settings_reply(settings: &Settings) -> Result<SettingsReply, Status> {

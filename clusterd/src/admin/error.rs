@@ -1,6 +1,6 @@
 //! From refusals to gRPC status and stable codes.
 
-use cluster_model::{NameError, Rejection};
+use cluster_model::{ClusterState, NameError, Rejection};
 use tonic::{Code, Status};
 
 use super::backend::BackendError;
@@ -20,13 +20,66 @@ pub fn invalid(message: impl Into<String>) -> Status {
     status(Code::InvalidArgument, "E-INVALID", message)
 }
 
-/// No such thing.
-pub fn not_found(kind: &str, name: &str) -> Status {
+/// No such thing; names the one that was probably meant.
+pub fn not_found(state: &ClusterState, kind: &str, name: &str) -> Status {
     status(
         Code::NotFound,
         "E-NOTFOUND",
-        format!("there is no {kind} {name}; try: clusterctl {kind} list"),
+        match meant(known(state, kind), name) {
+            Some(meant) => format!("there is no {kind} {name}; did you mean {meant}?"),
+            None => format!("there is no {kind} {name}; try: clusterctl {kind} list"),
+        },
     )
+}
+
+fn known(state: &ClusterState, kind: &str) -> Vec<String> {
+    match kind {
+        "node" => state
+            .nodes
+            .values()
+            .map(|node| node.name.to_string())
+            .collect(),
+        "vm" => state.vms.values().map(|vm| vm.name.to_string()).collect(),
+        "volume" => state
+            .volumes
+            .values()
+            .map(|volume| volume.name.to_string())
+            .collect(),
+        "rule" => state.rules.keys().map(ToString::to_string).collect(),
+        _ => Vec::new(),
+    }
+}
+
+/// The known name that a misspelt one is closest to, if it is close at all.
+fn meant(known: Vec<String>, name: &str) -> Option<String> {
+    let far = 1 + name.len() / 4;
+    known
+        .into_iter()
+        .map(|candidate| (distance(&candidate, name), candidate))
+        .filter(|&(distance, _)| distance <= far && distance < name.len())
+        .min()
+        .map(|(_, candidate)| candidate)
+}
+
+/// How many letters must be put in, left out, changed, or swapped with their neighbour.
+fn distance(one: &str, other: &str) -> usize {
+    let (one, other): (Vec<char>, Vec<char>) = (one.chars().collect(), other.chars().collect());
+    let mut before_last: Vec<usize> = Vec::new();
+    let mut last: Vec<usize> = (0..=other.len()).collect();
+    for (i, a) in one.iter().enumerate() {
+        let mut row = vec![i + 1];
+        for (j, b) in other.iter().enumerate() {
+            let mut least = (last[j] + usize::from(a != b))
+                .min(last[j + 1] + 1)
+                .min(row[j] + 1);
+            if i > 0 && j > 0 && *a == other[j - 1] && one[i - 1] == *b {
+                least = least.min(before_last[j - 1] + 1);
+            }
+            row.push(least);
+        }
+        before_last = std::mem::replace(&mut last, row);
+    }
+    last[other.len()]
 }
 
 /// What a person may write as a name.
@@ -34,8 +87,11 @@ pub fn bad_name(error: &NameError) -> Status {
     status(Code::InvalidArgument, "E-NAME", error.to_string())
 }
 
-/// A refused command.
-pub fn rejected(rejection: &Rejection) -> Status {
+/// A refused command, in people's names.
+pub fn rejected(state: &ClusterState, rejection: &Rejection) -> Status {
+    if let Rejection::Unknown { kind, what } = rejection {
+        return not_found(state, kind, what);
+    }
     let (code, stable) = match rejection {
         Rejection::AlreadyInitialised(_) => (Code::AlreadyExists, "E-INITIALISED"),
         Rejection::NotInitialised => (Code::FailedPrecondition, "E-NOCLUSTER"),
@@ -68,7 +124,11 @@ pub fn rejected(rejection: &Rejection) -> Status {
         Rejection::TokensUsedUp => (Code::ResourceExhausted, "E-TOKENS"),
         Rejection::TooLarge { .. } => (Code::InvalidArgument, "E-LARGE"),
     };
-    status(code, stable, rejection.to_string())
+    let mut words = rejection.in_words(state);
+    if matches!(rejection, Rejection::NoRoom { .. }) {
+        words.push_str("; choose another node, or make room: clusterctl node list");
+    }
+    status(code, stable, words)
 }
 
 impl From<BackendError> for Status {
@@ -80,5 +140,25 @@ impl From<BackendError> for Status {
             BackendError::Failed(_) => (Code::Internal, "E-FAILED"),
         };
         status(code, stable, error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_misspelt_name_is_recognised_and_a_wild_one_is_not() {
+        let known = || vec!["web-1".to_owned(), "db-1".to_owned(), "n1".to_owned()];
+        for (typed, expected) in [
+            ("wbe-1", Some("web-1")),
+            ("web1", Some("web-1")),
+            ("bd-1", Some("db-1")),
+            ("n9", Some("n1")),
+            ("build-7", None),
+            ("x", None),
+        ] {
+            assert_eq!(meant(known(), typed).as_deref(), expected, "{typed}");
+        }
     }
 }

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use cluster_model::{ClusterState, Event, Object, Severity};
-use proto::admin::{Check, EventView, EventsRequest, WhyReply, WhyRequest};
+use cluster_model::{ClusterState, Event, Object, Severity, counted};
+use proto::admin::{Check, EventView, EventsRequest, MigrationView, WhyReply, WhyRequest};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
@@ -49,7 +49,7 @@ impl AdminService {
             since_ms: request.since_ms,
             object: match request.object.as_str() {
                 "" => None,
-                text => Some(views::parse_object(&state, text).map_err(invalid)?),
+                text => Some(views::parse_object(&state, text)?),
             },
             severity: match request.severity.as_str() {
                 "" | "info" => Severity::Info,
@@ -101,9 +101,9 @@ impl AdminService {
 
     pub(super) async fn why(&self, request: WhyRequest) -> Result<WhyReply, Status> {
         let state = self.cluster_state()?;
-        let object = views::parse_object(&state, &request.object).map_err(invalid)?;
+        let object = views::parse_object(&state, &request.object)?;
         let mut reply = WhyReply {
-            object: request.object.clone(),
+            object: views::object_label(&state, object),
             ..WhyReply::default()
         };
         let mut chain: Vec<EventView> = state
@@ -140,7 +140,7 @@ impl AdminService {
                         detail: match verdict {
                             Ok(()) if here => "it is here".into(),
                             Ok(()) => "it could be here".into(),
-                            Err(rejection) => rejection.to_string(),
+                            Err(rejection) => rejection.in_words(&state),
                         },
                     });
                 }
@@ -152,15 +152,26 @@ impl AdminService {
                     .get(&id)
                     .ok_or_else(|| invalid("the node is gone"))?;
                 reply.summary = format!(
-                    "{} is {} with {} machines",
+                    "{} is {} with {}",
                     node.name,
                     views::node_state(node, false),
-                    state.owned_by(id).count()
+                    counted(state.owned_by(id).count(), "machine")
                 );
                 if let Some(drain) = state.drains.get(&id) {
+                    let reason = if drain.reason.is_empty() {
+                        String::new()
+                    } else {
+                        format!(" ({})", drain.reason)
+                    };
                     reply.next = format!(
-                        "drained by {} ({}); take it back: clusterctl uncordon {}",
-                        drain.actor, drain.reason, node.name
+                        "{} by {}{reason}; take it back: clusterctl uncordon {}",
+                        if drain.ended_at_ms == 0 {
+                            "being drained"
+                        } else {
+                            "drained"
+                        },
+                        drain.actor,
+                        node.name
                     );
                 }
             }
@@ -168,10 +179,7 @@ impl AdminService {
                 let soft = self.backend.soft().await;
                 if let Some(migration) = state.migrations.get(&id) {
                     let view = views::migration(&state, &soft, migration);
-                    reply.summary = format!(
-                        "{} {} → {}: {} {}",
-                        view.vm, view.from, view.to, view.state, view.reason
-                    );
+                    reply.summary = migration_summary(&view);
                 }
             }
             Object::Volume(_) | Object::Cluster => {
@@ -182,23 +190,38 @@ impl AdminService {
     }
 }
 
+fn migration_summary(view: &MigrationView) -> String {
+    let what = format!("{} {} → {}", view.vm, view.from, view.to);
+    let asked = format!("asked by {} ({})", view.actor, view.cause);
+    match view.state.as_str() {
+        "cut-over" if view.total_us > 0 => format!(
+            "{what} went through in {:.1} s with a blackout of {:.1} ms, {asked}",
+            view.total_us as f64 / 1e6,
+            view.blackout_us as f64 / 1e3
+        ),
+        "cut-over" => format!("{what} went through, {asked}"),
+        "aborted" => format!("{what} was aborted: {}; {asked}", view.reason),
+        "active" => format!("{what} is under way ({}), {asked}", view.stage),
+        _ => format!("{what} waits in the queue, {asked}"),
+    }
+}
+
 fn vm_summary(state: &ClusterState, vm: &cluster_model::Vm) -> String {
     let ownership = &vm.ownership;
     match ownership.owner {
         Some(owner) => format!(
-            "{} is on {} under {} since entry {} ({:?}){}",
+            "{} is on {} under {} since entry {} ({}){}",
             vm.name,
             state.node_label(owner),
             ownership.token,
             ownership.since,
-            ownership.cause,
+            views::ownership_cause(ownership.cause),
             if ownership.activated {
                 ""
             } else {
                 "; it is being started"
             }
-        )
-        .to_lowercase(),
+        ),
         None => format!(
             "{} has no owner (token {}): {}",
             vm.name,

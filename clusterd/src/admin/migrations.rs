@@ -59,7 +59,11 @@ impl AdminService {
                 let view = service.migration_view(id).await;
                 let Some(view) = view else {
                     let _ = sender
-                        .send(Err(not_found("migration", &id.to_string())))
+                        .send(Err(not_found(
+                            &service.state(),
+                            "migration",
+                            &id.to_string(),
+                        )))
                         .await;
                     return;
                 };
@@ -116,8 +120,9 @@ impl AdminService {
             },
         )
         .await?;
+        metrics::counter!("clusterd_migration_cancelled_total").increment(1);
         self.migration_view(id)
             .await
-            .ok_or_else(|| not_found("migration", &id.to_string()))
+            .ok_or_else(|| not_found(&self.state(), "migration", &id.to_string()))
     }
 }

@@ -46,9 +46,11 @@ impl NodeBackend {
         }
     }
 
-    fn begin_failed(error: BeginError) -> BackendError {
+    fn begin_failed(&self, error: BeginError) -> BackendError {
         match error {
-            BeginError::AlreadyMember { node } => BackendError::InCluster(format!("as {node}")),
+            BeginError::AlreadyMember { .. } => {
+                BackendError::InCluster(format!("as {}", self.name()))
+            }
             other => BackendError::Failed(other.to_string()),
         }
     }
@@ -163,7 +165,7 @@ impl Backend for NodeBackend {
             .init_cluster(actor, name, settings)
             .await
             .map(|cluster| cluster.id)
-            .map_err(NodeBackend::begin_failed)
+            .map_err(|error| self.begin_failed(error))
     }
 
     async fn join(&self, member: &str, role: NodeRole) -> Result<NodeId, BackendError> {
@@ -176,7 +178,7 @@ impl Backend for NodeBackend {
             .join(member, role, "")
             .await
             .map(|(node, _)| node)
-            .map_err(NodeBackend::begin_failed)
+            .map_err(|error| self.begin_failed(error))
     }
 
     fn broker(&self) -> Result<Broker, BackendError> {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use cluster_model::fleet::{NodeLoad, Observed};
+use cluster_model::fleet::{Count, Fleet, NodeLoad, Observed};
 use cluster_model::placement;
 use cluster_model::{
     ClusterState, Command, Duty, MigrationCause, MigrationOptions, MigrationState, NodeId,
@@ -15,9 +15,9 @@ use proto::admin::{
 use tonic::Status;
 
 use super::error::invalid;
+use super::predict::Basis;
 use super::service::{AdminService, asked, node_named};
 use super::views;
-use super::vms::predicted_ms;
 
 impl AdminService {
     /// What the planners want to know besides the log.
@@ -207,12 +207,8 @@ impl AdminService {
                     vm: vm.name.to_string(),
                     how: if asked_for.is_ok() { "live" } else { "none" }.into(),
                     to: node.name.to_string(),
-                    predicted_ms: predicted_ms(vm.spec.memory_mib),
-                    predicted_blackout_ms: u64::from(
-                        vm.spec
-                            .downtime_max_ms
-                            .unwrap_or(state.settings.downtime_max_ms),
-                    ),
+                    predicted_ms: Basis::of(&state, Some(vm.id)).predicted_ms(vm.spec.memory_mib),
+                    predicted_blackout_ms: views::downtime_max_ms(&state, vm),
                     why: match asked_for {
                         Ok(_) => "it was here before the drain".into(),
                         Err(status) => status.message().to_owned(),
@@ -231,16 +227,19 @@ pub(super) fn choose(
     from: NodeId,
     loads: &Observed,
 ) -> Result<(NodeId, Why), String> {
-    match placement::best_node(state, vm, &BTreeSet::from([from]), loads) {
-        Ok(choice) => {
-            let why = Why::rule("the best node that may take it")
-                .with("score", format!("{:?}", choice.score));
-            Ok((choice.node, why))
-        }
+    let fleet = Fleet::new(state, loads, Count::Open);
+    match placement::best_node_in(&fleet, vm, &BTreeSet::from([from])) {
+        Ok(choice) => Ok((
+            choice.node,
+            choice.why("the best other node with room", &fleet),
+        )),
+        Err(nowhere) if nowhere.considered.is_empty() => Err(
+            "there is no other node; add one: clusterctl node add NAME --address HOST:PORT".into(),
+        ),
         Err(nowhere) => Err(nowhere
             .considered
             .iter()
-            .map(|(node, rejection)| format!("{}: {rejection}", state.node_label(*node)))
+            .map(|(_, rejection)| rejection.in_words(state))
             .collect::<Vec<_>>()
             .join("; ")),
     }

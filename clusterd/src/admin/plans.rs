@@ -1,7 +1,7 @@
 //! Plans made on request: emptying a node, evening out load.
 
 use cluster_model::drain::{self, Step};
-use cluster_model::{BalanceLevel, ClusterState, Command, Vm, VmId, balance};
+use cluster_model::{BalanceLevel, ClusterState, Command, Vm, VmId, balance, counted};
 use proto::admin::{
     BalanceMove, BalancePlan, BalanceRunRequest, BalanceStatusRequest, DrainMove, DrainPlan,
     NodeDrainRequest,
@@ -9,8 +9,9 @@ use proto::admin::{
 use tonic::Status;
 
 use super::error::rejected;
+use super::predict::Basis;
 use super::service::{AdminService, asked, node_named};
-use super::vms::{PREDICTED_BYTES_S, predicted_ms};
+use super::views;
 
 /// Machines named in a plan's left-alone list at most.
 const LEFT_ALONE_MAX: usize = 10;
@@ -21,8 +22,9 @@ impl AdminService {
         let loads = self.loads().await;
         let state = self.cluster_state()?;
         let node = node_named(&state, &request.node)?.clone();
-        let plan = drain::plan(&state, node.id, &loads, PREDICTED_BYTES_S)
-            .map_err(|rejection| rejected(&rejection))?;
+        let basis = Basis::of(&state, None);
+        let plan = drain::plan(&state, node.id, &loads, basis.bytes_s())
+            .map_err(|rejection| rejected(&state, &rejection))?;
         let moves: Vec<DrainMove> = plan
             .machines
             .iter()
@@ -35,6 +37,7 @@ impl AdminService {
             moves,
             predicted_ms: plan.predicted_ms,
             started: false,
+            predicted_from: basis.words(),
         };
         if !request.dry_run {
             self.propose(
@@ -88,11 +91,7 @@ impl AdminService {
 
 fn planned(state: &ClusterState, vm: VmId, step: &Step) -> Option<DrainMove> {
     let vm: &Vm = state.vms.get(&vm)?;
-    let blackout = u64::from(
-        vm.spec
-            .downtime_max_ms
-            .unwrap_or(state.settings.downtime_max_ms),
-    );
+    let blackout = views::downtime_max_ms(state, vm);
     let base = DrainMove {
         vm: vm.name.to_string(),
         ..DrainMove::default()
@@ -114,7 +113,7 @@ fn planned(state: &ClusterState, vm: VmId, step: &Step) -> Option<DrainMove> {
         Step::Moving { to } => DrainMove {
             how: "live".into(),
             to: state.node_label(*to),
-            predicted_ms: predicted_ms(vm.spec.memory_mib),
+            predicted_ms: Basis::of(state, None).predicted_ms(vm.spec.memory_mib),
             predicted_blackout_ms: blackout,
             why: "on its way already".into(),
             ..base
@@ -136,6 +135,7 @@ fn in_words(why: &cluster_model::Why) -> String {
     let inputs: Vec<String> = why
         .inputs
         .iter()
+        .filter(|(name, _)| *name != "chosen")
         .map(|(name, value)| format!("{name}: {value}"))
         .collect();
     if inputs.is_empty() {
@@ -179,7 +179,7 @@ fn balance_view(state: &ClusterState, plan: &balance::BalancePlan) -> BalancePla
                 from: state.node_label(planned.from),
                 to: state.node_label(planned.to),
                 gain: f64::from(planned.gain_permille) / 1_000.0,
-                cost_ms: predicted_ms(planned.cost_mib),
+                cost_ms: Basis::of(state, None).predicted_ms(planned.cost_mib),
                 why: in_words(&planned.why),
             })
             .collect(),
@@ -194,11 +194,30 @@ fn balance_view(state: &ClusterState, plan: &balance::BalancePlan) -> BalancePla
                 ..BalanceMove::default()
             })
             .collect(),
-        verdict: if plan.moves.is_empty() {
-            format!("no node over {} %", plan.threshold_permille / 10)
-        } else {
-            format!("{} moves", plan.moves.len())
-        },
+        verdict: verdict(state, plan),
         started: false,
+    }
+}
+
+/// What a plan comes to, in words.
+fn verdict(state: &ClusterState, plan: &balance::BalancePlan) -> String {
+    if !plan.moves.is_empty() {
+        return counted(plan.moves.len(), "move");
+    }
+    let threshold = plan.threshold_permille;
+    let over: Vec<String> = plan
+        .nodes
+        .iter()
+        .filter(|(_, fill)| fill.worst() > threshold)
+        .map(|(node, _)| state.node_label(*node))
+        .collect();
+    match over.as_slice() {
+        [] => format!("no node is over {} %", threshold / 10),
+        [one] => format!("{one} is over {} %, and no move would help", threshold / 10),
+        many => format!(
+            "{} are over {} %, and no move would help",
+            many.join(", "),
+            threshold / 10
+        ),
     }
 }

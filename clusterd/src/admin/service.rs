@@ -92,7 +92,7 @@ impl AdminService {
             .propose(envelope)
             .await?
             .into_result()
-            .map_err(|rejection| rejected(&rejection))
+            .map_err(|rejection| rejected(&self.state(), &rejection))
     }
 }
 
@@ -141,7 +141,7 @@ pub(super) fn node_named<'s>(state: &'s ClusterState, text: &str) -> Result<&'s 
     let name = name(text.strip_prefix("node/").unwrap_or(text))?;
     state
         .node_named(&name)
-        .ok_or_else(|| not_found("node", name.as_str()))
+        .ok_or_else(|| not_found(state, "node", name.as_str()))
 }
 
 /// The machine of that name.
@@ -150,7 +150,7 @@ pub(super) fn vm_named<'s>(
     text: &str,
 ) -> Result<&'s cluster_model::Vm, Status> {
     let text = text.strip_prefix("vm/").unwrap_or(text);
-    views::vm_named(state, text).ok_or_else(|| not_found("vm", text))
+    views::vm_named(state, text).ok_or_else(|| not_found(state, "vm", text))
 }
 
 /// The volume of that name.
@@ -158,7 +158,7 @@ pub(super) fn volume_named<'s>(state: &'s ClusterState, text: &str) -> Result<&'
     let name = name(text.strip_prefix("volume/").unwrap_or(text))?;
     state
         .volume_named(&name)
-        .ok_or_else(|| not_found("volume", name.as_str()))
+        .ok_or_else(|| not_found(state, "volume", name.as_str()))
 }
 
 /// The migration with that id.
@@ -167,7 +167,7 @@ pub(super) fn migration_named<'s>(
     text: &str,
 ) -> Result<&'s cluster_model::Migration, Status> {
     let text = text.strip_prefix("migration/").unwrap_or(text);
-    views::parse_migration(state, text).ok_or_else(|| not_found("migration", text))
+    views::parse_migration(state, text).ok_or_else(|| not_found(state, "migration", text))
 }
 
 /// Writes the methods that only hand on.

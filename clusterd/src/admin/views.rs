@@ -10,6 +10,9 @@ use proto::admin::{
 };
 use proto::monitor::{MigrationStage, MonitorStatus, Phase};
 
+use tonic::Status;
+
+use super::error::{invalid, not_found};
 use super::soft::Soft;
 
 /// A node as `node list` shows it.
@@ -125,6 +128,12 @@ pub fn vm(state: &ClusterState, soft: &Soft, vm: &Vm) -> VmView {
     }
 }
 
+/// The ceiling of the blackout of a machine's moves, ms: its own, else the cluster's.
+pub fn downtime_max_ms(state: &ClusterState, vm: &Vm) -> u64 {
+    let own = vm.spec.downtime_max_ms;
+    u64::from(own.unwrap_or(state.settings.downtime_max_ms))
+}
+
 /// A machine's state in one word: what should be, what the log says, what its monitor says.
 fn vm_state(state: &ClusterState, vm: &Vm, monitor: Option<&MonitorStatus>) -> &'static str {
     let Some(owner) = vm.ownership.owner else {
@@ -156,7 +165,8 @@ fn vm_state(state: &ClusterState, vm: &Vm, monitor: Option<&MonitorStatus>) -> &
     }
 }
 
-fn ownership_cause(cause: OwnershipCause) -> &'static str {
+/// Why an owner is the owner, in words.
+pub fn ownership_cause(cause: OwnershipCause) -> &'static str {
     match cause {
         OwnershipCause::Created => "created",
         OwnershipCause::Start => "start",
@@ -238,7 +248,7 @@ pub fn migration(state: &ClusterState, soft: &Soft, migration: &Migration) -> Mi
         from: state.node_label(migration.from),
         to: state.node_label(migration.to),
         cause: match migration.cause {
-            MigrationCause::Asked => "asked for".to_owned(),
+            MigrationCause::Asked => "by hand".to_owned(),
             MigrationCause::Drain(node) => format!("drain of {}", state.node_label(node)),
             MigrationCause::Balance => "balance".to_owned(),
             MigrationCause::Failback(node) => format!("fail-back to {}", state.node_label(node)),
@@ -390,40 +400,47 @@ pub fn object_label(state: &ClusterState, object: Object) -> String {
     }
 }
 
-/// The object that a person means by `vm/db-1`, `node/n1`, `volume/vol-a`, `migration/m-12`, `cluster`.
+/// The object that a person means by `vm/db-1`, `node/n1`, `volume/vol-a`, `migration/m-12`, `cluster`, or a
+/// bare name: a machine's, else a node's, a migration's, a volume's.
 ///
 /// # Errors
-/// A sentence that says what would be right.
-pub fn parse_object(state: &ClusterState, text: &str) -> Result<Object, String> {
+/// There is none; says what was probably meant.
+pub fn parse_object(state: &ClusterState, text: &str) -> Result<Object, Status> {
     if text == "cluster" {
         return Ok(Object::Cluster);
     }
-    let Some((kind, name)) = text.split_once('/') else {
-        return Err(format!(
-            "`{text}` names nothing; write vm/NAME, node/NAME, volume/NAME, migration/ID or cluster"
-        ));
+    let node = |text: &str| {
+        let name = Name::new(text).ok()?;
+        state.node_named(&name).map(|node| Object::Node(node.id))
     };
-    let named = || Name::new(name).map_err(|error| error.to_string());
-    let unknown = || format!("there is no {kind} {name}; try: clusterctl {kind} list");
-    match kind {
-        "vm" => vm_named(state, name)
-            .map(|vm| Object::Vm(vm.id))
-            .ok_or_else(unknown),
-        "node" => state
-            .node_named(&named()?)
-            .map(|node| Object::Node(node.id))
-            .ok_or_else(unknown),
-        "volume" => state
-            .volume_named(&named()?)
+    let volume = |text: &str| {
+        let name = Name::new(text).ok()?;
+        state
+            .volume_named(&name)
             .map(|volume| Object::Volume(volume.id))
-            .ok_or_else(unknown),
-        "migration" => parse_migration(state, name)
-            .map(|migration| Object::Migration(migration.id))
-            .ok_or_else(unknown),
-        other => Err(format!(
-            "`{other}` is no kind of object; use vm, node, volume, migration or cluster"
-        )),
-    }
+    };
+    let vm = |text: &str| vm_named(state, text).map(|vm| Object::Vm(vm.id));
+    let migration =
+        |text: &str| parse_migration(state, text).map(|migration| Object::Migration(migration.id));
+    let Some((kind, name)) = text.split_once('/') else {
+        return vm(text)
+            .or_else(|| node(text))
+            .or_else(|| migration(text))
+            .or_else(|| volume(text))
+            .ok_or_else(|| not_found(state, "vm", text));
+    };
+    let found = match kind {
+        "vm" => vm(name),
+        "node" => node(name),
+        "volume" => volume(name),
+        "migration" => migration(name),
+        other => {
+            return Err(invalid(format!(
+                "`{other}` is no kind of object; use vm, node, volume, migration or cluster"
+            )));
+        }
+    };
+    found.ok_or_else(|| not_found(state, kind, name))
 }
 
 /// The machine of that name, or numbered `vm-12`.

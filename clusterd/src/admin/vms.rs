@@ -15,6 +15,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 
 use super::error::{invalid, rejected, status};
+use super::predict::Basis;
 use super::service::{AdminService, Answers, Asked, asked, name, node_named, vm_named};
 use super::views;
 
@@ -22,15 +23,6 @@ use super::views;
 const SPEC_BYTES_MAX: usize = 64 * 1024;
 /// Typed input that waits for a console at most.
 const CONSOLE_QUEUE: usize = 256;
-/// What a migration is expected to move a second, for predictions before it has measured anything.
-pub(super) const PREDICTED_BYTES_S: u64 = 800 << 20;
-/// What a migration costs besides its memory: setup, handover.
-pub(super) const PREDICTED_OVERHEAD_MS: u64 = 300;
-
-/// How long the migration of a machine of that size will take, ms.
-pub(super) fn predicted_ms(memory_mib: u64) -> u64 {
-    PREDICTED_OVERHEAD_MS + (memory_mib << 20) * 1_000 / PREDICTED_BYTES_S
-}
 
 impl AdminService {
     pub(super) async fn vm_create(&self, request: VmCreateRequest) -> Result<VmReply, Status> {
@@ -44,6 +36,7 @@ impl AdminService {
         }
         let spec: VmSpec = serde_json::from_str(&request.spec_json)
             .map_err(|error| invalid(format!("the machine's spec is malformed: {error}")))?;
+        self.fits_some_node(&spec)?;
         let mut images = BTreeMap::new();
         for (number, path) in request.images {
             let number =
@@ -82,6 +75,28 @@ impl AdminService {
         }
     }
 
+    /// Refuses a machine that is larger than every node: it could never run. One that only waits for room
+    /// is let in.
+    fn fits_some_node(&self, spec: &VmSpec) -> Result<(), Status> {
+        let state = self.cluster_state()?;
+        let largest = state
+            .nodes
+            .values()
+            .filter(|node| node.role != cluster_model::NodeRole::Witness)
+            .max_by_key(|node| node.facts.memory_mib);
+        match largest {
+            Some(node) if node.facts.memory_mib < spec.memory_mib => Err(status(
+                Code::ResourceExhausted,
+                "E-ROOM",
+                format!(
+                    "{} MiB of memory fit on no node: the largest, {}, offers {} MiB; give it less, or add a node: clusterctl node add",
+                    spec.memory_mib, node.name, node.facts.memory_mib
+                ),
+            )),
+            _ => Ok(()),
+        }
+    }
+
     async fn vm_reply(&self, id: VmId) -> Result<VmReply, Status> {
         let soft = self.backend.soft().await;
         let state = self.state();
@@ -105,21 +120,33 @@ impl AdminService {
     }
 
     pub(super) async fn vm_start(&self, request: VmStartRequest) -> Result<VmReply, Status> {
-        self.desire(asked(request.change)?, &request.name, Desired::Running)
+        let change = asked(request.change)?;
+        self.desire(change, &request.name, Desired::Running, false)
             .await
     }
 
     pub(super) async fn vm_stop(&self, request: VmStopRequest) -> Result<VmReply, Status> {
-        // The monitor stops the processors, drains and flushes the disks; there is no gentler way for a
-        // guest without a power button, and --force asks for the same.
-        self.desire(asked(request.change)?, &request.name, Desired::Stopped)
+        // The monitor stops the processors, then drains and flushes the disks; forced, it does not wait
+        // for them: the way out where the storage does not answer.
+        let change = asked(request.change)?;
+        self.desire(change, &request.name, Desired::Stopped, request.force)
             .await
     }
 
-    async fn desire(&self, change: Asked, text: &str, desired: Desired) -> Result<VmReply, Status> {
+    async fn desire(
+        &self,
+        change: Asked,
+        text: &str,
+        desired: Desired,
+        forced: bool,
+    ) -> Result<VmReply, Status> {
         let vm = vm_named(&*self.cluster_state()?, text)?.id;
-        self.propose(&change, Command::SetDesired { vm, desired })
-            .await?;
+        let command = Command::SetDesired {
+            vm,
+            desired,
+            forced,
+        };
+        self.propose(&change, command).await?;
         self.vm_reply(vm).await
     }
 
@@ -168,7 +195,7 @@ impl AdminService {
         let from = vm
             .ownership
             .owner
-            .ok_or_else(|| rejected(&cluster_model::Rejection::NotRunning { vm: vm.id }))?;
+            .ok_or_else(|| rejected(&state, &cluster_model::Rejection::NotRunning { vm: vm.id }))?;
         let (to, why) = match request.to.as_str() {
             "" => self.best_destination(&state, &vm, from).await?,
             text => (node_named(&state, text)?.id, Why::rule("asked for by name")),
@@ -180,25 +207,26 @@ impl AdminService {
                 migration: migration.id,
             }
         });
-        let mut reply = VmMigrateReply {
-            migration: None,
-            checks: checks(preflight.as_ref().err().or(open.as_ref())),
-            predicted_ms: predicted_ms(vm.spec.memory_mib),
-            predicted_blackout_ms: u64::from(
-                vm.spec
-                    .downtime_max_ms
-                    .unwrap_or(state.settings.downtime_max_ms),
-            ),
-        };
-        if request.dry_run {
-            return Ok(reply);
-        }
-        preflight.map_err(|rejection| rejected(&rejection))?;
         let options = MigrationOptions {
             channels: request.channels.min(16),
             bandwidth_max_bytes_s: request.bandwidth_max_bytes_s,
             downtime_max_ms: request.downtime_max_ms.min(60_000),
         };
+        let basis = Basis::of(&state, Some(vm.id)).capped(options.bandwidth_max_bytes_s);
+        let mut reply = VmMigrateReply {
+            migration: None,
+            checks: checks(&state, preflight.as_ref().err().or(open.as_ref())),
+            predicted_ms: basis.predicted_ms(vm.spec.memory_mib),
+            predicted_blackout_ms: match options.downtime_max_ms {
+                0 => views::downtime_max_ms(&state, &vm),
+                asked => u64::from(asked),
+            },
+            predicted_from: basis.words(),
+        };
+        if request.dry_run {
+            return Ok(reply);
+        }
+        preflight.map_err(|rejection| rejected(&state, &rejection))?;
         let command = Command::QueueMigration {
             vm: vm.id,
             to,
@@ -224,9 +252,10 @@ impl AdminService {
         let state = self.cluster_state()?;
         let vm = vm_named(&state, &first.name)?;
         if vm.ownership.owner.is_none() {
-            return Err(rejected(&cluster_model::Rejection::NotRunning {
-                vm: vm.id,
-            }));
+            return Err(rejected(
+                &state,
+                &cluster_model::Rejection::NotRunning { vm: vm.id },
+            ));
         }
         let (typed, queue) = mpsc::channel(CONSOLE_QUEUE);
         let output = self.backend.console(vm.id, queue).await?;
@@ -264,7 +293,10 @@ impl AdminService {
 }
 
 /// Preflight's checks, in their order; those after the first failure were not reached.
-fn checks(failed: Option<&cluster_model::Rejection>) -> Vec<Check> {
+fn checks(
+    state: &cluster_model::ClusterState,
+    failed: Option<&cluster_model::Rejection>,
+) -> Vec<Check> {
     use cluster_model::Rejection as R;
     const NAMES: [&str; 8] = [
         "running",
@@ -294,7 +326,9 @@ fn checks(failed: Option<&cluster_model::Rejection>) -> Vec<Check> {
             name: (*name).to_owned(),
             passed: position != Some(number),
             detail: if position == Some(number) {
-                failed.map(ToString::to_string).unwrap_or_default()
+                failed
+                    .map(|rejection| rejection.in_words(state))
+                    .unwrap_or_default()
             } else {
                 String::new()
             },

@@ -194,7 +194,11 @@ fn check_probe(url: &str, cluster_id: &str, probe: &VolumeProbe) -> Result<(), S
         return Err(status(
             Code::FailedPrecondition,
             "E-VOLUME",
-            format!("{url} cannot be reached: {}", probe.error),
+            // The client's error names the volume by itself where it knows it.
+            match probe.error.strip_prefix(url) {
+                Some(rest) => format!("{url} cannot be reached{rest}"),
+                None => format!("{url} cannot be reached: {}", probe.error),
+            },
         ));
     }
     if !probe.owner_cluster_id.is_empty() && probe.owner_cluster_id != cluster_id {

@@ -92,7 +92,7 @@ impl Flow {
             Act::DiscardIncoming { nonce, .. } => {
                 self.end(*nonce, "its migration was aborted").await
             }
-            Act::StopGuest { vm, token } => self.stop_guest(*vm, *token).await,
+            Act::StopGuest { vm, token, forced } => self.stop_guest(*vm, *token, *forced).await,
             Act::Rekey {
                 vm,
                 expects,
@@ -389,7 +389,7 @@ impl Flow {
         }
     }
 
-    async fn stop_guest(&self, vm: VmId, token: Token) -> Result<(), ActError> {
+    async fn stop_guest(&self, vm: VmId, token: Token, forced: bool) -> Result<(), ActError> {
         let Some(monitor) = self
             .member
             .monitors
@@ -402,7 +402,7 @@ impl Flow {
             return Ok(());
         };
         let nonce = monitor.nonce();
-        monitor.stop(token, false).await?;
+        monitor.stop(token, forced).await?;
         let deadline = tokio::time::Instant::now() + STOP_PATIENCE;
         while self.is_running(nonce) {
             if tokio::time::Instant::now() >= deadline {

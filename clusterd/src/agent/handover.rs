@@ -278,6 +278,7 @@ impl Flow {
             reason: reason.to_owned(),
         })
         .await?;
+        metrics::counter!("clusterd_migration_failed_total", "phase" => "active").increment(1);
         failpoint::reach("agent.after_abort").await?;
         Ok(())
     }

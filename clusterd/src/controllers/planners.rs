@@ -138,7 +138,7 @@ fn count(state: &ClusterState, command: &Command) {
                 .get(migration)
                 .is_some_and(|known| known.state == MigrationState::Queued);
             let phase = if queued { "queued" } else { "active" };
-            metrics::counter!("clusterd_migration_aborts_total", "phase" => phase).increment(1);
+            metrics::counter!("clusterd_migration_failed_total", "phase" => phase).increment(1);
         }
         _ => {}
     }

@@ -298,7 +298,8 @@ impl<M: Machine> RaftHandle<M> {
             Ok(written) => {
                 let took = begun.elapsed();
                 self.inner.latency.record(took);
-                metrics::histogram!("baton_raft_commit_seconds").record(took.as_secs_f64());
+                metrics::histogram!("clusterd_raft_commit_duration_seconds")
+                    .record(took.as_secs_f64());
                 Ok((written.log_id.index, written.data.0))
             }
             Err(RaftError::Fatal(fatal)) => Err(stopped(&fatal)),

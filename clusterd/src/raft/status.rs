@@ -83,9 +83,6 @@ pub(super) fn watch_leadership<M: Machine>(raft: Raft<M>) -> watch::Receiver<Lea
         while metrics.changed().await.is_ok() {
             let changes = published.borrow().changes;
             let next = read(&metrics.borrow_watched(), changes, &mut last_seen);
-            metrics::gauge!("baton_raft_term").set(next.term as f64);
-            metrics::gauge!("baton_raft_leader").set(f64::from(u8::from(next.is_me)));
-            metrics::gauge!("baton_raft_leader_changes").set(next.changes as f64);
             published.send_if_modified(|current| {
                 let differs = *current != next;
                 *current = next;

@@ -275,6 +275,7 @@ async fn a_machine_starts_moves_live_and_stops() {
         .propose(Command::SetDesired {
             vm,
             desired: Desired::Stopped,
+            forced: false,
         })
         .await;
     scene
