@@ -400,6 +400,9 @@ pub struct Vm {
     /// Whether it is to stop at once: writes that are not on disk yet are left behind.
     #[serde(default)]
     pub stop_forced: bool,
+    /// Its oldest token: a disk file under an older one is not its own.
+    #[serde(default)]
+    pub first_token: Token,
 }
 
 /// One lease: the right to use a disk under the owner's token.

@@ -151,6 +151,14 @@ pub enum BrokerError {
         /// What the server said.
         why: String,
     },
+    /// The storage refuses the machine's disks whatever the token.
+    #[error("the disks of {vm} cannot be claimed: {why}")]
+    ClaimRefused {
+        /// The machine.
+        vm: VmId,
+        /// What the server said.
+        why: String,
+    },
     /// The machine's record names a volume that there is not.
     #[error("{vm} has a disk on volume `{volume}`, which the cluster does not know")]
     NoVolume {
@@ -265,8 +273,8 @@ impl Broker {
     /// Claims every file of a machine for `token`, each once.
     ///
     /// # Errors
-    /// [`BrokerError::Burnt`] for anything but an acknowledgement by every file: the token must not be
-    /// claimed again.
+    /// [`BrokerError::Burnt`] or [`BrokerError::ClaimRefused`] for anything but an acknowledgement by every
+    /// file: the token must not be claimed again.
     pub async fn claim(
         &self,
         state: &ClusterState,
@@ -291,6 +299,12 @@ impl Broker {
                 })
                 .await
                 .map_err(|error| burnt(error.to_string()))?;
+            if reply.refused {
+                return Err(BrokerError::ClaimRefused {
+                    vm: vm.id,
+                    why: reply.error,
+                });
+            }
             if !reply.acknowledged {
                 return Err(burnt(reply.error));
             }
@@ -332,6 +346,11 @@ impl Broker {
             .await?;
         if reply.ok {
             Ok(())
+        } else if reply.refused {
+            Err(BrokerError::ClaimRefused {
+                vm: vm.id,
+                why: reply.error,
+            })
         } else {
             Err(BrokerError::Burnt {
                 vm: vm.id,
@@ -341,7 +360,8 @@ impl Broker {
         }
     }
 
-    /// Makes the disk files of a machine under `token`; those that an earlier try made are kept.
+    /// Makes the disk files of a machine under `token`; those that an earlier try made are kept,
+    /// those that it began are begun anew.
     ///
     /// # Errors
     /// When the server or an image refuses.
@@ -358,21 +378,13 @@ impl Broker {
                 size_bytes: disk.size_bytes,
                 token: token.0,
                 image: vm.images.get(&number).cloned().unwrap_or_default(),
+                since: vm.first_token.0,
+                settle_ms: state.settle_ms(vm),
             };
-            let made = self
-                .call("make a disk", CREATE_TIMEOUT, |mut client| async move {
-                    client.create_disk(request).await
-                })
-                .await;
-            match made {
-                Ok(_) => {}
-                Err(BrokerError::Refused { status, .. })
-                    if status.code() == tonic::Code::AlreadyExists =>
-                {
-                    tracing::info!(vm = %vm.id, path = disk.path, "the disk is there already");
-                }
-                Err(error) => return Err(error),
-            }
+            self.call("make a disk", CREATE_TIMEOUT, |mut client| async move {
+                client.create_disk(request).await
+            })
+            .await?;
         }
         Ok(())
     }
@@ -387,6 +399,7 @@ impl Broker {
                 volume: file.volume,
                 path: file.path,
                 token: vm.ownership.token.0,
+                since: vm.first_token.0,
             };
             let deleted = self
                 .call("delete a disk", CALL_TIMEOUT, |mut client| async move {

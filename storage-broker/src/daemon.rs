@@ -22,6 +22,9 @@ const FILES_MAX: usize = 256;
 /// Requests under way may go on for so long when the daemon is asked to stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// The longest wait for late writes that a request may ask for.
+const SETTLE_MAX: Duration = Duration::from_secs(120);
+
 /// How the daemon is started.
 #[derive(Clone, Debug, clap::Args)]
 pub struct ServeArgs {
@@ -249,6 +252,12 @@ impl Broker for BrokerService {
             path: path(&request.path)?,
             size_bytes: request.size_bytes,
             token: token(request.token)?,
+            since: if request.since == 0 {
+                token(request.token)?
+            } else {
+                token(request.since)?
+            },
+            settle: Duration::from_millis(u64::from(request.settle_ms)).min(SETTLE_MAX),
             image: (!request.image.is_empty()).then(|| request.image.into()),
         };
         self.store
@@ -267,7 +276,7 @@ impl Broker for BrokerService {
         let (volume, path) = (volume(request.volume)?, path(&request.path)?);
         let token = token(request.token)?;
         self.store
-            .delete_disk(&volume, &path, token)
+            .delete_disk(&volume, &path, token, Token(request.since))
             .await
             .map_err(to_status)?;
         tracing::info!(volume = %volume.url, %path, %token, "deleted");
@@ -314,6 +323,7 @@ impl Broker for BrokerService {
         }
         Ok(Response::new(wire::ClaimReply {
             acknowledged: result.is_ok(),
+            refused: result.as_ref().is_err_and(VolumeError::is_for_good),
             error: result
                 .err()
                 .map(|error| error.to_string())
@@ -334,6 +344,7 @@ impl Broker for BrokerService {
         }
         Ok(Response::new(wire::VerifyAndCommitReply {
             ok: result.is_ok(),
+            refused: result.as_ref().is_err_and(VolumeError::is_for_good),
             error: result
                 .err()
                 .map(|error| error.to_string())

@@ -74,6 +74,8 @@ pub enum ClaimError {
         path: String,
         /// What was said.
         why: String,
+        /// Whether it would refuse every other token, too.
+        for_good: bool,
     },
     /// The server may have done it, or may yet do it.
     #[error("the claim of {token} on `{path}` has no certain answer: {why}")]
@@ -126,6 +128,8 @@ async fn claim_one(file: &Claimed, token: Token) -> Result<(), ClaimError> {
             token,
             path,
             why: format!("{error}; {}", claim_advice(status)),
+            // JUKEBOX: not now (RFC 1813, section 2.6).
+            for_good: status != Status::NFS3ERR_JUKEBOX,
         }),
         Err(error) if error.is_unknown() => Err(ClaimError::Unknown {
             token,
@@ -136,6 +140,7 @@ async fn claim_one(file: &Claimed, token: Token) -> Result<(), ClaimError> {
             token,
             path,
             why: error.to_string(),
+            for_good: false,
         }),
     }
 }
@@ -146,6 +151,7 @@ fn claim_advice(status: Status) -> &'static str {
             "the file must belong to the broker's uid, and the export must keep uids and groups as they are (no all_squash)"
         }
         Status::NFS3ERR_STALE | Status::NFS3ERR_NOENT => "the file is gone",
+        Status::NFS3ERR_NOSPC | Status::NFS3ERR_DQUOT => "free space on the volume",
         Status::NFS3ERR_ROFS => "export the volume read-write",
         _ => "see the server's log",
     }

@@ -105,8 +105,12 @@ pub struct NewDisk {
     pub path: DiskPath,
     /// Its size.
     pub size_bytes: u64,
-    /// Its first token.
+    /// The token that its machine is under now.
     pub token: Token,
+    /// The oldest token that its machine ever had: what is under it or a later one is the machine's own.
+    pub since: Token,
+    /// How long writes of an earlier try, on another node, may still be on their way.
+    pub settle: std::time::Duration,
     /// A raw image of this host to copy in.
     pub image: Option<std::path::PathBuf>,
 }
@@ -201,16 +205,18 @@ impl Store {
         }
     }
 
-    /// Deletes a disk, unless it is under a newer token. One that is not there is deleted already.
+    /// Deletes a disk, unless it is under a newer token. One that is not there is deleted already; one
+    /// under a token older than `since` was another machine's and is left alone.
     pub async fn delete_disk(
         &self,
         volume: &VolumeRef,
         path: &DiskPath,
         token: Token,
+        since: Token,
     ) -> Result<(), VolumeError> {
         match self.open(volume) {
-            Open::Nfs(open) => open.delete_disk(path, token).await,
-            Open::Dir(open) => open.delete_disk(path, token).await,
+            Open::Nfs(open) => open.delete_disk(path, token, since).await,
+            Open::Dir(open) => open.delete_disk(path, token, since).await,
         }
     }
 
@@ -296,6 +302,8 @@ enum Existing {
     Done,
     /// Its making was interrupted.
     GoOn,
+    /// Its making was interrupted under an older token of the same machine.
+    TakeOver,
     /// It is something else, which must not be touched.
     Foreign(&'static str),
 }
@@ -311,10 +319,14 @@ fn judge_existing(
 ) -> Existing {
     if !ours {
         Existing::Foreign("it does not belong to this cluster's broker")
-    } else if token != Some(wanted.token) {
-        Existing::Foreign("it is under another token")
-    } else if !finished {
+    } else if token.is_none_or(|token| token < wanted.since) {
+        Existing::Foreign("it is under a token that this machine never had")
+    } else if token > Some(wanted.token) {
+        Existing::Foreign("it is under a newer token")
+    } else if !finished && token == Some(wanted.token) {
         Existing::GoOn
+    } else if !finished {
+        Existing::TakeOver
     } else if size_bytes != wanted.size_bytes {
         Existing::Foreign("it has another size")
     } else {
@@ -332,6 +344,8 @@ mod tests {
             path: "d.raw".parse().unwrap(),
             size_bytes: 100,
             token: Token(7),
+            since: Token(5),
+            settle: std::time::Duration::ZERO,
             image: None,
         };
         let foreign = |existing| matches!(existing, Existing::Foreign(_));
@@ -344,6 +358,20 @@ mod tests {
             judge_existing(true, false, 3, ours, &wanted),
             Existing::GoOn
         );
+        for earlier in [Some(Token(5)), Some(Token(6))] {
+            assert_eq!(
+                judge_existing(true, true, 100, earlier, &wanted),
+                Existing::Done
+            );
+            assert_eq!(
+                judge_existing(true, false, 100, earlier, &wanted),
+                Existing::TakeOver
+            );
+        }
+        for finished in [false, true] {
+            let older = Some(Token(4));
+            assert!(foreign(judge_existing(true, finished, 100, older, &wanted)));
+        }
         assert!(foreign(judge_existing(true, true, 99, ours, &wanted)));
         assert!(foreign(judge_existing(
             true,

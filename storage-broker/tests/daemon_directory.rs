@@ -119,6 +119,7 @@ async fn an_image_is_copied_in_and_a_bad_one_leaves_nothing_behind() {
         size_bytes,
         token: 1,
         image: image.display().to_string(),
+        ..Default::default()
     };
     let create = async |daemon: &mut Daemon, image: &std::path::Path, size_bytes| {
         daemon
@@ -175,6 +176,7 @@ async fn another_clusters_volume_is_left_alone() {
         size_bytes: MIB,
         token: 1,
         image: String::new(),
+        ..Default::default()
     };
     assert_eq!(
         daemon.client.create_disk(request).await.unwrap_err().code(),

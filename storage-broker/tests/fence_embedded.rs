@@ -222,6 +222,7 @@ async fn an_image_is_copied_in_sparsely_and_an_interrupted_copy_begins_anew() {
         size_bytes: 4 * MIB,
         token: 1,
         image: image.path().display().to_string(),
+        ..Default::default()
     };
     daemon.client.create_disk(request.clone()).await.unwrap();
     daemon.client.create_disk(request).await.unwrap();

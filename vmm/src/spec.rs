@@ -134,8 +134,13 @@ pub enum SpecError {
         source: std::io::Error,
     },
     /// It is no JSON of this kind.
-    #[error("the machine file is malformed: {0}")]
-    Malformed(#[from] serde_json::Error),
+    #[error("the machine file {} is malformed: {problem}", path.display())]
+    Malformed {
+        /// Where.
+        path: PathBuf,
+        /// What is wrong, and where in it.
+        problem: String,
+    },
     /// A value is out of its range.
     #[error("the machine file's `{field}` is not usable: {problem}")]
     Field {
@@ -178,7 +183,11 @@ impl ValidatedSpec {
         file.take(FILE_BYTES_MAX)
             .read_to_string(&mut text)
             .map_err(error)?;
-        ValidatedSpec::new(serde_json::from_str(&text)?)
+        let file = serde_json::from_str(&text).map_err(|error| SpecError::Malformed {
+            path: path.into(),
+            problem: error.to_string(),
+        })?;
+        ValidatedSpec::new(file)
     }
 
     /// Checks a file's contents.
@@ -398,7 +407,7 @@ mod tests {
     }
 
     fn check(value: Value) -> Result<ValidatedSpec, SpecError> {
-        ValidatedSpec::new(serde_json::from_value(value)?)
+        ValidatedSpec::new(serde_json::from_value(value).unwrap())
     }
 
     #[test]
@@ -453,7 +462,14 @@ mod tests {
     fn an_unknown_field_is_refused() {
         let mut file = good();
         file["surprise"] = json!(1);
-        assert!(matches!(check(file), Err(SpecError::Malformed(_))));
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("machine.json");
+        std::fs::write(&path, file.to_string()).unwrap();
+        let error = ValidatedSpec::read(&path).unwrap_err().to_string();
+        assert!(
+            error.contains("machine.json") && error.contains("surprise"),
+            "{error}"
+        );
     }
 
     #[test]

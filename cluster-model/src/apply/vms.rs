@@ -73,6 +73,7 @@ impl ClusterState {
                 home: None,
                 failed_on: BTreeSet::new(),
                 stop_forced: false,
+                first_token: token,
             },
         );
         self.note(

@@ -169,7 +169,7 @@ impl AdminService {
         let (index, _) = self
             .propose(&change, Command::DeleteVm { vm: vm.id })
             .await?;
-        if !request.keep_disks && vm.disks_made {
+        if !request.keep_disks {
             let broker = self.backend.broker()?;
             if let Err(error) = broker.delete_disks(&state, &vm).await {
                 return Err(status(

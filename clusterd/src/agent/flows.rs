@@ -335,7 +335,10 @@ impl Flow {
             .map_or(0, |usage| usage.write_latency_p999_us);
         let claim = match self.claim_and_settle(vm, token, settle, latency_us).await {
             Ok(claim) => claim,
-            Err(ActError::Broker(error @ BrokerError::Burnt { .. })) => {
+            // A guest that waits does so until its disks can be claimed again.
+            Err(ActError::Broker(
+                error @ (BrokerError::Burnt { .. } | BrokerError::ClaimRefused { .. }),
+            )) => {
                 tracing::warn!(vm = %id, %error, "the token is burnt");
                 return Ok(());
             }

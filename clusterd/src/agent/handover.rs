@@ -238,6 +238,8 @@ impl Flow {
                 self.learn(Learnt::Claimed(id, reserved));
                 Ok(())
             }
+            // The token counts as burnt; the source has it decided who runs.
+            Err(BrokerError::ClaimRefused { why, .. }) => self.abort(migration, &why).await,
             // The next decision renews the token.
             Err(error @ BrokerError::Burnt { .. }) => {
                 tracing::warn!(vm = %id, %error, "the reserved token is burnt");

@@ -104,6 +104,7 @@ impl Export {
         let Contents {
             export_id,
             mut records,
+            written,
         } = journal::read(&own)?;
         let metadata = std::fs::symlink_metadata(&root).map_err(at(&root))?;
         let mut tree = Tree::default();
@@ -127,6 +128,7 @@ impl Export {
         let contents = Contents {
             export_id,
             records: records.collect(),
+            written,
         };
         let journal = Journal::begin(&own, contents)?;
         Ok(Export {

@@ -8,18 +8,22 @@
 //! the server's back is not taken for it. The last record of an inode holds. One thread writes:
 //! it takes all that is waiting, writes it at once, syncs once, and only then answers. At start,
 //! and when most of the journal is history, it is written anew (temporary file, sync, rename, sync
-//! of the directory). A crash can tear only the last batch, of which nothing was acknowledged: a bad
+//! of the directory). Room for the next records is reserved ahead, so that a full volume can still
+//! pass from owner to owner. A crash can tear only the last batch, of which nothing was acknowledged: a bad
 //! record after which another batch begins is damage of another kind, and the server refuses to
 //! start, because a lost record might be a lost fence.
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
 mod record;
+
+use nix::fcntl::{FallocateFlags, fallocate};
 
 use record::{
     Entry, RECORD_BYTES, VERSION, begins_batch, decode, decode_header, encode, encode_header,
@@ -35,7 +39,11 @@ const BATCH_MAX: usize = 256;
 /// The journal is written anew when it has this many records and four times as many as there are files.
 const REWRITE_RECORDS_MIN: usize = 1 << 16;
 
+/// Room held ahead of the last record.
+const RESERVE_BYTES: u64 = 1 << 20;
+
 const FILE: &str = "attributes";
+const NEW_FILE: &str = "attributes.new";
 
 /// Why the record of owners cannot be kept.
 #[derive(Debug, thiserror::Error)]
@@ -82,6 +90,8 @@ pub(super) struct Contents {
     /// Drawn when the journal was first made; part of every handle.
     pub(super) export_id: u128,
     pub(super) records: HashMap<u64, Record>,
+    /// Good records in the file, history included; `None` when there was no file.
+    pub(super) written: Option<usize>,
 }
 
 /// A handle on the journal's thread. Dropping it waits for what is under way.
@@ -100,6 +110,7 @@ pub(super) fn read(directory: &Path) -> Result<Contents, JournalError> {
             return Ok(Contents {
                 export_id: rand::random(),
                 records: HashMap::new(),
+                written: None,
             });
         }
         Err(source) => return Err(JournalError::Io { path, source }),
@@ -129,22 +140,39 @@ pub(super) fn read(directory: &Path) -> Result<Contents, JournalError> {
             offset: (good + 1) * RECORD_BYTES,
         });
     }
-    Ok(Contents { export_id, records })
+    Ok(Contents {
+        export_id,
+        records,
+        written: Some(good),
+    })
 }
 
 impl Journal {
     /// Writes `contents` as the journal of `directory` and opens it for more.
     pub(super) fn begin(directory: &Path, contents: Contents) -> Result<Journal, JournalError> {
-        let file = rewrite(directory, &contents).map_err(|source| JournalError::Io {
+        let opened = match rewrite(directory, &contents) {
+            Ok(file) => Ok((file, contents.records.len())),
+            // A full volume is served all the same, with the journal that there is.
+            Err(error)
+                if is_full(&error)
+                    && let Some(written) = contents.written =>
+            {
+                tracing::warn!(%error, "no room to write the attribute journal anew; going on with the old one");
+                resume(directory, written).map(|file| (file, written))
+            }
+            Err(error) => Err(error),
+        };
+        let (file, written) = opened.map_err(|source| JournalError::Io {
             path: directory.join(FILE),
             source,
         })?;
         let (queue, waiting) = sync_channel(WAITING_MAX);
         let writer = Writer {
             directory: directory.to_owned(),
-            written: contents.records.len(),
+            written,
             contents,
             file,
+            reserved_to: 0,
             broken: false,
         };
         let thread = std::thread::Builder::new()
@@ -163,7 +191,8 @@ impl Journal {
     /// Makes a record durable, and returns when it is. Blocks; not for async tasks.
     ///
     /// # Errors
-    /// Then it is unknown whether the record holds after a restart, and every later call fails too.
+    /// Unless there was no room, which loses nothing, it is unknown then whether the record holds after a
+    /// restart, and every later call fails too.
     pub(super) fn put(&self, record: Record) -> io::Result<()> {
         let (done, reply) = sync_channel(1);
         self.send(Waiting {
@@ -207,25 +236,36 @@ struct Writer {
     file: File,
     /// Records in the file, history included.
     written: usize,
+    /// Up to where room is reserved, or was asked for in vain.
+    reserved_to: u64,
     /// After a failed write nobody knows what the disk holds.
     broken: bool,
 }
 
 impl Writer {
     fn run(mut self, queue: Receiver<Waiting>) {
+        self.reserve();
         while let Ok(first) = queue.recv() {
             let mut batch = vec![first];
             batch.extend(queue.try_iter().take(BATCH_MAX - 1));
             let result = self.write(&batch);
             if let Err(error) = &result {
-                tracing::error!(%error, "the attribute journal cannot be written; no owner, group or mode changes until the server is restarted");
+                if self.broken {
+                    tracing::error!(%error, "the attribute journal cannot be written; no owner, group or mode changes until the server is restarted");
+                } else {
+                    tracing::warn!(%error, "the attribute journal has no room; no owner, group or mode changes until there is");
+                }
             }
             for waiting in batch {
                 if let Some(done) = waiting.done {
-                    let own = result
-                        .as_ref()
-                        .map(|_| ())
-                        .map_err(|error| io::Error::other(error.to_string()));
+                    let own =
+                        result
+                            .as_ref()
+                            .map(|_| ())
+                            .map_err(|error| match error.raw_os_error() {
+                                Some(code) => io::Error::from_raw_os_error(code),
+                                None => io::Error::other(error.to_string()),
+                            });
                     let _ = done.send(own);
                 }
             }
@@ -243,7 +283,15 @@ impl Writer {
             .flat_map(|(n, waiting)| encode(&waiting.entry, n == 0))
             .collect();
         self.broken = true;
-        self.file.write_all(&bytes)?;
+        let end = self.end();
+        if let Err(error) = self.file.write_all_at(&bytes, end) {
+            // Nothing of the batch was answered: the file as it was is the truth.
+            if is_full(&error) && self.file.set_len(end).is_ok() {
+                self.reserved_to = 0;
+                self.broken = false;
+            }
+            return Err(error);
+        }
         self.file.sync_data()?;
         self.written += batch.len();
         for waiting in batch {
@@ -263,29 +311,84 @@ impl Writer {
             }
         }
         if self.written >= REWRITE_RECORDS_MIN.max(4 * self.contents.records.len()) {
-            self.file = rewrite(&self.directory, &self.contents)?;
-            self.written = self.contents.records.len();
+            match rewrite(&self.directory, &self.contents) {
+                Ok(file) => {
+                    self.file = file;
+                    self.written = self.contents.records.len();
+                    self.reserved_to = 0;
+                }
+                Err(error) if is_full(&error) => {
+                    tracing::warn!(%error, "no room to write the attribute journal anew");
+                }
+                Err(error) => return Err(error),
+            }
         }
         self.broken = false;
+        self.reserve();
         Ok(())
     }
+
+    /// Where the next record goes.
+    fn end(&self) -> u64 {
+        (self.written as u64 + 1) * RECORD_BYTES as u64
+    }
+
+    /// Holds room for what comes, where the file system can.
+    fn reserve(&mut self) {
+        let end = self.end();
+        if end + RESERVE_BYTES / 2 <= self.reserved_to {
+            return;
+        }
+        let (Ok(offset), Ok(length)) = (i64::try_from(end), i64::try_from(RESERVE_BYTES)) else {
+            return;
+        };
+        let mode = FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        match fallocate(&self.file, mode, offset, length) {
+            Ok(()) => self.reserved_to = end + RESERVE_BYTES,
+            Err(error) => {
+                tracing::debug!(%error, "no room reserved for the attribute journal");
+            }
+        }
+    }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
+}
+
+/// Opens the journal as it is, without what a crash tore.
+fn resume(directory: &Path, written: usize) -> io::Result<File> {
+    let file = OpenOptions::new().write(true).open(directory.join(FILE))?;
+    file.set_len((written as u64 + 1) * RECORD_BYTES as u64)?;
+    file.sync_all()?;
+    Ok(file)
 }
 
 /// Replaces the journal by one without history; the old one holds until the new one is durable.
 fn rewrite(directory: &Path, contents: &Contents) -> io::Result<File> {
-    let temporary = directory.join("attributes.new");
+    let temporary = directory.join(NEW_FILE);
+    replace(directory, &temporary, contents).inspect_err(|_| {
+        // Unfinished, it only takes room.
+        let _ = std::fs::remove_file(&temporary);
+    })
+}
+
+fn replace(directory: &Path, temporary: &Path, contents: &Contents) -> io::Result<File> {
     let mut bytes = encode_header(contents.export_id).to_vec();
     for record in contents.records.values() {
         bytes.extend(encode(&Entry::Put(*record), true));
     }
-    let mut file = OpenOptions::new()
+    let file = OpenOptions::new()
         .create(true)
         .write(true)
         .truncate(true)
-        .open(&temporary)?;
-    file.write_all(&bytes)?;
+        .open(temporary)?;
+    file.write_all_at(&bytes, 0)?;
     file.sync_all()?;
-    std::fs::rename(&temporary, directory.join(FILE))?;
+    std::fs::rename(temporary, directory.join(FILE))?;
     File::open(directory)?.sync_all()?;
     Ok(file)
 }

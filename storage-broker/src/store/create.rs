@@ -4,7 +4,9 @@
 //!  CREATE guarded, mode 0020, group = token ──► size ──► image, COMMIT ──► mode 0060
 //! ```
 //!
-//! The mode is the mark: a file of mode 0020 is ours to begin anew, one of mode 0060 is a disk.
+//! The mode is the mark: a file of mode 0020 is ours to begin anew, one of mode 0060 is a disk. What an
+//! earlier try left under an older token of the same machine is first claimed and let settle: writes of
+//! that try may still be on their way.
 
 use std::collections::HashSet;
 use std::sync::Mutex;
@@ -82,6 +84,22 @@ impl NfsVolume {
                 match self.existing(&client, &file, disk).await? {
                     Existing::Done => return Ok(()),
                     Existing::GoOn => file,
+                    Existing::TakeOver => {
+                        let claim = SetAttributes {
+                            gid: Some(disk.token.gid()),
+                            ..SetAttributes::default()
+                        };
+                        client
+                            .setattr(owner, &file, claim)
+                            .await
+                            .map_err(|error| self.failed(&what, error))?;
+                        tokio::time::sleep(disk.settle).await;
+                        client
+                            .setattr(owner, &file, fresh)
+                            .await
+                            .map_err(|error| self.failed(&what, error))?;
+                        file
+                    }
                     Existing::Foreign(why) => {
                         return Err(VolumeError::Exists {
                             volume: self.name.clone(),
@@ -119,14 +137,16 @@ impl NfsVolume {
         // What the server made of it: some map groups, and then the fence would not hold.
         match self.existing(&client, &file, disk).await? {
             Existing::Done => Ok(()),
-            Existing::GoOn | Existing::Foreign(_) => Err(VolumeError::BadIdentity {
-                volume: self.name.clone(),
-                problem: format!(
-                    "the server did not keep owner, group and mode of the new disk `{}`; export it \
+            Existing::GoOn | Existing::TakeOver | Existing::Foreign(_) => {
+                Err(VolumeError::BadIdentity {
+                    volume: self.name.clone(),
+                    problem: format!(
+                        "the server did not keep owner, group and mode of the new disk `{}`; export it \
                      without all_squash and id mapping",
-                    disk.path
-                ),
-            }),
+                        disk.path
+                    ),
+                })
+            }
         }
     }
 

@@ -221,7 +221,16 @@ impl DirVolume {
                 volume.begin_disk(&wanted, &what)
             })
             .await?;
-        let Some(file) = file else { return Ok(()) };
+        let Some((file, taken_over)) = file else {
+            return Ok(());
+        };
+        if taken_over {
+            // Writes of the earlier try, on another node, may still be on their way.
+            tokio::time::sleep(disk.settle).await;
+            file.set_len(0)
+                .and_then(|()| file.set_len(disk.size_bytes))
+                .map_err(self.failed("emptying an unfinished disk"))?;
+        }
         let file = std::sync::Arc::new(file);
         if let Some(image) = image {
             for offset in (0..image.size_bytes).step_by(BLOCK_BYTES) {
@@ -251,9 +260,11 @@ impl DirVolume {
         .await
     }
 
-    /// The new file, or `None` when the disk is there already.
-    fn begin_disk(&self, disk: &NewDisk, what: &str) -> Result<Option<std::fs::File>> {
+    /// The new file and whether an earlier try of another token began it, or `None` when the disk is there
+    /// already.
+    fn begin_disk(&self, disk: &NewDisk, what: &str) -> Result<Option<(std::fs::File, bool)>> {
         self.check_ours()?;
+        let mut taken_over = false;
         let record = self.record(&disk.path)?;
         if let Some(size_bytes) = self.disk_size(&disk.path)? {
             let token = record.map(|record| record.token);
@@ -261,6 +272,7 @@ impl DirVolume {
             match judge_existing(record.is_some(), finished, size_bytes, token, disk) {
                 Existing::Done => return Ok(None),
                 Existing::GoOn => {}
+                Existing::TakeOver => taken_over = true,
                 Existing::Foreign(why) => {
                     return Err(VolumeError::Exists {
                         volume: self.name.clone(),
@@ -286,7 +298,7 @@ impl DirVolume {
         let file = self.open(disk.path.as_str(), flags).map_err(&failed)?;
         file.set_len(disk.size_bytes).map_err(&failed)?;
         sync_directory(&parent).map_err(&failed)?;
-        Ok(Some(file))
+        Ok(Some((file, taken_over)))
     }
 
     /// Refuses whoever presents an older token than the disk's.
@@ -304,7 +316,12 @@ impl DirVolume {
         }
     }
 
-    pub(super) async fn delete_disk(&self, path: &DiskPath, token: Token) -> Result<()> {
+    pub(super) async fn delete_disk(
+        &self,
+        path: &DiskPath,
+        token: Token,
+        since: Token,
+    ) -> Result<()> {
         let path = path.clone();
         self.work("deleting a disk", move |volume| {
             volume.check_ours()?;
@@ -315,6 +332,9 @@ impl DirVolume {
                     path: path.clone(),
                     why: "it was not made by this cluster",
                 });
+            }
+            if record.is_some_and(|record| record.token < since) {
+                return Ok(());
             }
             let failed = volume.failed("deleting a disk");
             for name in [path.as_str(), &record_path(&path)] {

@@ -189,6 +189,21 @@ pub enum VolumeError {
 }
 
 impl VolumeError {
+    /// Whether a claim that failed so would fail under any other token too, until a person acts.
+    pub fn is_for_good(&self) -> bool {
+        match self {
+            VolumeError::ReadOnly { .. }
+            | VolumeError::Full { .. }
+            | VolumeError::Permission { .. }
+            | VolumeError::NotFound { .. }
+            | VolumeError::BadIdentity { .. } => true,
+            VolumeError::Claim(ClaimError::Refused { for_good, .. }) => *for_good,
+            // Ours by its group, and yet no disk: its mode or its owner was changed.
+            VolumeError::Verify(VerifyError::NotOurs { token, gid, .. }) => token.gid() == *gid,
+            _ => false,
+        }
+    }
+
     /// The error for what an NFS server said to the broker `uid` about `what`.
     pub(super) fn from_nfs(volume: &str, uid: u32, what: &str, source: NfsError) -> VolumeError {
         let (volume, what) = (volume.to_owned(), what.to_owned());

@@ -347,8 +347,13 @@ impl NfsVolume {
         })
     }
 
-    /// Deletes a disk that is under `token` or an older one.
-    pub(super) async fn delete_disk(&self, path: &DiskPath, token: Token) -> Result<()> {
+    /// Deletes a disk that is under `token` or an older one, but not older than `since`.
+    pub(super) async fn delete_disk(
+        &self,
+        path: &DiskPath,
+        token: Token,
+        since: Token,
+    ) -> Result<()> {
         let Some((connected, _, attributes)) = self.look(path).await? else {
             return Ok(());
         };
@@ -367,6 +372,9 @@ impl NfsVolume {
                 present,
                 offered: token,
             });
+        }
+        if Token::from_gid(attributes.gid).is_none_or(|present| present < since) {
+            return Ok(());
         }
         let (directories, name) = path.parts();
         let client = connected.client;

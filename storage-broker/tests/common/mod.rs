@@ -90,6 +90,7 @@ impl Daemon {
             size_bytes,
             token,
             image: String::new(),
+            ..Default::default()
         };
         self.client.create_disk(request).await.map(drop)
     }
@@ -141,6 +142,7 @@ impl Daemon {
             volume: Some(volume(url)),
             path: path.into(),
             token,
+            since: 0,
         };
         self.client.delete_disk(request).await.map(drop)
     }

@@ -1,0 +1,829 @@
+//! Bad input gets a clear error that says what to try, and loses nothing: flags and files, machines that
+//! cannot be, moves that cannot be, volumes that cannot be used, garbage on every port.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use proto::admin::{VmCreateRequest, VmMigrateRequest, VolumeAddRequest};
+use tests::cluster::{Machine, Setup, TestCluster};
+use tests::ctl::{Said, run};
+use tokio::io::AsyncWriteExt;
+use tokio::net::{TcpStream, UnixStream};
+use tonic::Status;
+
+fn change() -> Option<proto::admin::Change> {
+    Some(clusterctl::client::change(None, "test"))
+}
+
+/// The command must refuse, in these words, without a panic.
+fn refused(what: &str, said: &Said, words: &[&str]) -> anyhow::Result<()> {
+    ensure!(
+        said.refuses_with(words) && !said.err.contains("panicked"),
+        "{what} should be refused with {words:?}; code {}: {} {}",
+        said.code,
+        said.out,
+        said.err
+    );
+    Ok(())
+}
+
+/// The request must be refused, in these words.
+fn refused_status<T>(what: &str, result: Result<T, Status>, words: &[&str]) -> anyhow::Result<()> {
+    let Err(status) = result else {
+        anyhow::bail!("{what} should be refused");
+    };
+    let message = status.message();
+    ensure!(
+        words.iter().all(|word| message.contains(word)),
+        "{what} should be refused with {words:?}: {message}"
+    );
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn flags_and_files_that_cannot_be_are_refused_at_once() -> anyhow::Result<()> {
+    let cases: [(&[&str], &[&str]); 11] = [
+        (&["--frobnicate"], &["--frobnicate", "--help"]),
+        (&["migrte", "vm-a"], &["migrte", "migrate"]),
+        (
+            &["vm", "create", "x", "--memory", "lots"],
+            &["`lots` is not a size", "512MiB"],
+        ),
+        (
+            &["vm", "create", "x", "--memory", "4QiB"],
+            &["`qib` is not a unit", "GiB"],
+        ),
+        (
+            &["vm", "create", "x", "--disk", "vol-a"],
+            &["VOLUME:SIZE", "vol-a:40GiB"],
+        ),
+        (&["vm", "create", "x", "--cpu", "-1"], &["--help"]),
+        (&["-o", "yaml", "status"], &["yaml", "json"]),
+        (&["--timeout", "0", "status"], &["--timeout", "86400"]),
+        (
+            &["--server", "nowhere", "status"],
+            &["E-ADDRESS", "host:port"],
+        ),
+        (
+            &["--server", "127.0.0.1:1", "status"],
+            &["E-CONNECT", "nothing answers at 127.0.0.1:1", "--server"],
+        ),
+        (
+            &["--server", "/nowhere/clusterd.sock", "status"],
+            &["E-CONNECT", "/nowhere/clusterd.sock", "try:"],
+        ),
+    ];
+    for (arguments, words) in cases {
+        let said = run("clusterctl", arguments).await?;
+        refused(&format!("clusterctl {arguments:?}"), &said, words)?;
+        ensure!(said.out.is_empty(), "errors are no data: {}", said.out);
+    }
+
+    let folder = tempfile::tempdir()?;
+    let file = |name: &str, text: &[u8]| -> anyhow::Result<String> {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text)?;
+        Ok(path.display().to_string())
+    };
+    let unknown = file("unknown.toml", b"name = \"n1\"\nmemory-mb = 5\n")?;
+    let mistyped = file("mistyped.toml", b"memory-mib = \"much\"\n")?;
+    let broken = file("broken.toml", b"name = \"n1\nlisten")?;
+    let binary = file("binary.toml", &[0xff, 0xfe, 0, 1, 2])?;
+    let long = format!("/tmp/{}", "d".repeat(70));
+    let cases: [(&[&str], &[&str]); 14] = [
+        (&["--frobnicate"], &["--frobnicate", "--help"]),
+        (
+            &["--config", &unknown],
+            &["unknown.toml", "memory-mb", "memory-mib"],
+        ),
+        (
+            &["--config", &mistyped],
+            &["mistyped.toml", "memory-mib", "much"],
+        ),
+        (&["--config", &broken], &["broken.toml", "line 2"]),
+        (&["--config", &binary], &["binary.toml"]),
+        (
+            &["--config", "/nowhere.toml"],
+            &["/nowhere.toml", "No such file"],
+        ),
+        (&["--listen", "here"], &["--listen", "here"]),
+        (
+            &["--listen", "0.0.0.0:7440"],
+            &["--advertise", "every address"],
+        ),
+        (&["--migration-ports", "9-3"], &["`9-3`", "7450-7481"]),
+        (&["--memory-mib", "0"], &["--memory-mib", "at least 1 MiB"]),
+        (&["--cpus", "0"], &["--cpus", "at least 1"]),
+        (&["--data-dir", &long], &["--data-dir", "shorter path"]),
+        (&["--name", "No Name"], &["--name", "a-z"]),
+        (
+            &["--vmm", "/nowhere/vmm"],
+            &["--vmm", "no program /nowhere/vmm"],
+        ),
+    ];
+    for (arguments, words) in cases {
+        let said = run("clusterd", arguments).await?;
+        refused(&format!("clusterd {arguments:?}"), &said, words)?;
+    }
+    let garbage = file("machine.json", b"{\"vm_id\": }")?;
+    let socket = folder.path().join("s").display().to_string();
+    let said = run("vmm", &["--config", &garbage, "--control", &socket]).await?;
+    refused("vmm with a broken file", &said, &["machine.json"])?;
+    let said = run(
+        "storage-broker",
+        &["serve-nfs", "--listen", "127.0.0.1:0", "--root", "/nowhere"],
+    )
+    .await?;
+    refused("an NFS server of nothing", &said, &["/nowhere"])
+}
+
+fn spec(memory_mib: u64) -> serde_json::Value {
+    serde_json::json!({
+        "vcpus": 1,
+        "memory_mib": memory_mib,
+        "boot": { "self-check": { "working_set_mib": 8, "dirty_mib_s": 1 } },
+    })
+}
+
+/// The guest of `name` lives on where it was, under its token, and was never booted again.
+async fn unhurt(cluster: &TestCluster, before: &proto::admin::VmView) -> anyhow::Result<()> {
+    let guest = cluster.wait_progress(&before.name).await?;
+    let now = cluster.vm(&before.name).await?;
+    ensure!(
+        guest.found_at_boot == 0 && now.token == before.token && now.node == before.node,
+        "{before:?} became {now:?}"
+    );
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn machines_and_moves_that_cannot_be_are_refused_and_nothing_is_lost() -> anyhow::Result<()> {
+    if !tests::kvm_or_skip("bad_input") {
+        return Ok(());
+    }
+    let cluster = TestCluster::start(Setup {
+        memory_mib: 512,
+        ..Setup::default()
+    })
+    .await?;
+    let vm = cluster.create(&Machine::small("vm-a")).await?;
+    machines_that_cannot_be(&cluster).await?;
+    let known = cluster.ctl(&["-o", "json", "vm", "list"]).await?;
+    let known: Vec<serde_json::Value> = serde_json::from_str(&known.out)?;
+    ensure!(
+        known.len() == 1,
+        "refused machines were recorded: {known:?}"
+    );
+    unhurt(&cluster, &vm).await?;
+    moves_that_cannot_be(&cluster, &vm).await
+}
+
+async fn machines_that_cannot_be(cluster: &TestCluster) -> anyhow::Result<()> {
+    let long = "n".repeat(64);
+    let cases: [(&[&str], &[&str]); 13] = [
+        (
+            &["x", "--memory", "0"],
+            &["E-SPEC", "0 MiB; use 16 MiB to 16 TiB"],
+        ),
+        (
+            &["x", "--memory", "1000000T"],
+            &["E-ROOM", "fit on no node", "offers 512 MiB"],
+        ),
+        (&["x", "--cpu", "0"], &["E-SPEC", "use 1 to 256"]),
+        (&["x", "--cpu", "4000000000"], &["E-SPEC", "use 1 to 256"]),
+        (&["x", "--priority", "5000"], &["E-SPEC", "use 0 to 1000"]),
+        (
+            &["x", "--working-set", "4096"],
+            &["E-SPEC", "working_set", "at most"],
+        ),
+        (
+            &["x", "--disk", "vol-a:0"],
+            &["E-SPEC", "use 64 KiB to 64 TiB"],
+        ),
+        (
+            &["x", "--disk", "build:1GiB"],
+            &["build", "clusterctl volume list"],
+        ),
+        (
+            &["x", "--disk", "vol-a:1MiB:/nowhere/web.raw"],
+            &["E-IMAGE", "/nowhere/web.raw", "raw image"],
+        ),
+        (&["x", "--nic", "br0,zz:zz"], &["MAC address like 52:54:00"]),
+        (&["vm-a"], &["E-EXISTS", "`vm-a` already", "another name"]),
+        (&["VM_A"], &["E-NAME", "a-z"]),
+        (&[&long], &["E-NAME", "63"]),
+    ];
+    for (arguments, words) in cases {
+        let said = cluster
+            .ctl(&[&["vm", "create"], arguments].concat())
+            .await?;
+        refused(&format!("vm create {arguments:?}"), &said, words)?;
+    }
+    let mut strange = spec(64);
+    strange["colour"] = "red".into();
+    let huge = format!("{{\"vcpus\": 1, \"x\": \"{}\"}}", "y".repeat(70_000));
+    let good = spec(64).to_string();
+    let nobody = None;
+    let cases = [
+        (
+            "an unknown field",
+            strange.to_string(),
+            change(),
+            "",
+            &["malformed", "colour"][..],
+        ),
+        ("no JSON", "{".into(), change(), "", &["malformed"]),
+        ("a huge spec", huge, change(), "", &["65536 bytes"]),
+        ("no change", good.clone(), nobody, "", &["`change`"]),
+        (
+            "an image without a disk",
+            good,
+            change(),
+            "/etc/hostname",
+            &["image"],
+        ),
+    ];
+    for (what, spec_json, change, image, words) in cases {
+        let images = match image {
+            "" => HashMap::new(),
+            path => HashMap::from([(3, path.to_owned())]),
+        };
+        let request = VmCreateRequest {
+            change,
+            name: "x".into(),
+            spec_json,
+            images,
+            start: true,
+        };
+        let answer = cluster.api().await?.api.vm_create(request).await;
+        refused_status(what, answer, words)?;
+    }
+    Ok(())
+}
+
+async fn moves_that_cannot_be(
+    cluster: &TestCluster,
+    vm: &proto::admin::VmView,
+) -> anyhow::Result<()> {
+    let others: Vec<String> = cluster
+        .local
+        .nodes
+        .iter()
+        .map(|node| node.name.clone())
+        .filter(|name| *name != vm.node)
+        .collect();
+    let (full, free) = (&others[0], &others[1]);
+    // One of the others is filled: a machine that only fits there once its neighbour takes nothing.
+    let said = cluster.ctl(&["drain", free, "--yes"]).await?;
+    ensure!(said.code == 0, "{}", said.err);
+    let big = Machine {
+        memory_mib: 448,
+        ..Machine::small("big")
+    };
+    ensure!(cluster.create(&big).await?.node == *full);
+    let cases: [(&[&str], &[&str]); 6] = [
+        (
+            &["vm-a", "--to", &vm.node],
+            &["E-SAMENODE", "vm-a is on", "--to"],
+        ),
+        (
+            &["vm-a", "--to", "n9"],
+            &["E-NOTFOUND", "node n9", "did you mean n1?"],
+        ),
+        (
+            &["vm-z", "--to", free],
+            &["E-NOTFOUND", "vm-z", "did you mean vm-a?"],
+        ),
+        (
+            &["vm-a", "--to", full],
+            &["E-ROOM", full, "128", "node list"],
+        ),
+        (&["vm-a", "--to", free], &["E-NODE", free, "drain"]),
+        (&["vm-a"], &["E-NOPLACE", "vm-a"]),
+    ];
+    for (arguments, words) in cases {
+        let said = cluster.ctl(&[&["migrate"], arguments].concat()).await?;
+        refused(&format!("migrate {arguments:?}"), &said, words)?;
+    }
+    let said = cluster.ctl(&["uncordon", free]).await?;
+    ensure!(said.code == 0, "{}", said.err);
+
+    // A machine whose volume the other node does not have.
+    let folder = tempfile::tempdir()?;
+    let url = format!("dir:{}", folder.path().display());
+    let said = cluster
+        .ctl(&["volume", "add", "here", &url, "--nodes", &vm.node])
+        .await?;
+    ensure!(said.code == 0, "{}", said.err);
+    let said = cluster
+        .ctl(&[
+            "vm",
+            "create",
+            "local",
+            "--memory",
+            "64",
+            "--working-set",
+            "8",
+            "--disk",
+            "here:1MiB",
+        ])
+        .await?;
+    ensure!(said.code == 0, "{}", said.err);
+    let said = cluster.ctl(&["migrate", "local", "--to", free]).await?;
+    refused(
+        "a node without the volume",
+        &said,
+        &["E-VOLUME", "`here`", "volume list"],
+    )?;
+    let said = cluster.ctl(&["vm", "stop", "local"]).await?;
+    ensure!(said.code == 0, "{}", said.err);
+    let said = cluster.ctl(&["migrate", "local", "--to", free]).await?;
+    refused("a stopped machine", &said, &["E-STOPPED", "vm start"])?;
+    unhurt(cluster, vm).await?;
+
+    // A second migration while one is under way; then the first goes through.
+    let request = VmMigrateRequest {
+        change: change(),
+        name: "vm-a".into(),
+        to: free.clone(),
+        bandwidth_max_bytes_s: 16 << 20,
+        ..VmMigrateRequest::default()
+    };
+    let first = cluster.api().await?.api.vm_migrate(request).await?;
+    let id = first.into_inner().migration.context("no id")?.id;
+    let said = cluster.ctl(&["migrate", "vm-a", "--to", free]).await?;
+    refused(
+        "a second migration",
+        &said,
+        &["E-MIGRATING", "already migrating", &id, "cancel"],
+    )?;
+    let end = cluster.wait_migration(&id).await?;
+    ensure!(end.state == "cut-over", "{}", end.reason);
+    let said = cluster.ctl(&["migration", "cancel", &id]).await?;
+    refused("a cancel after the end", &said, &["E-MIGRATION", &id])?;
+    let said = cluster.ctl(&["migration", "show", "m-what"]).await?;
+    refused("no migration", &said, &["E-NOTFOUND", "migration list"])?;
+    ensure!(cluster.wait_progress("vm-a").await?.found_at_boot == 0);
+    Ok(())
+}
+
+/// An NFS server of its own on a small file system of its own, in namespaces of its own (no root needed).
+struct SmallServer {
+    child: Child,
+    url: String,
+    root: PathBuf,
+    _folder: tempfile::TempDir,
+}
+
+impl SmallServer {
+    /// Of that many MiB; `None` where this host gives ordinary users no namespaces.
+    async fn start(
+        address: IpAddr,
+        mib: u32,
+        read_only: bool,
+    ) -> anyhow::Result<Option<SmallServer>> {
+        let folder = tempfile::tempdir()?;
+        let root = folder.path().join("root");
+        std::fs::create_dir(&root)?;
+        let address = SocketAddr::new(address, 2049);
+        let remount = if read_only {
+            "mount -o remount,ro \"$0\" &&"
+        } else {
+            ""
+        };
+        let script = format!(
+            "mount -t tmpfs -o size={mib}m tmpfs \"$0\" && {remount} exec \"$1\" serve-nfs --listen {address} --root \"$0\" --export /baton"
+        );
+        let log = std::fs::File::create(folder.path().join("log"))?;
+        let child = Command::new("unshare")
+            .args(["--map-root-user", "--mount", "sh", "-c", &script])
+            .arg(&root)
+            .arg(clusterctl::local::program("storage-broker")?)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()?;
+        let pid = child.id();
+        let mut server = SmallServer {
+            root: PathBuf::from(format!("/proc/{pid}/root{}", root.display())),
+            url: format!("nfs://{address}/baton"),
+            child,
+            _folder: folder,
+        };
+        for _ in 0..400 {
+            if TcpStream::connect(address).await.is_ok() {
+                return Ok(Some(server));
+            }
+            if server.child.try_wait()?.is_some() {
+                let said = std::fs::read_to_string(server._folder.path().join("log"))?;
+                println!("SKIPPED bad_input (small volumes): {}", said.trim());
+                return Ok(None);
+            }
+            tokio::time::sleep(Duration::from_millis(25)).await;
+        }
+        anyhow::bail!("the small NFS server does not listen")
+    }
+
+    /// Leaves no room on it.
+    fn fill(&self) -> anyhow::Result<()> {
+        let mut file = std::fs::File::create(self.root.join("filler"))?;
+        let chunk = vec![1; 64 << 10];
+        loop {
+            match std::io::Write::write(&mut file, &chunk) {
+                Ok(_) => {}
+                Err(error) if error.kind() == std::io::ErrorKind::StorageFull => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn make_room(&self) -> anyhow::Result<()> {
+        Ok(std::fs::remove_file(self.root.join("filler"))?)
+    }
+}
+
+impl Drop for SmallServer {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn volumes_that_cannot_be_used_are_refused_and_a_full_one_loses_nothing() -> anyhow::Result<()>
+{
+    if !tests::kvm_or_skip("bad_input") {
+        return Ok(());
+    }
+    let cluster = TestCluster::start(Setup::default()).await?;
+    let vm = cluster.create(&Machine::small("vm-a")).await?;
+    let foreign = tempfile::tempdir()?;
+    let identity = std::fs::read_to_string(cluster.local.nfs_root().join(".baton-volume.json"))?;
+    let mut identity: serde_json::Value = serde_json::from_str(&identity)?;
+    identity["cluster_id"] = "11111111-2222-3333-4444-555555555555".into();
+    let identity_text = identity.to_string();
+    std::fs::write(foreign.path().join(".baton-volume.json"), &identity_text)?;
+    let foreign_url = format!("dir:{}", foreign.path().display());
+    let garbled = tempfile::tempdir()?;
+    std::fs::write(garbled.path().join(".baton-volume.json"), b"\0\xff{")?;
+    let garbled_url = format!("dir:{}", garbled.path().display());
+    let nobody = format!("nfs://{}:9/baton", cluster.ip("n1"));
+    let no_nfs = format!("nfs://{}:7441/baton", cluster.ip("n1"));
+    let no_export = format!("nfs://{}:2049/other", cluster.ip("nfs"));
+    let cases: [(&str, &str, &[&str]); 9] = [
+        ("vol-a", "dir:/tmp", &["E-EXISTS", "vol-a", "another name"]),
+        ("Vol", "dir:/tmp", &["E-NAME", "a-z"]),
+        ("v", "ftp://host/x", &["ftp://host/x", "nfs://"]),
+        (
+            "v",
+            "dir:relative",
+            &["dir:relative", "must begin with `/`"],
+        ),
+        ("v", "dir:/nowhere/at/all", &["/nowhere/at/all", "exist"]),
+        ("v", &nobody, &["E-VOLUME", &nobody, "reach"]),
+        ("v", &no_nfs, &["E-VOLUME", &no_nfs]),
+        ("v", &no_export, &["E-VOLUME", "/other", "export"]),
+        (
+            "v",
+            &foreign_url,
+            &["another cluster", "11111111-2222", ".baton-volume.json"],
+        ),
+    ];
+    for (name, url, words) in cases {
+        let said = cluster.ctl(&["volume", "add", name, url]).await?;
+        refused(&format!("volume add {name} {url}"), &said, words)?;
+    }
+    let said = cluster.ctl(&["volume", "add", "v", &garbled_url]).await?;
+    refused("a garbled identity", &said, &[".baton-volume.json"])?;
+    let kept = std::fs::read_to_string(foreign.path().join(".baton-volume.json"))?;
+    ensure!(
+        kept == identity_text,
+        "the other cluster's volume was changed"
+    );
+
+    let [a, b, _] = cluster.local.plan.subnet;
+    let ip = |last: u8| IpAddr::from([a, b, cluster.local.plan.subnet[2], last]);
+    if let Some(server) = SmallServer::start(ip(201), 8, true).await? {
+        let said = cluster.ctl(&["volume", "add", "v", &server.url]).await?;
+        refused("a read-only volume", &said, &["read-only", "read-write"])?;
+    }
+    if let Some(server) = SmallServer::start(ip(202), 12, false).await? {
+        server.fill()?;
+        let said = cluster.ctl(&["volume", "add", "v", &server.url]).await?;
+        refused("a full volume", &said, &["full", "free space"])?;
+        server.make_room()?;
+        full_while_running(&cluster, &server).await?;
+    }
+    let volumes = cluster.ctl(&["-o", "json", "volume", "list"]).await?;
+    let volumes: Vec<serde_json::Value> = serde_json::from_str(&volumes.out)?;
+    ensure!(
+        volumes.iter().all(|volume| volume["name"] != "v"),
+        "{volumes:?}"
+    );
+    unhurt(&cluster, &vm).await
+}
+
+/// A guest whose volume fills up waits, and goes on by itself when there is room again.
+async fn full_while_running(cluster: &TestCluster, server: &SmallServer) -> anyhow::Result<()> {
+    let request = VolumeAddRequest {
+        change: change(),
+        name: "small".into(),
+        url: server.url.clone(),
+        nodes: Vec::new(),
+        dry_run: false,
+    };
+    cluster.api().await?.api.volume_add(request).await?;
+    let image = tempfile::NamedTempFile::new()?;
+    std::fs::write(image.path(), vec![7; 16 << 20])?;
+    let disk = format!("small:16MiB:{}", image.path().display());
+    let said = cluster
+        .ctl(&[
+            "vm",
+            "create",
+            "large",
+            "--memory",
+            "64",
+            "--working-set",
+            "8",
+            "--disk",
+            &disk,
+        ])
+        .await?;
+    refused(
+        "an image larger than the volume",
+        &said,
+        &["full", "free space"],
+    )?;
+    let said = cluster.ctl(&["vm", "stop", "large"]).await?;
+    ensure!(said.code == 0, "{}", said.err);
+    let said = cluster.ctl(&["vm", "delete", "large", "--yes"]).await?;
+    ensure!(said.code == 0, "{}", said.err);
+
+    let said = cluster
+        .ctl(&[
+            "vm",
+            "create",
+            "writer",
+            "--memory",
+            "64",
+            "--working-set",
+            "8",
+            "--disk",
+            "small:64MiB",
+        ])
+        .await?;
+    ensure!(said.code == 0, "{}", said.err);
+    cluster.wait_progress("writer").await?;
+    server.fill()?;
+    // Its disk is sparse and it writes ever new blocks: with no room it comes to wait.
+    let stalled = cluster
+        .wait("the guest to wait for room", async || {
+            let flushed = async || -> anyhow::Result<u64> {
+                Ok(cluster
+                    .vm("writer")
+                    .await?
+                    .guest
+                    .context("no guest")?
+                    .flushed)
+            };
+            let first = flushed().await?;
+            tokio::time::sleep(Duration::from_millis(1_500)).await;
+            let second = flushed().await?;
+            Ok((first == second).then_some(second))
+        })
+        .await?;
+    let told = cluster.vm("writer").await?.guest.context("no guest")?;
+    ensure!(told.errors == 0, "the guest saw an error: {}", told.error);
+    server.make_room()?;
+    let guest = cluster.wait_progress("writer").await?;
+    ensure!(
+        guest.flushed > stalled && guest.found_at_boot == 0,
+        "{guest:?}"
+    );
+    // Full again: its disk can still be passed to another token, and nothing that was flushed is lost.
+    server.fill()?;
+    let said = cluster.ctl(&["vm", "stop", "writer", "--force"]).await?;
+    ensure!(said.code == 0, "{}", said.err);
+    let said = cluster.ctl(&["vm", "start", "writer"]).await?;
+    ensure!(
+        said.code == 0,
+        "a machine of a full volume does not start: {}",
+        said.err
+    );
+    server.make_room()?;
+    let after = cluster.wait_progress("writer").await?;
+    ensure!(
+        after.found_at_boot >= guest.flushed && after.errors == 0,
+        "{guest:?} became {after:?}"
+    );
+    let said = cluster.ctl(&["vm", "stop", "writer"]).await?;
+    ensure!(said.code == 0, "{}", said.err);
+    Ok(())
+}
+
+/// What arrives at ports that are open to a network: noise, other protocols, halves, lies about lengths.
+fn garbage() -> Vec<Vec<u8>> {
+    let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    let settings = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+    // HEADERS, stream 1, in literals: POST, http, a path of the API, grpc.
+    let mut headers = vec![0x83, 0x86];
+    for (index, text) in [
+        (vec![0x04], "/baton.admin.v1.Admin/Version"),
+        (vec![0x01], "node"),
+        (vec![0x0f, 0x10], "application/grpc"),
+    ] {
+        headers.extend(index);
+        headers.push(u8::try_from(text.len()).unwrap_or(0));
+        headers.extend(text.as_bytes());
+    }
+    let mut call = [preface.as_slice(), &settings].concat();
+    call.extend([
+        0,
+        0,
+        u8::try_from(headers.len()).unwrap_or(0),
+        1,
+        4,
+        0,
+        0,
+        0,
+        1,
+    ]);
+    call.extend(headers);
+    // DATA that begins a message of 4 GiB and brings 3 bytes of it.
+    call.extend([0, 0, 8, 0, 0, 0, 0, 0, 1]);
+    call.extend([0, 0xff, 0xff, 0xff, 0xff, 1, 2, 3]);
+    let noise: Vec<u8> = (0..64 << 10).map(|_| rand::random()).collect();
+    let mut frame_header = [preface.as_slice(), &settings].concat();
+    frame_header.extend([0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 1]);
+    frame_header.extend(&noise[..4096]);
+    vec![
+        noise.clone(),
+        vec![0; 64 << 10],
+        vec![0xff; 64 << 10],
+        b"GET / HTTP/1.1\r\nHost: node\r\n\r\n".to_vec(),
+        [b"GET /".as_slice(), &[b'a'; 60_000], b" HTTP/1.1\r\n\r\n"].concat(),
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03".to_vec(),
+        preface[..11].to_vec(),
+        [preface.as_slice(), &[0, 0, 30, 4]].concat(),
+        frame_header,
+        call,
+        // A record of ONC RPC of 2 GiB that never comes, one of no call, one in endless pieces.
+        [[0xff, 0xff, 0xff, 0xff].as_slice(), &noise[..1024]].concat(),
+        [[0x80, 0, 4, 0].as_slice(), &noise[..1024]].concat(),
+        [0, 0, 0, 1, 0].repeat(4096),
+    ]
+}
+
+/// Sends everything to that place, some connections being left half done; gives those that still stand.
+async fn pelt(address: SocketAddr) -> Vec<TcpStream> {
+    let mut open = Vec::new();
+    for bytes in garbage() {
+        for keep in [true, false] {
+            let connecting = TcpStream::connect(address);
+            let Ok(Ok(mut stream)) = tokio::time::timeout(Duration::from_secs(3), connecting).await
+            else {
+                continue;
+            };
+            // The other side may hang up in the middle: that is its right.
+            let _ = tokio::time::timeout(Duration::from_secs(1), stream.write_all(&bytes)).await;
+            if keep {
+                open.push(stream);
+            }
+        }
+    }
+    open
+}
+
+async fn pelt_socket(path: &Path) -> Vec<UnixStream> {
+    let mut open = Vec::new();
+    for bytes in garbage() {
+        if let Ok(mut stream) = UnixStream::connect(path).await {
+            let _ = tokio::time::timeout(Duration::from_secs(1), stream.write_all(&bytes)).await;
+            open.push(stream);
+        }
+    }
+    open
+}
+
+/// Memory of each process of these folders, KiB.
+fn memory(folders: &[PathBuf]) -> BTreeMap<i32, u64> {
+    let resident = |pid: i32| -> Option<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        let line = status.lines().find(|line| line.starts_with("RssAnon:"))?;
+        line.split_whitespace().nth(1)?.parse().ok()
+    };
+    folders
+        .iter()
+        .flat_map(|folder| clusterctl::local::processes_of(folder))
+        .filter_map(|pid| Some((pid, resident(pid)?)))
+        .collect()
+}
+
+/// The Unix sockets below a folder.
+fn sockets(folder: &Path) -> Vec<PathBuf> {
+    use std::os::unix::fs::FileTypeExt;
+    let mut found = Vec::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+            match entry.file_type() {
+                Ok(kind) if kind.is_dir() => folders.push(entry.path()),
+                Ok(kind) if kind.is_socket() => found.push(entry.path()),
+                _ => {}
+            }
+        }
+    }
+    found
+}
+
+/// A process may hold this much more after the garbage, KiB: buffers of the connections still open.
+const GROWTH_KIB_MAX: u64 = 96 << 10;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn garbage_on_every_port_harms_neither_process_nor_guest() -> anyhow::Result<()> {
+    if !tests::kvm_or_skip("bad_input") {
+        return Ok(());
+    }
+    let cluster = TestCluster::start(Setup::default()).await?;
+    let vm = cluster.create(&Machine::small("vm-a")).await?;
+    let mut folders: Vec<PathBuf> = cluster
+        .local
+        .nodes
+        .iter()
+        .map(|node| node.folder.clone())
+        .collect();
+    folders.push(cluster.local.nfs.folder.clone());
+    let before = memory(&folders);
+    let mut open = Vec::new();
+    let mut open_sockets = Vec::new();
+    for node in &cluster.local.nodes {
+        for port in [clusterctl::local::API_PORT, clusterctl::local::METRICS_PORT] {
+            open.extend(pelt(SocketAddr::new(node.address.ip(), port)).await);
+        }
+        for socket in sockets(&node.folder) {
+            open_sockets.extend(pelt_socket(&socket).await);
+        }
+    }
+    open.extend(pelt(cluster.local.nfs.address).await);
+    ensure!(!open.is_empty() && !open_sockets.is_empty());
+    let after = memory(&folders);
+    for (pid, kib) in &before {
+        let now = after
+            .get(pid)
+            .with_context(|| format!("process {pid} died"))?;
+        ensure!(
+            now.saturating_sub(*kib) < GROWTH_KIB_MAX,
+            "process {pid} grew from {kib} to {now} KiB"
+        );
+    }
+    unhurt(&cluster, &vm).await?;
+
+    // The port of a migration under way: its ticket is not spent, its stream not disturbed.
+    let to = cluster
+        .local
+        .nodes
+        .iter()
+        .find(|node| node.name != vm.node)
+        .context("one node only")?;
+    let request = VmMigrateRequest {
+        change: change(),
+        name: "vm-a".into(),
+        to: to.name.clone(),
+        bandwidth_max_bytes_s: 16 << 20,
+        ..VmMigrateRequest::default()
+    };
+    let reply = cluster.api().await?.api.vm_migrate(request).await?;
+    let id = reply.into_inner().migration.context("no id")?.id;
+    let (first, last) = clusterctl::local::MIGRATION_PORTS;
+    let ports = cluster
+        .wait("a migration port", async || {
+            let mut listening = Vec::new();
+            for port in first..=last {
+                let address = SocketAddr::new(to.address.ip(), port);
+                if TcpStream::connect(address).await.is_ok() {
+                    listening.push(address);
+                }
+            }
+            Ok((!listening.is_empty()).then_some(listening))
+        })
+        .await?;
+    for address in ports {
+        open.extend(pelt(address).await);
+    }
+    let end = cluster.wait_migration(&id).await?;
+    ensure!(end.state == "cut-over", "garbage ended it: {}", end.reason);
+    ensure!(cluster.wait_progress("vm-a").await?.found_at_boot == 0);
+    for node in cluster.nodes().await? {
+        ensure!(node.state == "up", "{} is {}", node.name, node.state);
+    }
+    for node in &cluster.local.nodes {
+        ensure!(before.contains_key(&node.pid) && memory(&folders).contains_key(&node.pid));
+        cluster.api_of(&node.name).await?;
+    }
+    drop(open);
+    Ok(())
+}
