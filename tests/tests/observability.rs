@@ -261,18 +261,18 @@ impl Collector {
         Ok((collector, address))
     }
 
-    fn spans(&self) -> Vec<Span> {
+    fn spans(&self, of: &str) -> Vec<Span> {
         let spans = self.spans.lock().unwrap_or_else(PoisonError::into_inner);
         spans
             .iter()
-            .filter(|(service, _)| service == "clusterd")
+            .filter(|(service, _)| service == of)
             .map(|(_, span)| span.clone())
             .collect()
     }
 
     /// The trace whose root is that migration's, root first; `None` until the root has come.
     fn trace_of(&self, migration: &str) -> Option<(Span, Vec<Span>)> {
-        let spans = self.spans();
+        let spans = self.spans("clusterd");
         let root = spans.iter().find(|span| {
             span.name == "migration"
                 && text(&span.attributes, "migration").as_deref() == Some(migration)
@@ -337,6 +337,16 @@ async fn a_migration_is_one_trace_with_spans_of_both_nodes() -> anyhow::Result<(
             traces.insert(root.trace_id.clone()),
             "two migrations share a trace"
         );
+        cluster
+            .wait("the source's monitor's part of the trace", async || {
+                let sent = collector.spans("vmm").into_iter().any(|span| {
+                    span.trace_id == root.trace_id
+                        && span.parent_span_id == root.span_id
+                        && span.name == "send the machine"
+                });
+                Ok(sent.then_some(()))
+            })
+            .await?;
         let mut blackout_ns = 0;
         for span in &rest {
             ensure!(

@@ -1,10 +1,14 @@
 //! What the monitor says of itself: a log on stderr, and traces where a collector is configured.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
+use opentelemetry::propagation::TextMapPropagator;
 use opentelemetry::trace::TracerProvider;
 use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::SdkTracerProvider;
+use tracing_opentelemetry::OpenTelemetrySpanExt;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer};
@@ -53,6 +57,19 @@ pub fn start(file: &MachineFile) -> Telemetry {
         .with(spans)
         .init();
     Telemetry { traces }
+}
+
+/// Puts a span under the one that a W3C `traceparent` names (W3C Trace Context, section 3.2). One that is
+/// empty or malformed changes nothing.
+pub fn lies_under(span: &tracing::Span, traceparent: &str) {
+    if traceparent.is_empty() {
+        return;
+    }
+    let carrier = HashMap::from([("traceparent".to_owned(), traceparent.to_owned())]);
+    let parent = TraceContextPropagator::new().extract(&carrier);
+    if let Err(error) = span.set_parent(parent) {
+        tracing::debug!(%error, "a span of its own");
+    }
 }
 
 fn exporter(file: &MachineFile) -> Option<SdkTracerProvider> {

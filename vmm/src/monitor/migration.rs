@@ -17,6 +17,7 @@ use proto::failpoint;
 use proto::monitor as wire;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use super::Monitor;
 use crate::phase::{Event, Phase};
@@ -38,6 +39,8 @@ pub struct SendRequest {
     addresses: Vec<SocketAddr>,
     ticket: [u8; TICKET_BYTES],
     options: SendOptions,
+    /// W3C; empty while tracing is off.
+    traceparent: String,
 }
 
 /// Why nothing is sent.
@@ -140,6 +143,7 @@ impl TryFrom<&wire::SendMigrationRequest> for SendRequest {
             addresses,
             ticket,
             options,
+            traceparent: request.traceparent.clone(),
         })
     }
 }
@@ -190,6 +194,8 @@ impl Monitor {
             });
         }
         tracing::info!(migration = %request.id, to = ?request.addresses, "sending the machine");
+        let span = tracing::info_span!("send the machine", migration = %request.id);
+        crate::telemetry::lies_under(&span, &request.traceparent);
         let monitor = self.clone();
         tokio::spawn(relay(
             Arc::downgrade(self),
@@ -197,7 +203,7 @@ impl Monitor {
             over.clone(),
         ));
         tokio::spawn(final_sent(watch_status, over.clone()));
-        tokio::spawn(async move {
+        let sending = async move {
             let attempt = monitor.attempt(request, status, cancel);
             let ended = tokio::select! {
                 ended = attempt => ended,
@@ -210,7 +216,8 @@ impl Monitor {
             }
             over.cancel();
             monitor.tell();
-        });
+        };
+        tokio::spawn(sending.instrument(span));
         Ok(())
     }
 
