@@ -16,7 +16,7 @@ use storage_broker::disk::{
 };
 use storage_broker::fence::{DISK_MODE, UNFINISHED_MODE, claimant, data_credential};
 use storage_broker::nfs::client::SetAttributes;
-use storage_broker::nfs::{Stable, Status, mount};
+use storage_broker::nfs::{FileHandle, NfsClient, Stable, Status, mount};
 use storage_broker::nfs_server::{Config, Server, start};
 use storage_broker::volume::{IDENTITY_FILE, VolumeUrl};
 use tonic::Code;
@@ -195,26 +195,7 @@ async fn an_image_is_copied_in_sparsely_and_an_interrupted_copy_begins_anew() {
         *byte = (index % 251) as u8;
     }
     std::fs::write(image.path(), &content).unwrap();
-    // What an interrupted request leaves: its own file, marked unfinished, with a part of it.
-    let VolumeUrl::Nfs(url) = storage.url.parse().unwrap() else {
-        panic!("not NFS")
-    };
-    let client = mount(&url, &Dialer::default(), SOON).await.unwrap();
-    let owner = claimant(BROKER_UID, Token(1));
-    let attributes = SetAttributes {
-        mode: Some(UNFINISHED_MODE),
-        gid: Some(Token(1).gid()),
-        size_bytes: None,
-    };
-    let partial = client
-        .create(owner, client.root(), "d.raw", attributes)
-        .await
-        .unwrap();
-    let data = data_credential(BROKER_UID, Token(1));
-    client
-        .write(data, &partial, 0, &block(0xee), Stable::UNSTABLE)
-        .await
-        .unwrap();
+    let _interrupted = unfinished(&storage, Token(1)).await;
 
     let request = wire::CreateDiskRequest {
         volume: Some(volume(&storage.url)),
@@ -231,6 +212,81 @@ async fn an_image_is_copied_in_sparsely_and_an_interrupted_copy_begins_anew() {
     let read = disk.read(0, 4 * MIB as u32).await.unwrap();
     assert!(read[..content.len()] == content);
     assert!(read[content.len()..].iter().all(|byte| *byte == 0));
+}
+
+/// What an interrupted request leaves: its own file `d.raw`, marked unfinished, with a part of it.
+async fn unfinished(storage: &Storage, token: Token) -> (NfsClient, FileHandle) {
+    let VolumeUrl::Nfs(url) = storage.url.parse().unwrap() else {
+        panic!("not NFS")
+    };
+    let client = mount(&url, &Dialer::default(), SOON).await.unwrap();
+    let attributes = SetAttributes {
+        mode: Some(UNFINISHED_MODE),
+        gid: Some(token.gid()),
+        size_bytes: None,
+    };
+    let owner = claimant(BROKER_UID, token);
+    let partial = client
+        .create(owner, client.root(), "d.raw", attributes)
+        .await
+        .unwrap();
+    let data = data_credential(BROKER_UID, token);
+    client
+        .write(data, &partial, 0, &block(0xee), Stable::UNSTABLE)
+        .await
+        .unwrap();
+    (client, partial)
+}
+
+#[tokio::test]
+async fn an_unfinished_disk_is_taken_over_by_its_machines_next_token_and_by_nobody_elses() {
+    let (storage, mut daemon) = scene().await;
+    let (client, partial) = unfinished(&storage, Token(3)).await;
+    let asked = |since: u32| wire::CreateDiskRequest {
+        volume: Some(volume(&storage.url)),
+        path: "d.raw".into(),
+        size_bytes: MIB,
+        token: 5,
+        since,
+        settle_ms: 1,
+        ..Default::default()
+    };
+    // A machine that was made after the file.
+    let error = daemon.client.create_disk(asked(4)).await.unwrap_err();
+    assert_eq!(error.code(), Code::AlreadyExists, "{error}");
+    let delete = wire::DeleteDiskRequest {
+        volume: Some(volume(&storage.url)),
+        path: "d.raw".into(),
+        token: 5,
+        since: 4,
+    };
+    daemon.client.delete_disk(delete).await.unwrap();
+    assert!(daemon.stat(&storage.url, "d.raw").await.found);
+
+    // Its own machine, tried again elsewhere: nothing of the first try shows or can still arrive.
+    daemon.client.create_disk(asked(3)).await.unwrap();
+    let late = data_credential(BROKER_UID, Token(3));
+    let late = client
+        .write(late, &partial, 0, &block(0xee), Stable::UNSTABLE)
+        .await;
+    assert!(late.is_err(), "{late:?}");
+    assert!(daemon.claim(&storage.url, "d.raw", 5).await.acknowledged);
+    let disk = open(&storage, "d.raw", NODE_ONE, 5).await;
+    let read = disk.read(0, MIB as u32).await.unwrap();
+    assert!(read.iter().all(|byte| *byte == 0));
+}
+
+#[tokio::test]
+async fn a_disk_that_was_made_unreadable_behind_our_back_is_refused_for_good() {
+    let (storage, mut daemon) = scene().await;
+    let _unfinished = unfinished(&storage, Token(3)).await;
+    assert!(daemon.claim(&storage.url, "d.raw", 4).await.acknowledged);
+    let verified = daemon.verify(&storage.url, "d.raw", 4).await;
+    assert!(!verified.ok && verified.refused, "{verified:?}");
+    let gone = daemon.claim(&storage.url, "e.raw", 4).await;
+    assert!(!gone.acknowledged && gone.refused, "{gone:?}");
+    let older = daemon.claim(&storage.url, "d.raw", 2).await;
+    assert!(!older.acknowledged && !older.refused, "{older:?}");
 }
 
 #[tokio::test]

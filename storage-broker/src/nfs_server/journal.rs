@@ -417,6 +417,40 @@ mod tests {
     }
 
     #[test]
+    fn a_journal_that_could_not_be_written_anew_goes_on_behind_its_last_good_record() {
+        let directory = tempfile::tempdir().unwrap();
+        let journal = fresh(directory.path());
+        for gid in 0..20 {
+            journal.put(record(7, gid)).unwrap();
+        }
+        drop(journal);
+        let path = directory.path().join(FILE);
+        let mut torn = std::fs::read(&path).unwrap();
+        torn.extend([0xa5; 100]);
+        std::fs::write(&path, torn).unwrap();
+
+        let contents = read(directory.path()).unwrap();
+        let written = contents.written.unwrap();
+        assert_eq!(written, 20);
+        let mut writer = Writer {
+            directory: directory.path().to_owned(),
+            file: resume(directory.path(), written).unwrap(),
+            written,
+            contents,
+            reserved_to: 0,
+            broken: false,
+        };
+        let waiting = |entry| Waiting { entry, done: None };
+        writer.write(&[waiting(Entry::Put(record(8, 1)))]).unwrap();
+        let contents = read(directory.path()).unwrap();
+        assert_eq!(contents.written, Some(21));
+        assert_eq!(
+            contents.records,
+            HashMap::from([(7, record(7, 19)), (8, record(8, 1))])
+        );
+    }
+
+    #[test]
     fn the_last_record_of_a_file_survives_a_restart() {
         let directory = tempfile::tempdir().unwrap();
         let journal = fresh(directory.path());
