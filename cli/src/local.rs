@@ -550,13 +550,17 @@ mod tests {
     fn a_process_belongs_to_a_folder_that_its_command_line_names() {
         let folder = tempfile::tempdir().expect("a folder");
         let log = folder.path().join("log");
-        std::fs::write(&log, "").expect("a file");
+        std::fs::write(&log, "x").expect("a file");
         let mut child = Command::new("tail")
             .arg("-f")
             .arg(&log)
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .spawn()
             .expect("tail");
+        // Its command line is there some time after its process: what it prints shows that it runs.
+        let mut printed = [0];
+        let mut output = child.stdout.take().expect("a pipe");
+        std::io::Read::read_exact(&mut output, &mut printed).expect("its output");
         let pid = i32::try_from(child.id()).expect("a pid");
         assert!(processes_of(folder.path()).contains(&pid));
         assert!(!processes_of(&folder.path().join("other")).contains(&pid));

@@ -19,8 +19,11 @@ use xxhash_rust::xxh3::Xxh3;
 use super::codec::{DecodeError, Reader};
 use super::disk::sync_dir;
 
-/// Size of the file, bytes: some 2,000 commits between two moves to sled.
-pub(super) const JOURNAL_BYTES: u64 = 8 << 20;
+/// Size of a new file, bytes: at least 8,000 commits between two moves to sled. That is more entries than
+/// the log keeps, so that on a busy log most of them are purged before they would be moved.
+pub(super) const JOURNAL_BYTES: u64 = 32 << 20;
+/// A file beyond this is not ours to read into memory.
+const FILE_BYTES_MAX: u64 = 1 << 30;
 /// The largest payload of one record, bytes; more is split.
 pub(super) const RECORD_BYTES_MAX: usize = 1 << 20;
 const BLOCK: usize = 4096;
@@ -33,6 +36,8 @@ pub(super) struct Journal {
     generation: u64,
     sequence: u64,
     position: u64,
+    /// Of the file, which an earlier version may have made.
+    size: u64,
     /// Reused for each record.
     buffer: Vec<u8>,
 }
@@ -58,7 +63,14 @@ impl Journal {
     /// not, one with a good successor was.
     pub(super) fn open(path: &Path, generation: u64) -> io::Result<(Journal, Vec<Vec<u8>>)> {
         let file = File::options().read(true).write(true).open(path)?;
-        let mut content = vec![0; JOURNAL_BYTES as usize];
+        let size = file.metadata()?.len();
+        if size < BLOCK as u64 || size > FILE_BYTES_MAX {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                DecodeError::new("journal", format!("it has {size} bytes")),
+            ));
+        }
+        let mut content = vec![0; (size - size % BLOCK as u64) as usize];
         file.read_exact_at(&mut content, 0)?;
         let mut payloads = Vec::new();
         let mut position = 0;
@@ -85,6 +97,7 @@ impl Journal {
             generation,
             sequence: end,
             position: position as u64,
+            size: content.len() as u64,
             buffer: Vec::new(),
         };
         Ok((journal, payloads))
@@ -104,7 +117,7 @@ impl Journal {
 
     /// Whether a record with such a payload still fits.
     pub(super) fn fits(&self, payload_bytes: usize) -> bool {
-        self.position + blocks(payload_bytes) as u64 <= JOURNAL_BYTES
+        self.position + blocks(payload_bytes) as u64 <= self.size
     }
 
     /// Writes a record that fits; [`Journal::sync`] makes it durable.
@@ -230,6 +243,9 @@ mod tests {
     #[test]
     fn a_full_journal_takes_nothing_more() {
         let (_dir, path) = new();
+        // As large as an earlier version made it: it is used as it is.
+        let file = File::options().write(true).open(&path).unwrap();
+        file.set_len(8 << 20).unwrap();
         let (mut journal, _) = Journal::open(&path, 1).unwrap();
         let payload = vec![1; RECORD_BYTES_MAX];
         let mut written = 0;
