@@ -99,6 +99,9 @@ pub struct Config {
     /// Let user 0 do anything, instead of making it nobody
     #[arg(long)]
     pub no_root_squash: bool,
+    /// Refuse every change
+    #[arg(long)]
+    pub read_only: bool,
 }
 
 impl Config {
@@ -109,6 +112,7 @@ impl Config {
             root: root.into(),
             export: "/".into(),
             no_root_squash: false,
+            read_only: false,
         }
     }
 }
@@ -184,6 +188,7 @@ async fn start_bounded(config: Config, connections_max: usize) -> Result<Server,
         root,
         export: name,
         no_root_squash,
+        read_only,
     } = config;
     let bad_name = !name.starts_with('/')
         || name.chars().any(char::is_control)
@@ -197,7 +202,7 @@ async fn start_bounded(config: Config, connections_max: usize) -> Result<Server,
     };
     let listener = bind(listen).map_err(at_address)?;
     let addr = listener.local_addr().map_err(at_address)?;
-    let opened = tokio::task::spawn_blocking(move || export::Export::open(&root)).await;
+    let opened = tokio::task::spawn_blocking(move || export::Export::open(&root, read_only)).await;
     let export = opened.map_err(|error| at_address(io::Error::other(error)))??;
     tracing::info!(%addr, root = %export.root_path().display(), export = name, "serving NFS");
     let shared = Arc::new(Shared {

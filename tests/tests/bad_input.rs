@@ -390,13 +390,9 @@ impl SmallServer {
         let root = folder.path().join("root");
         std::fs::create_dir(&root)?;
         let address = SocketAddr::new(address, 2049);
-        let remount = if read_only {
-            "mount -o remount,ro \"$0\" &&"
-        } else {
-            ""
-        };
+        let access = if read_only { "--read-only" } else { "" };
         let script = format!(
-            "mount -t tmpfs -o size={mib}m tmpfs \"$0\" && {remount} exec \"$1\" serve-nfs --listen {address} --root \"$0\" --export /baton"
+            "mount -t tmpfs -o size={mib}m tmpfs \"$0\" && exec \"$1\" serve-nfs --listen {address} --root \"$0\" --export /baton {access}"
         );
         let log = std::fs::File::create(folder.path().join("log"))?;
         let child = Command::new("unshare")

@@ -64,6 +64,7 @@ pub enum ExportError {
 /// An exported directory and everything kept about it.
 #[derive(Debug)]
 pub(super) struct Export {
+    read_only: bool,
     root: PathBuf,
     root_inode: u64,
     id: u128,
@@ -78,7 +79,7 @@ pub(super) struct Export {
 
 impl Export {
     /// Takes a directory into service.
-    pub(super) fn open(root: &Path) -> Result<Export, ExportError> {
+    pub(super) fn open(root: &Path, read_only: bool) -> Result<Export, ExportError> {
         let at = |path: &Path| {
             let path = path.to_owned();
             move |source| ExportError::Io { path, source }
@@ -132,6 +133,7 @@ impl Export {
         };
         let journal = Journal::begin(&own, contents)?;
         Ok(Export {
+            read_only,
             root,
             root_inode,
             id: export_id,
@@ -200,6 +202,14 @@ impl Export {
         let tree = self.tree.read().unwrap_or_else(PoisonError::into_inner);
         let place = tree.nodes.get(&inode).ok_or(nfsstat3::NFS3ERR_STALE)?;
         Ok(place.node.clone())
+    }
+
+    /// Refuses every change of a read-only export.
+    pub(super) fn demand_writable(&self) -> Result<(), nfsstat3> {
+        if self.read_only {
+            return Err(nfsstat3::NFS3ERR_ROFS);
+        }
+        Ok(())
     }
 
     /// Where a file lies on this host, for as long as `use_path` runs.

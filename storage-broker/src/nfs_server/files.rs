@@ -225,6 +225,7 @@ impl Export {
         data: &[u8],
         stable: stable_how,
     ) -> Result<Metadata, nfsstat3> {
+        self.demand_writable()?;
         gate.demand(caller)?;
         let end = offset.checked_add(data.len() as u64);
         if end.is_none_or(|end| i64::try_from(end).is_err()) {
@@ -269,6 +270,7 @@ impl Export {
         wanted: &Change,
         guard: Option<nfstime3>,
     ) -> Result<(), nfsstat3> {
+        self.demand_writable()?;
         let node = &gate.node;
         let before = node.attributes();
         if let Some(guard) = guard {

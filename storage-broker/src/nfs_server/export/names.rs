@@ -169,6 +169,7 @@ impl Export {
         wanted: &Change,
         existing: Existing,
     ) -> Result<(Arc<Node>, bool), nfsstat3> {
+        self.demand_writable()?;
         let name = self.new_name(directory, caller, name)?;
         if let Some(found) = self.taken(directory, name, existing)? {
             return Ok((found, false));
@@ -233,6 +234,7 @@ impl Export {
         name: &[u8],
         wanted: &Change,
     ) -> Result<Arc<Node>, nfsstat3> {
+        self.demand_writable()?;
         let name = self.new_name(directory, caller, name)?;
         self.demand_depth(directory)?;
         let attributes = initial(&directory.attributes(), caller, wanted, 0o700, now_ns())?;
@@ -329,6 +331,7 @@ impl Export {
         name: &[u8],
         is_directory: bool,
     ) -> Result<(), nfsstat3> {
+        self.demand_writable()?;
         demand_directory(directory)?;
         let name = self.entry_name(directory, name)?;
         directory.attributes().demand(caller, SEARCH)?;
@@ -371,6 +374,7 @@ impl Export {
         (from_directory, from): (&Node, &[u8]),
         (to_directory, to): (&Node, &[u8]),
     ) -> Result<(), nfsstat3> {
+        self.demand_writable()?;
         demand_directory(from_directory)?;
         let from = self.entry_name(from_directory, from)?;
         let to = self.new_name(to_directory, caller, to)?;
