@@ -315,9 +315,9 @@ async fn drain(
     connection.api.node_drain(ask(false)).await?;
     let status = node::watch_drain(connection, drained, STEP_TIMEOUT).await?;
     say(&format!(
-        "  {drained} is {}: {} machines left it in {}",
+        "  {drained} is {}: {} left it in {}",
         status.state,
-        status.gone,
+        output::counted(status.gone, "machine"),
         output::millis(status.elapsed_ms)
     ));
     let list = connection

@@ -466,7 +466,11 @@ fn describe(vm: &VmView) -> String {
                 format!(" on {}", vm.node)
             }
         ),
-        format!("size         {} vCPUs, {} MiB", vm.vcpus, vm.memory_mib),
+        format!(
+            "size         {}, {} MiB",
+            output::counted(vm.vcpus, "vCPU"),
+            vm.memory_mib
+        ),
         format!(
             "ownership    token t{} since entry {} ({}), should be {}",
             vm.token, vm.since_index, vm.cause, vm.desired

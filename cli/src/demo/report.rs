@@ -200,20 +200,20 @@ impl Report {
         lines.push(String::new());
         if let Some(drain) = &self.drain {
             lines.push(format!(
-                "drain     {} {}: {} machines in {}, longest blackout {:.1} ms",
+                "drain     {} {}: {} in {}, longest blackout {:.1} ms",
                 drain.node,
                 drain.state,
-                drain.moved,
+                output::counted(drain.moved as u64, "machine"),
                 output::millis(drain.total_ms),
                 drain.longest_blackout_ms
             ));
         }
         if let Some(failover) = &self.failover {
             lines.push(format!(
-                "failover  {} lost: detected after {}, {} machines running elsewhere after {}",
+                "failover  {} lost: detected after {}, {} running elsewhere after {}",
                 failover.node,
                 output::millis(failover.detected_ms),
-                failover.machines.len(),
+                output::counted(failover.machines.len() as u64, "machine"),
                 output::millis(failover.running_ms)
             ));
         }
