@@ -550,15 +550,15 @@ async fn relay<T: Send + Sync + 'static>(
     }
 }
 
-/// Reaches the failpoint of its name as soon as *final* was sent.
+/// Reaches the failpoint `source.after_final` as soon as the destination has said that *final* and all before
+/// it arrived: until then it depends on the kernel's buffers what outlives this process.
 async fn final_sent(mut status: watch::Receiver<SendStatus>, over: CancellationToken) {
     let sent = async {
-        let reached = |status: &SendStatus| {
-            matches!(status.stage, SendStage::FinalSent | SendStage::Complete)
-        };
+        let reached = |status: &SendStatus| status.stage == SendStage::Complete;
         status.wait_for(reached).await.is_ok()
     };
     let sent = tokio::select! {
+        biased;
         sent = sent => sent,
         () = over.cancelled() => false,
     };
