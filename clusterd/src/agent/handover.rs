@@ -238,7 +238,7 @@ impl Flow {
                 self.learn(Learnt::Claimed(id, reserved));
                 Ok(())
             }
-            // The token counts as burnt; the source has it decided who runs.
+            // No later token would help: the source runs on after the abort and a re-key.
             Err(BrokerError::ClaimRefused { why, .. }) => self.abort(migration, &why).await,
             // The next decision renews the token.
             Err(error @ BrokerError::Burnt { .. }) => {
