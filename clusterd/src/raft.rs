@@ -22,6 +22,7 @@ mod log;
 mod machine;
 mod members;
 mod network;
+mod proposer;
 mod reads;
 mod service;
 mod snapshot;

@@ -320,7 +320,8 @@ impl LogDisk for SledDisk {
         if self.unsynced.is_empty() {
             return Ok(());
         }
-        let mut payload = Vec::new();
+        let bytes: usize = self.unsynced.iter().map(encoded_bytes).sum();
+        let mut payload = Vec::with_capacity(bytes.min(RECORD_BYTES_MAX));
         for change in std::mem::take(&mut self.unsynced) {
             if payload.len() + encoded_bytes(&change) > RECORD_BYTES_MAX {
                 self.record(&mut payload)?;

@@ -6,23 +6,21 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use cluster_model::{ClusterState, NodeId};
 use openraft::async_runtime::watch::WatchReceiver;
-use openraft::errors::{ClientWriteError, Fatal, ForwardToLeader, RaftError};
+use openraft::errors::{Fatal, ForwardToLeader};
 use proto::peer::raft_server::RaftServer;
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::latency::Histogram;
 use super::log::LogThread;
 use super::machine::Machine;
+use super::proposer::{self, Proposal};
 use super::reads::{self, ReadWaiter};
 use super::service::{Raft, RaftService};
 use super::state::{DigestAt, Published};
 use super::status::{self, Leadership};
-use super::types::{CommandBytes, Member, TypeConfig};
+use super::types::{Member, TypeConfig};
 use super::{COMMAND_BYTES_MAX, Options};
 use crate::net::Dialer;
-
-/// Proposals that may be under way at once; more wait their turn.
-const PROPOSALS_MAX: usize = 4_096;
 
 /// A node's part in the replicated log; clones are the same node.
 #[derive(Debug)]
@@ -50,7 +48,7 @@ pub(super) struct Inner<M: Machine> {
     state: watch::Receiver<Arc<M>>,
     applied: watch::Receiver<u64>,
     digest: watch::Receiver<DigestAt>,
-    proposals: Semaphore,
+    proposals: mpsc::Sender<Proposal>,
     log: LogThread,
 }
 
@@ -116,6 +114,7 @@ impl<M: Machine> RaftHandle<M> {
     ) -> RaftHandle<M> {
         let leadership = status::watch_leadership(raft.clone());
         let reads = reads::start(raft.clone(), options.patience);
+        let proposals = proposer::start(raft.clone(), options.patience);
         let Published {
             state,
             applied,
@@ -133,7 +132,7 @@ impl<M: Machine> RaftHandle<M> {
                 state,
                 applied,
                 digest,
-                proposals: Semaphore::new(PROPOSALS_MAX),
+                proposals,
                 log,
             }),
         }
@@ -286,32 +285,29 @@ impl<M: Machine> RaftHandle<M> {
         }
         let begun = Instant::now();
         let proposing = async {
-            // Closed never: the semaphore lives as long as the handle.
-            let _turn = self.inner.proposals.acquire().await;
-            self.inner.raft.client_write(CommandBytes(command)).await
+            let (answer, written) = oneshot::channel();
+            let proposal = Proposal { command, answer };
+            let proposals = &self.inner.proposals;
+            if proposals.send(proposal).await.is_err() {
+                return Err(stopped(&Fatal::Stopped));
+            }
+            // Without an answer its fate is unknown: it may have been on its way.
+            written.await.unwrap_or_else(|_| {
+                Err(ProposeError::Unknown {
+                    why: "its round ended without an answer".to_owned(),
+                })
+            })
         };
         let Ok(written) = tokio::time::timeout(patience, proposing).await else {
             let why = format!("no answer within {} ms", patience.as_millis());
             return Err(ProposeError::Unknown { why });
         };
-        match written {
-            Ok(written) => {
-                let took = begun.elapsed();
-                self.inner.latency.record(took);
-                metrics::histogram!("clusterd_raft_commit_duration_seconds")
-                    .record(took.as_secs_f64());
-                Ok((written.log_id.index, written.data.0))
-            }
-            Err(RaftError::Fatal(fatal)) => Err(stopped(&fatal)),
-            Err(RaftError::APIError(ClientWriteError::ForwardToLeader(to))) => {
-                Err(ProposeError::NotLeader {
-                    leader: leader_of(&to),
-                })
-            }
-            Err(RaftError::APIError(other)) => Err(ProposeError::Unknown {
-                why: other.to_string(),
-            }),
+        if written.is_ok() {
+            let took = begun.elapsed();
+            self.inner.latency.record(took);
+            metrics::histogram!("clusterd_raft_commit_duration_seconds").record(took.as_secs_f64());
         }
+        written
     }
 
     /// Leaves the group's work: stops openraft and closes the store, which can then be opened again.

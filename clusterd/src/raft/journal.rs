@@ -11,7 +11,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use xxhash_rust::xxh3::Xxh3;
@@ -93,7 +93,7 @@ impl Journal {
             }
         }
         let journal = Journal {
-            file,
+            file: direct(path).unwrap_or(file),
             generation,
             sequence: end,
             position: position as u64,
@@ -131,18 +131,18 @@ impl Journal {
                     "the journal's record is too large",
                 )
             })?;
-        self.buffer.clear();
-        self.buffer.extend_from_slice(&MAGIC.to_le_bytes());
-        self.buffer.extend_from_slice(&length.to_le_bytes());
-        self.buffer
-            .extend_from_slice(&self.generation.to_le_bytes());
-        self.buffer.extend_from_slice(&self.sequence.to_le_bytes());
-        let checksum = checksum(&self.buffer, payload);
-        self.buffer.extend_from_slice(&checksum.to_le_bytes());
-        self.buffer.extend_from_slice(payload);
-        self.buffer.resize(blocks(payload.len()), 0);
-        self.file.write_all_at(&self.buffer, self.position)?;
-        self.position += self.buffer.len() as u64;
+        let record = aligned(&mut self.buffer, blocks(payload.len()));
+        record[0..4].copy_from_slice(&MAGIC.to_le_bytes());
+        record[4..8].copy_from_slice(&length.to_le_bytes());
+        record[8..16].copy_from_slice(&self.generation.to_le_bytes());
+        record[16..24].copy_from_slice(&self.sequence.to_le_bytes());
+        let checksum = checksum(&record[..HEADER - 8], payload);
+        record[24..HEADER].copy_from_slice(&checksum.to_le_bytes());
+        let (content, rest) = record[HEADER..].split_at_mut(payload.len());
+        content.copy_from_slice(payload);
+        rest.fill(0);
+        self.file.write_all_at(record, self.position)?;
+        self.position += record.len() as u64;
         self.sequence += 1;
         Ok(())
     }
@@ -151,6 +151,28 @@ impl Journal {
     pub(super) fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
     }
+}
+
+/// The file, written past the page cache, where its file system can do that: the write then goes to the disk
+/// at once and the sync has no pages to look for.
+fn direct(path: &Path) -> io::Result<File> {
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(path)?;
+    // A disk with larger blocks than ours refuses this as it would refuse our writes.
+    file.read_exact_at(aligned(&mut Vec::new(), BLOCK), 0)?;
+    Ok(file)
+}
+
+/// `length` bytes of `buffer` that begin at a block's boundary in memory, as direct writes ask.
+fn aligned(buffer: &mut Vec<u8>, length: usize) -> &mut [u8] {
+    if buffer.len() < length + BLOCK {
+        buffer.resize(length + BLOCK, 0);
+    }
+    let start = buffer.as_ptr().align_offset(BLOCK);
+    &mut buffer[start..start + length]
 }
 
 struct Record<'a> {
