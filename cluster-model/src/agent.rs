@@ -39,11 +39,13 @@
 //! never ran), never thawed under the token it had.
 
 mod act;
+mod memory;
 #[cfg(test)]
 mod tests;
 mod view;
 
 pub use act::Act;
+pub use memory::{Ended, Learnt, Memory, Sight, Work};
 pub use view::{FlowKind, MonitorMigration, MonitorPhase, MonitorView, NodeView, Side};
 
 use std::collections::{BTreeMap, BTreeSet};

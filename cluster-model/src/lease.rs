@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::command::Command;
 use crate::event::Why;
-use crate::ids::{Incarnation, NodeId};
+use crate::ids::{Incarnation, LogIndex, NodeId};
 use crate::state::{ClusterState, Liveness, Node};
 
 /// Heartbeats that a node may have under way: older ones are forgotten, and their late replies are refused.
@@ -72,16 +72,26 @@ pub enum LeaseRefusal {
 pub struct LeaseTable {
     /// When this leader took over.
     since_ns: u64,
+    /// Whether it has looked at the nodes since.
+    looked: bool,
     seats: BTreeMap<NodeId, Seat>,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Seat {
     incarnation: Incarnation,
-    /// When the last reply was sent.
+    /// The entry by which the node came up: an older seat says nothing of it.
+    up_since: LogIndex,
+    /// When the last reply was sent; before the first, when the leader first saw the node up.
     replied_ns: u64,
     /// `lost_ms` at that reply: a setting made since must not cut a lease that runs.
     lost_ms: u32,
+}
+
+impl Seat {
+    fn is_of(&self, node: &Node) -> bool {
+        self.incarnation == node.incarnation && self.up_since == node.up_since
+    }
 }
 
 impl LeaseTable {
@@ -91,6 +101,7 @@ impl LeaseTable {
     pub fn new(now_ns: u64) -> LeaseTable {
         LeaseTable {
             since_ns: now_ns,
+            looked: false,
             seats: BTreeMap::new(),
         }
     }
@@ -139,6 +150,7 @@ impl LeaseTable {
             node,
             Seat {
                 incarnation,
+                up_since: known.up_since,
                 replied_ns: now_ns,
                 lost_ms: state.settings.lost_ms,
             },
@@ -152,7 +164,7 @@ impl LeaseTable {
     /// and an announced absence on top.
     pub fn lost_at_ns(&self, state: &ClusterState, node: &Node) -> u64 {
         let (since_ns, lost_ms) = match self.seats.get(&node.id) {
-            Some(seat) if seat.incarnation == node.incarnation => (seat.replied_ns, seat.lost_ms),
+            Some(seat) if seat.is_of(node) => (seat.replied_ns, seat.lost_ms),
             // The last leader may have granted under a longer setting.
             _ => (self.since_ns, state.lost_ms_longest),
         };
@@ -161,8 +173,37 @@ impl LeaseTable {
         since_ns.saturating_add(wait_ms * NS_IN_MS)
     }
 
-    /// The nodes to declare lost now.
-    pub fn lost(&self, state: &ClusterState, now_ns: u64) -> Vec<Command> {
+    /// Seats every node that came up since the last look, with the full time from now on: it has yet to ask,
+    /// and what was replied to it before it was lost counts no more.
+    fn seat_newcomers(&mut self, state: &ClusterState, now_ns: u64) {
+        let replied_ns = if self.looked { now_ns } else { self.since_ns };
+        self.looked = true;
+        for node in state
+            .nodes
+            .values()
+            .filter(|node| node.liveness == Liveness::Up)
+        {
+            if !self
+                .seats
+                .get(&node.id)
+                .is_some_and(|seat| seat.is_of(node))
+            {
+                let seat = Seat {
+                    incarnation: node.incarnation,
+                    up_since: node.up_since,
+                    replied_ns,
+                    // The last leader may have granted under a longer setting.
+                    lost_ms: state.lost_ms_longest,
+                };
+                self.seats.insert(node.id, seat);
+            }
+        }
+    }
+
+    /// The nodes to declare lost now; to be asked regularly, since a node that comes up has its time from
+    /// the next look on.
+    pub fn lost(&mut self, state: &ClusterState, now_ns: u64) -> Vec<Command> {
+        self.seat_newcomers(state, now_ns);
         state
             .nodes
             .values()
@@ -170,7 +211,7 @@ impl LeaseTable {
             .filter(|node| now_ns >= self.lost_at_ns(state, node))
             .map(|node| {
                 let since_ns = match self.seats.get(&node.id) {
-                    Some(seat) if seat.incarnation == node.incarnation => seat.replied_ns,
+                    Some(seat) if seat.is_of(node) => seat.replied_ns,
                     _ => self.since_ns,
                 };
                 Command::NodeLost {

@@ -144,6 +144,9 @@ pub struct Node {
     pub role: NodeRole,
     /// Living or lost.
     pub liveness: Liveness,
+    /// The entry by which it last came up.
+    #[serde(default)]
+    pub up_since: LogIndex,
     /// Takes machines or not.
     pub duty: Duty,
     /// What it said of itself.

@@ -7,7 +7,7 @@
 //!        ▲                                     │ ends: what it did is in state and monitors by then
 //!        └─────────────────────────────────────┘
 //! ```
-//! One task owns the memory below and starts flows; a flow is bounded, works on one machine and ends in
+//! One task owns the [`Memory`] and starts flows; a flow is bounded, works on one machine and ends in
 //! an [`Ended`]. A flow that failed is logged and, after a pause, decided anew. Nothing here matters for
 //! safety: after a restart the memory is empty, and `decide` is written for that.
 
@@ -18,12 +18,11 @@ mod view;
 
 pub use summary::{MigrationSummary, Part, Round};
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use cluster_model::agent::{Act, FlowKind, decide};
-use cluster_model::{ClusterState, MigrationId, Token, VmId};
+use cluster_model::ClusterState;
+use cluster_model::agent::{Act, Ended, Learnt, Memory, Work};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
@@ -38,45 +37,6 @@ const PAUSE_FIRST: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 /// Flows that may end at once without waiting for the agent.
 const ENDED_MAX: usize = 1_024;
-
-/// What this life of the agent remembers; see [`cluster_model::agent::NodeView`].
-#[derive(Debug, Default)]
-struct Memory {
-    flows: BTreeMap<VmId, FlowKind>,
-    /// Monitors that are being ended.
-    ending: BTreeSet<u64>,
-    begun: BTreeSet<(VmId, Token)>,
-    claimed: BTreeSet<(VmId, Token)>,
-    start_failures: BTreeMap<(VmId, Token), String>,
-    prepared: BTreeSet<MigrationId>,
-    /// Source monitors seen sending, and for which migration.
-    sending_seen: BTreeMap<u64, MigrationId>,
-    /// Migrations of those that are gone. A dead monitor may have sent everything before anybody heard
-    /// that it was quiet, so the machine is given up only when the log has ended the migration: the
-    /// destination cuts over if it is complete and aborts if it is not.
-    quiet_lost: BTreeSet<MigrationId>,
-    /// Failures in a row of a machine's flows.
-    failures: BTreeMap<VmId, u32>,
-}
-
-/// What a flow leaves behind.
-#[derive(Debug)]
-struct Ended {
-    vm: VmId,
-    /// The monitors that it ended.
-    nonces: Vec<u64>,
-    /// Whether it was its machine's one flow.
-    is_flow: bool,
-    failed: bool,
-    learnt: Vec<Learnt>,
-}
-
-/// What the memory takes in from a flow.
-#[derive(Debug)]
-enum Learnt {
-    Claimed(VmId, Token),
-    StartFailed(VmId, Token, String),
-}
 
 /// Runs the agent until its task is dropped.
 pub async fn run(member: Arc<Member>) {
@@ -109,13 +69,13 @@ pub async fn run(member: Arc<Member>) {
             _ = table.changed() => {}
             _ = lease.changed() => {}
             _ = session.changed() => {}
-            Some(flow) = ended.recv() => agent.take_in(flow),
+            Some(flow) = ended.recv() => agent.memory.take_in(flow),
             Some(_) = agent.tasks.join_next() => {}
             _ = tick.tick() => {}
         }
         // Everything that is there already, before the next look.
         while let Ok(flow) = ended.try_recv() {
-            agent.take_in(flow);
+            agent.memory.take_in(flow);
         }
     }
 }
@@ -129,50 +89,26 @@ struct Agent {
 
 impl Agent {
     fn look(&mut self, state: &Arc<ClusterState>, monitors: &Table) {
-        self.memory.notice(self.member.node, state, monitors);
-        let view = view::build(&self.member, &self.memory, state, monitors);
-        let mut machines: BTreeMap<VmId, Vec<Act>> = BTreeMap::new();
-        for act in decide(state, &view) {
-            machines.entry(act.vm()).or_default().push(act);
-        }
-        for (vm, acts) in machines {
-            self.begin(vm, acts, state);
+        let sight = view::sight(&self.member, state, monitors);
+        for work in self.memory.look(state, sight) {
+            self.begin(work, state);
         }
     }
 
-    fn begin(&mut self, vm: VmId, acts: Vec<Act>, state: &Arc<ClusterState>) {
-        let nonces: Vec<u64> = acts.iter().filter_map(ends).collect();
-        if nonces
-            .iter()
-            .any(|nonce| self.memory.ending.contains(nonce))
-        {
-            return;
-        }
-        // Ends alone go beside a flow; anything else is the machine's one flow.
-        let kind = acts.iter().find_map(flow_kind);
-        if kind.is_some() && self.memory.flows.contains_key(&vm) {
-            return;
-        }
-        self.memory.ending.extend(&nonces);
-        if let Some(kind) = kind {
-            self.memory.flows.insert(vm, kind);
-        }
-        for act in &acts {
-            self.memory.begin(act);
-        }
-        let failures = self.memory.failures.get(&vm).copied().unwrap_or(0);
+    fn begin(&mut self, work: Work, state: &Arc<ClusterState>) {
         let flow = flows::Flow::new(self.member.clone(), state.clone());
         let ended = self.ended.clone();
         self.tasks.spawn(async move {
-            let (failed, learnt) = carry_out(flow, acts).await;
+            let nonces = work.acts.iter().filter_map(Act::ends).collect();
+            let (failed, learnt) = carry_out(flow, work.acts).await;
             if failed {
-                let pause = PAUSE_FIRST * 2u32.saturating_pow(failures.min(10));
+                let pause = PAUSE_FIRST * 2u32.saturating_pow(work.failures.min(10));
                 tokio::time::sleep(pause.min(PAUSE_MAX)).await;
             }
             let ended_now = Ended {
-                vm,
+                vm: work.vm,
                 nonces,
-                is_flow: kind.is_some(),
+                is_flow: work.kind.is_some(),
                 failed,
                 learnt,
             };
@@ -180,39 +116,13 @@ impl Agent {
             let _ = ended.send(ended_now).await;
         });
     }
-
-    fn take_in(&mut self, flow: Ended) {
-        let memory = &mut self.memory;
-        for nonce in &flow.nonces {
-            memory.ending.remove(nonce);
-        }
-        if flow.is_flow {
-            memory.flows.remove(&flow.vm);
-        }
-        if flow.failed {
-            let failures = memory.failures.entry(flow.vm).or_default();
-            *failures = failures.saturating_add(1);
-        } else {
-            memory.failures.remove(&flow.vm);
-        }
-        for learnt in flow.learnt {
-            match learnt {
-                Learnt::Claimed(vm, token) => {
-                    memory.claimed.insert((vm, token));
-                }
-                Learnt::StartFailed(vm, token, why) => {
-                    memory.start_failures.insert((vm, token), why);
-                }
-            }
-        }
-    }
 }
 
 /// Carries out the acts of one machine in their order; says whether one failed, and what was learnt.
 async fn carry_out(mut flow: flows::Flow, acts: Vec<Act>) -> (bool, Vec<Learnt>) {
     let mut failed = false;
     for act in acts {
-        let ends_a_monitor = ends(&act).is_some();
+        let ends_a_monitor = act.ends().is_some();
         tracing::debug!(?act, "begin");
         if let Err(error) = flow.act(&act).await {
             failed = true;
@@ -238,36 +148,6 @@ fn chain(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     text
-}
-
-/// The monitor that an act ends.
-fn ends(act: &Act) -> Option<u64> {
-    match act {
-        Act::Kill { nonce, .. } | Act::DiscardIncoming { nonce, .. } => Some(*nonce),
-        _ => None,
-    }
-}
-
-/// What kind of flow an act makes; `None` for ends, which go beside one.
-fn flow_kind(act: &Act) -> Option<FlowKind> {
-    match act {
-        Act::Kill { .. } | Act::DiscardIncoming { .. } => None,
-        Act::Start { .. } => Some(FlowKind::Start),
-        Act::TakeUpToken { .. } => Some(FlowKind::TakeUpToken),
-        Act::Thaw { .. } => Some(FlowKind::Thaw),
-        Act::StopGuest { .. } => Some(FlowKind::StopGuest),
-        Act::PrepareIncoming { .. } => Some(FlowKind::PrepareIncoming),
-        Act::Send { .. } | Act::CancelSend { .. } => Some(FlowKind::Send),
-        Act::ClaimForCutover { .. } => Some(FlowKind::ClaimForCutover),
-        Act::RunAfterCutover { .. } => Some(FlowKind::RunAfterCutover),
-        Act::Rekey { .. }
-        | Act::Release { .. }
-        | Act::Activated { .. }
-        | Act::RenewToken { .. }
-        | Act::ProposeCutover { .. }
-        | Act::ProposeAbort { .. }
-        | Act::ReportMigration { .. } => Some(FlowKind::Propose),
-    }
 }
 
 fn name(act: &Act) -> &'static str {

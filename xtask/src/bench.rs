@@ -45,6 +45,16 @@ pub fn soak(args: &[String]) -> anyhow::Result<()> {
     release_program("tests", "soak", args)
 }
 
+/// Runs a program of that package's name that needs no machine: optimised, with its assertions.
+pub fn pure_program(package: &str, args: &[String]) -> anyhow::Result<()> {
+    build::run(
+        build::cargo()
+            .args(["run", "--quiet", "--package", package, "--bin", package])
+            .arg("--")
+            .args(args),
+    )
+}
+
 fn release_program(package: &str, program: &str, args: &[String]) -> anyhow::Result<()> {
     build::require_kvm()?;
     let programs = build::programs(true)?;

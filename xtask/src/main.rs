@@ -31,6 +31,12 @@ enum Chore {
     Layers,
     /// Measure: `migrate`, `raft`, `failover`, `network`.
     Bench(bench::BenchArgs),
+    /// Simulate clusters from seeds: `--seeds 10000`, `--seed 7` replays one, `--mutants` breaks things on purpose.
+    Sim {
+        /// Given to the simulation.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
     /// Migrate and fail over again and again, and let the guests check themselves.
     Soak {
         /// Given to the soak program, for example `--migrations 200 --failovers 20`.
@@ -46,6 +52,7 @@ fn main() -> anyhow::Result<()> {
         Chore::Guest(args) => guest::run(&args),
         Chore::Layers => layers::run(),
         Chore::Bench(args) => bench::run(&args),
+        Chore::Sim { args } => bench::pure_program("sim", &args),
         Chore::Soak { args } => bench::soak(&args),
     }
 }

@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::FlowKind;
 use crate::command::ReleaseReason;
 use crate::ids::{MigrationId, Token, VmId};
 
@@ -230,6 +231,36 @@ impl Act {
             | Act::ProposeAbort { .. }
             | Act::DiscardIncoming { .. }
             | Act::ReportMigration { .. } => false,
+        }
+    }
+
+    /// The monitor that it ends.
+    pub fn ends(&self) -> Option<u64> {
+        match self {
+            Act::Kill { nonce, .. } | Act::DiscardIncoming { nonce, .. } => Some(*nonce),
+            _ => None,
+        }
+    }
+
+    /// What kind of flow it makes; `None` for ends, which go beside one.
+    pub fn flow_kind(&self) -> Option<FlowKind> {
+        match self {
+            Act::Kill { .. } | Act::DiscardIncoming { .. } => None,
+            Act::Start { .. } => Some(FlowKind::Start),
+            Act::TakeUpToken { .. } => Some(FlowKind::TakeUpToken),
+            Act::Thaw { .. } => Some(FlowKind::Thaw),
+            Act::StopGuest { .. } => Some(FlowKind::StopGuest),
+            Act::PrepareIncoming { .. } => Some(FlowKind::PrepareIncoming),
+            Act::Send { .. } | Act::CancelSend { .. } => Some(FlowKind::Send),
+            Act::ClaimForCutover { .. } => Some(FlowKind::ClaimForCutover),
+            Act::RunAfterCutover { .. } => Some(FlowKind::RunAfterCutover),
+            Act::Rekey { .. }
+            | Act::Release { .. }
+            | Act::Activated { .. }
+            | Act::RenewToken { .. }
+            | Act::ProposeCutover { .. }
+            | Act::ProposeAbort { .. }
+            | Act::ReportMigration { .. } => Some(FlowKind::Propose),
         }
     }
 }

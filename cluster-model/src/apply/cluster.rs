@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{Applied, Entry, name_taken};
 use crate::command::{Outcome, Rejection};
 use crate::event::{Object, Severity, Why, counted};
-use crate::ids::{Incarnation, Name, NodeId, VmId, VolumeId};
+use crate::ids::{Incarnation, LogIndex, Name, NodeId, VmId, VolumeId};
 use crate::settings::Settings;
 use crate::state::{
     ClusterInfo, ClusterState, Drain, Duty, LOSSES_MAX, Liveness, MigrationCause, MigrationState,
@@ -73,6 +73,7 @@ impl ClusterState {
                 incarnation: Incarnation(0),
                 role,
                 liveness: Liveness::Joining,
+                up_since: LogIndex(0),
                 duty: Duty::Active,
                 facts: NodeFacts::default(),
                 uid: broker_uid.saturating_add(spread),
@@ -182,6 +183,9 @@ impl ClusterState {
         known.absent_ms = None;
         if !quarantine {
             known.liveness = Liveness::Up;
+            if before != Liveness::Up || rebooted {
+                known.up_since = entry.index;
+            }
         }
         if before != Liveness::Up || rebooted {
             self.note(

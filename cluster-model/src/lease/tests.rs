@@ -9,7 +9,7 @@ const N2: NodeId = NodeId(2);
 const LIFE: Incarnation = Incarnation(1);
 const MS: u64 = NS_IN_MS;
 
-fn lost_nodes(table: &LeaseTable, world: &World, now_ms: u64) -> Vec<NodeId> {
+fn lost_nodes(table: &mut LeaseTable, world: &World, now_ms: u64) -> Vec<NodeId> {
     table
         .lost(&world.state, now_ms * MS)
         .into_iter()
@@ -29,9 +29,9 @@ fn grant(table: &mut LeaseTable, world: &World, node: NodeId, at_ms: u64) {
 #[test]
 fn a_new_leader_gives_everyone_the_full_time_itself_included() {
     let world = World::new(2, 64);
-    let table = LeaseTable::new(1_000 * MS);
-    assert_eq!(lost_nodes(&table, &world, 7_499), vec![]);
-    assert_eq!(lost_nodes(&table, &world, 7_500), vec![N1, N2]);
+    let mut table = LeaseTable::new(1_000 * MS);
+    assert_eq!(lost_nodes(&mut table, &world, 7_499), vec![]);
+    assert_eq!(lost_nodes(&mut table, &world, 7_500), vec![N1, N2]);
     assert_eq!(table.next_ns(&world.state), Some(7_500 * MS));
 }
 
@@ -41,9 +41,9 @@ fn the_lost_time_counts_from_the_last_reply() {
     let mut table = LeaseTable::new(0);
     grant(&mut table, &world, N1, 6_000);
     grant(&mut table, &world, N2, 3_000);
-    assert_eq!(lost_nodes(&table, &world, 9_499), vec![]);
-    assert_eq!(lost_nodes(&table, &world, 9_500), vec![N2]);
-    assert_eq!(lost_nodes(&table, &world, 12_500), vec![N1, N2]);
+    assert_eq!(lost_nodes(&mut table, &world, 9_499), vec![]);
+    assert_eq!(lost_nodes(&mut table, &world, 9_500), vec![N2]);
+    assert_eq!(lost_nodes(&mut table, &world, 12_500), vec![N1, N2]);
 }
 
 #[test]
@@ -84,14 +84,14 @@ fn an_announced_absence_adds_its_time_until_the_node_registers() {
         incarnation: LIFE,
         duration_ms: 60_000,
     });
-    assert_eq!(lost_nodes(&table, &world, 7_500), vec![N1]);
-    assert_eq!(lost_nodes(&table, &world, 67_499), vec![N1]);
-    assert_eq!(lost_nodes(&table, &world, 67_500), vec![N1, N2]);
+    assert_eq!(lost_nodes(&mut table, &world, 7_500), vec![N1]);
+    assert_eq!(lost_nodes(&mut table, &world, 67_499), vec![N1]);
+    assert_eq!(lost_nodes(&mut table, &world, 67_500), vec![N1, N2]);
     // A leader that takes over in the middle adds it, too.
-    let next = LeaseTable::new(10_000 * MS);
-    assert_eq!(lost_nodes(&next, &world, 76_499), vec![N1]);
+    let mut next = LeaseTable::new(10_000 * MS);
+    assert_eq!(lost_nodes(&mut next, &world, 76_499), vec![N1]);
     world.register(N2, LIFE, 64);
-    assert_eq!(lost_nodes(&next, &world, 16_500), vec![N1, N2]);
+    assert_eq!(lost_nodes(&mut next, &world, 16_500), vec![N1, N2]);
 }
 
 #[test]
@@ -104,13 +104,13 @@ fn a_shorter_setting_does_not_cut_a_lease_that_runs() {
     let mut table = LeaseTable::new(0);
     grant(&mut table, &world, N1, 0);
     world.settings(|settings| *settings = Settings::fast());
-    assert_eq!(lost_nodes(&table, &world, 89_999), vec![]);
-    assert_eq!(lost_nodes(&table, &world, 90_000), vec![N1, N2]);
+    assert_eq!(lost_nodes(&mut table, &world, 89_999), vec![]);
+    assert_eq!(lost_nodes(&mut table, &world, 90_000), vec![N1, N2]);
     // The next leader does not know which setting the lease was granted under.
-    let next = LeaseTable::new(0);
-    assert_eq!(lost_nodes(&next, &world, 89_999), vec![]);
+    let mut next = LeaseTable::new(0);
+    assert_eq!(lost_nodes(&mut next, &world, 89_999), vec![]);
     grant(&mut table, &world, N1, 0);
-    assert!(lost_nodes(&table, &world, 2_800).contains(&N1));
+    assert!(lost_nodes(&mut table, &world, 2_800).contains(&N1));
 }
 
 #[test]
@@ -185,4 +185,23 @@ fn a_node_is_frozen_before_it_is_lost_whatever_the_delays() {
             }
         }
     }
+}
+
+#[test]
+fn a_node_that_comes_back_has_the_full_time_again() {
+    let mut world = World::new(2, 64);
+    let mut table = LeaseTable::new(0);
+    grant(&mut table, &world, N1, 1_000);
+    grant(&mut table, &world, N2, 1_000);
+    assert_eq!(lost_nodes(&mut table, &world, 7_500), vec![N1, N2]);
+    grant(&mut table, &world, N1, 7_600);
+    for command in table.lost(&world.state, 7_600 * MS) {
+        world.done(command);
+    }
+    assert_eq!(lost_nodes(&mut table, &world, 9_000), vec![]);
+    world.register(N2, LIFE, 64);
+    grant(&mut table, &world, N1, 9_900);
+    assert_eq!(lost_nodes(&mut table, &world, 10_000), vec![]);
+    assert_eq!(lost_nodes(&mut table, &world, 16_399), vec![]);
+    assert_eq!(lost_nodes(&mut table, &world, 16_500), vec![N1, N2]);
 }

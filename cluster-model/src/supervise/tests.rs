@@ -4,6 +4,10 @@ use super::*;
 use crate::state::MigrationCause;
 use crate::testing::World;
 
+fn aborts(state: &ClusterState, wall_ms: u64) -> Vec<Command> {
+    Supervisor::default().aborts(state, wall_ms, 0)
+}
+
 #[test]
 fn a_migration_over_its_time_is_aborted_and_one_within_it_is_not() {
     let mut world = World::new(2, 1_024);
@@ -52,4 +56,16 @@ fn a_lost_side_ends_a_migration() {
     assert!(
         matches!(&found[..], [Command::AbortMigration { reason, .. }] if reason.contains("n2"))
     );
+}
+
+#[test]
+fn a_wall_clock_that_is_hours_behind_does_not_keep_a_migration_for_hours() {
+    let mut world = World::new(2, 1_024);
+    let vm = world.running("a", 64, NodeId(1));
+    world.migrate(vm, NodeId(2));
+    let limit = u64::from(world.state.settings.migration_timeout_s) * 1_000;
+    let mut supervisor = Supervisor::default();
+    assert_eq!(supervisor.aborts(&world.state, 0, 5_000), vec![]);
+    assert_eq!(supervisor.aborts(&world.state, 0, 5_000 + limit), vec![]);
+    assert_eq!(supervisor.aborts(&world.state, 0, 5_001 + limit).len(), 1);
 }

@@ -3,11 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use cluster_model::agent::Act;
+use cluster_model::agent::{Act, Learnt};
 use cluster_model::{ClusterState, Command, MigrationId, ReleaseReason, Token, Vm, VmId};
 use proto::monitor as wire;
 
-use super::Learnt;
 use crate::broker::{BrokerError, ClaimAck};
 use crate::machine_file::{self, Incoming, Place};
 use crate::member::{CommandError, Member};

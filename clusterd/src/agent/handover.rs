@@ -6,12 +6,12 @@
 use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
+use cluster_model::agent::Learnt;
 use cluster_model::{Command, Migration, MigrationId, MigrationState, NodeId, Token, VmId};
 use proto::monitor as wire;
 use proto::peer as peer_wire;
 use proto::peer::peer_client::PeerClient;
 
-use super::Learnt;
 use super::flows::{ActError, Flow};
 use crate::broker::BrokerError;
 use crate::machine_file::Incoming;

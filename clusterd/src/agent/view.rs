@@ -1,23 +1,15 @@
-//! What the agent sees when it decides, and what its memory takes in and forgets.
+//! What the agent sees when it looks.
 
-use std::collections::BTreeSet;
-
-use cluster_model::agent::{Act, MonitorMigration, MonitorPhase, MonitorView, NodeView, Side};
-use cluster_model::{ClusterState, MigrationId, NodeId, Token, VmId};
+use cluster_model::agent::{MonitorMigration, MonitorPhase, MonitorView, Side, Sight};
+use cluster_model::{ClusterState, MigrationId, NodeId};
 use proto::monitor as wire;
 
-use super::Memory;
 use crate::member::Member;
 use crate::monitors::{Monitor, Table};
 
-pub(super) fn build(
-    member: &Member,
-    memory: &Memory,
-    state: &ClusterState,
-    monitors: &Table,
-) -> NodeView {
+pub(super) fn sight(member: &Member, state: &ClusterState, monitors: &Table) -> Sight {
     let now_ns = member.clock.boottime_ns();
-    NodeView {
+    Sight {
         me: member.node,
         incarnation: member.incarnation,
         session_since: *member.session_since.borrow(),
@@ -26,12 +18,6 @@ pub(super) fn build(
             .values()
             .map(|monitor| monitor_view(member.node, state, monitor, now_ns))
             .collect(),
-        flows: memory.flows.clone(),
-        begun: memory.begun.clone(),
-        claimed: memory.claimed.clone(),
-        start_failures: memory.start_failures.clone(),
-        prepared: memory.prepared.clone(),
-        quiet_lost: memory.quiet_lost.clone(),
     }
 }
 
@@ -86,78 +72,5 @@ fn phase(phase: wire::Phase) -> MonitorPhase {
         wire::Phase::Complete => MonitorPhase::Complete,
         wire::Phase::Stopped => MonitorPhase::Stopped,
         wire::Phase::Failed => MonitorPhase::Failed,
-    }
-}
-
-impl Memory {
-    /// Notes what an act is about to begin, before it begins.
-    pub(super) fn begin(&mut self, act: &Act) {
-        match act {
-            Act::Start { vm, token, .. } | Act::TakeUpToken { vm, token, .. } => {
-                self.begun.insert((*vm, *token));
-            }
-            Act::ClaimForCutover { vm, reserved, .. } => {
-                self.begun.insert((*vm, *reserved));
-            }
-            Act::PrepareIncoming { migration, .. } => {
-                self.prepared.insert(*migration);
-            }
-            Act::Rekey { .. }
-            | Act::Thaw { .. }
-            | Act::Kill { .. }
-            | Act::StopGuest { .. }
-            | Act::Release { .. }
-            | Act::Activated { .. }
-            | Act::Send { .. }
-            | Act::CancelSend { .. }
-            | Act::RenewToken { .. }
-            | Act::ProposeCutover { .. }
-            | Act::ProposeAbort { .. }
-            | Act::RunAfterCutover { .. }
-            | Act::DiscardIncoming { .. }
-            | Act::ReportMigration { .. } => {}
-        }
-    }
-
-    /// Takes in which monitors send and which of those are gone, and forgets what the log has passed.
-    pub(super) fn notice(&mut self, me: NodeId, state: &ClusterState, monitors: &Table) {
-        for (&nonce, monitor) in monitors.iter() {
-            // One that sends may have said quiet, and everything, since it was last heard.
-            if let Some(id) = monitor.migration()
-                && side(me, state, monitor, id) == Side::Source
-            {
-                self.sending_seen.insert(nonce, id);
-            }
-        }
-        let gone: Vec<u64> = self
-            .sending_seen
-            .keys()
-            .copied()
-            .filter(|nonce| !monitors.contains_key(nonce))
-            .collect();
-        for nonce in gone {
-            self.quiet_lost.extend(self.sending_seen.remove(&nonce));
-        }
-        let open = |id: &MigrationId| {
-            id.0 > state.applied.0
-                || state
-                    .migrations
-                    .get(id)
-                    .is_some_and(|migration| migration.is_open())
-        };
-        self.quiet_lost.retain(open);
-        self.prepared.retain(open);
-        // A token below the record's is past; one above it is a migration's, or news to come.
-        let counts = |&(vm, token): &(VmId, Token)| {
-            state
-                .vms
-                .get(&vm)
-                .map_or(vm.0 > state.applied.0, |vm| token >= vm.ownership.token)
-        };
-        self.begun.retain(counts);
-        self.claimed.retain(counts);
-        self.start_failures.retain(|key, _| counts(key));
-        let known: BTreeSet<VmId> = state.vms.keys().copied().collect();
-        self.failures.retain(|vm, _| known.contains(vm));
     }
 }

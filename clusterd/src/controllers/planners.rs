@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cluster_model::queue::Next;
+use cluster_model::supervise::Supervisor;
 use cluster_model::{
     ClusterState, Command, Desired, MigrationState, Observed, balance, drain, failover, queue,
-    supervise,
 };
 
 use super::{leads, propose};
@@ -23,6 +23,7 @@ pub async fn run(member: Arc<Member>) {
     let mut state = member.raft.state();
     let mut leadership = member.raft.leadership();
     let mut led = 0;
+    let mut supervisor = Supervisor::default();
     // The first balance comes an interval after this node began to lead.
     let mut balanced_at = tokio::time::Instant::now();
     loop {
@@ -41,7 +42,17 @@ pub async fn run(member: Arc<Member>) {
         }
         let now = state.borrow_and_update().clone();
         let observed = report::observed(&member.leader.reports().borrow());
-        let mut due = plans(&now, &observed, member.clock.wall_ms());
+        let mut due = plans(&now, &observed);
+        let (wall_ms, steady_ms) = (
+            member.clock.wall_ms(),
+            member.clock.boottime_ns() / 1_000_000,
+        );
+        due.extend(
+            supervisor
+                .aborts(&now, wall_ms, steady_ms)
+                .into_iter()
+                .map(|command| ("supervision", what(&command), command)),
+        );
         let interval = Duration::from_secs(u64::from(now.settings.balance_interval_s));
         if now.settings.balance_auto && balanced_at.elapsed() >= interval {
             balanced_at = tokio::time::Instant::now();
@@ -57,7 +68,7 @@ pub async fn run(member: Arc<Member>) {
 
 type Due = Vec<(&'static str, String, Command)>;
 
-fn plans(state: &ClusterState, observed: &Observed, now_ms: u64) -> Due {
+fn plans(state: &ClusterState, observed: &Observed) -> Due {
     let mut due = Due::new();
     if state
         .vms
@@ -82,12 +93,6 @@ fn plans(state: &ClusterState, observed: &Observed, now_ms: u64) -> Due {
         };
         ("migrations", what(&command), command)
     }));
-    let aborts = supervise::aborts(state, now_ms);
-    due.extend(
-        aborts
-            .into_iter()
-            .map(|command| ("supervision", what(&command), command)),
-    );
     let drains = drain::next(state, observed);
     due.extend(
         drains

@@ -1,0 +1,675 @@
+//! A node's `clusterd`: its log, lease and agent, and while it leads the lease table and the planners.
+//!
+//! The decisions are the real ones (`cluster_model`); this file carries them out in the simulated world.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use cluster_model::agent::{Memory, Sight};
+use cluster_model::queue::Next;
+use cluster_model::supervise::Supervisor;
+use cluster_model::{
+    ClusterState, Command, Envelope, Grant, Incarnation, LeaseTable, Liveness, LogIndex, NodeLease,
+    NodeLoad, Observed, Reply, RequestId, drain, failover, queue,
+};
+use rand::Rng;
+
+use crate::flows::Flow;
+use crate::mutants::{self, Mutant};
+use crate::raft::Role;
+use crate::setup;
+use crate::world::{ConfirmFor, Daemon, Event, MS, Message, Place, S, World, name, node_id};
+
+/// A daemon looks at everything this often.
+const TICK: u64 = 100 * MS;
+/// The leader's table is made anew after it stood still for this long.
+const STOOD_STILL: u64 = 1_500 * MS;
+/// A registration that got no answer is sent again.
+const REGISTER_PAUSE: u64 = 700 * MS;
+
+impl World {
+    /// A daemon starts: everything but its log is new.
+    pub fn start_daemon(&mut self, node: usize) {
+        let host = &self.hosts[node];
+        if !host.up || host.daemon.is_some() {
+            return;
+        }
+        let life = self.number();
+        let election_at = self.election_due(node);
+        let looked_at = self.clock(node);
+        let host = &mut self.hosts[node];
+        host.raft.restart();
+        host.paused_until = 0;
+        host.daemon = Some(Daemon {
+            life,
+            state: Arc::new(ClusterState::default()),
+            applied: 0,
+            memory: Memory::default(),
+            lease: NodeLease::default(),
+            session_since: None,
+            registering: 0,
+            flows: BTreeMap::new(),
+            rpcs: BTreeMap::new(),
+            waiting: BTreeMap::new(),
+            confirms: BTreeMap::new(),
+            table: None,
+            volumes_down: BTreeSet::new(),
+            looked_at,
+            election_at,
+            planned_at: 0,
+            supervisor: Supervisor::default(),
+            asked_quorum: None,
+            declares: false,
+        });
+        self.say(|| format!("clusterd of n{} starts", node + 1));
+        self.apply(node);
+        self.at(self.now, Event::Tick { node, life });
+        self.at(self.now + 50 * MS, Event::Beat { node, life });
+    }
+
+    fn election_due(&mut self, node: usize) -> u64 {
+        let wait = self.rng.random_range(1_050 * MS..1_500 * MS);
+        self.after(node, wait)
+    }
+
+    /// The daemon, if there is one.
+    pub fn daemon(&mut self, node: usize) -> Option<&mut Daemon> {
+        self.hosts[node].daemon.as_mut()
+    }
+
+    /// A daemon's regular look.
+    pub fn tick(&mut self, node: usize) {
+        let Some(daemon) = self.hosts[node].daemon.as_ref() else {
+            return;
+        };
+        let (life, election_at) = (daemon.life, daemon.election_at);
+        let out = if self.hosts[node].raft.role == Role::Leader {
+            self.hosts[node].raft.beat()
+        } else if self.now >= election_at {
+            let due = self.election_due(node);
+            if let Some(daemon) = self.daemon(node) {
+                daemon.election_at = due;
+            }
+            self.hosts[node].raft.campaign()
+        } else {
+            Vec::new()
+        };
+        self.raft_out(node, out);
+        self.lead(node);
+        self.register(node);
+        self.look(node);
+        let next = self.after(node, TICK);
+        self.at(next, Event::Tick { node, life });
+    }
+
+    /// Sends what the log says.
+    pub fn raft_out(&mut self, node: usize, out: Vec<(usize, crate::raft::RaftMessage)>) {
+        for (peer, message) in out {
+            let (from, to) = (Place::Daemon(node), Place::Daemon(peer));
+            self.send(from, to, Message::Raft(message));
+        }
+    }
+
+    /// A message for the daemon.
+    pub fn daemon_hears(&mut self, node: usize, from: Place, message: Message) {
+        match message {
+            Message::Raft(message) => {
+                let Place::Daemon(peer) = from else { return };
+                let heard = matches!(message, crate::raft::RaftMessage::Append { .. });
+                let (term, commit) = (self.hosts[node].raft.term, self.hosts[node].raft.commit);
+                let out = self.hosts[node].raft.take_in(peer, message);
+                let raft = &self.hosts[node].raft;
+                if raft.term < term || raft.commit < commit || raft.log.len() < raft.commit {
+                    let what = format!("term, commit or log of n{} fell back", node + 1);
+                    self.violate("log only grows", what);
+                }
+                if heard && self.hosts[node].raft.leader == Some(peer) {
+                    let due = self.election_due(node);
+                    if let Some(daemon) = self.daemon(node) {
+                        daemon.election_at = due;
+                    }
+                }
+                self.raft_out(node, out);
+                self.apply(node);
+                self.confirmed(node);
+                // Followers hear of a commit at once.
+                if self.hosts[node].raft.commit > commit {
+                    let out = self.hosts[node].raft.beat();
+                    self.raft_out(node, out);
+                }
+            }
+            Message::Propose { rpc, envelope } => self.leader_propose(node, from, rpc, envelope),
+            Message::Confirm { rpc } => {
+                self.leader_confirm(node, ConfirmFor::Read { to: from, rpc })
+            }
+            Message::Heartbeat {
+                sequence,
+                incarnation,
+                volume_down,
+            } => {
+                let Place::Daemon(peer) = from else { return };
+                let received = self.clock(node);
+                if let Some(daemon) = self.daemon(node) {
+                    if volume_down {
+                        daemon.volumes_down.insert(node_id(peer));
+                    } else {
+                        daemon.volumes_down.remove(&node_id(peer));
+                    }
+                }
+                self.leader_confirm(
+                    node,
+                    ConfirmFor::Lease {
+                        node: peer,
+                        sequence,
+                        incarnation,
+                        received,
+                    },
+                );
+            }
+            Message::Granted {
+                sequence,
+                grant,
+                index,
+            } => self.granted(node, sequence, grant, index),
+            Message::AskReady { rpc, migration } => {
+                let nonce = self.hosts[node]
+                    .monitors
+                    .values()
+                    .find(|monitor| {
+                        monitor.part.as_ref().is_some_and(|part| {
+                            part.id == migration && part.side == cluster_model::Side::Destination
+                        })
+                    })
+                    .map(|monitor| monitor.nonce);
+                self.send(Place::Daemon(node), from, Message::Ready { rpc, nonce });
+            }
+            Message::Proposed { .. }
+            | Message::Confirmed { .. }
+            | Message::Ready { .. }
+            | Message::Answer { .. } => self.flow_answered(node, message),
+            Message::Call { .. }
+            | Message::Quiet { .. }
+            | Message::Final { .. }
+            | Message::Broken { .. } => {}
+        }
+        self.look(node);
+    }
+
+    /// The leader writes a command down, and tells whoever asked what came of it.
+    pub fn leader_propose(&mut self, node: usize, from: Place, rpc: u64, envelope: Arc<Envelope>) {
+        let raft = &mut self.hosts[node].raft;
+        let term = raft.term;
+        let Some(index) = raft.propose(Some(envelope)) else {
+            self.send(
+                Place::Daemon(node),
+                from,
+                Message::Proposed { rpc, answer: None },
+            );
+            return;
+        };
+        let out = raft.beat();
+        if let Some(daemon) = self.daemon(node) {
+            daemon
+                .waiting
+                .entry(index)
+                .or_default()
+                .push((from, rpc, term));
+        }
+        self.raft_out(node, out);
+    }
+
+    fn leader_confirm(&mut self, node: usize, asked: ConfirmFor) {
+        let number = self.number();
+        // A mutant takes its own word for it.
+        if matches!(asked, ConfirmFor::Read { .. }) && self.mutant == Some(Mutant::ConfirmIsLocal)
+            || matches!(asked, ConfirmFor::Lease { .. })
+                && self.mutant == Some(Mutant::LeaseWithoutQuorum)
+        {
+            let raft = &self.hosts[node].raft;
+            if raft.role == Role::Leader {
+                let index = raft.commit;
+                if let Some(daemon) = self.daemon(node) {
+                    daemon.confirms.insert(number, asked);
+                }
+                self.answer_confirm(node, number, index);
+            }
+            return;
+        }
+        match self.hosts[node].raft.confirm(number) {
+            Some(out) => {
+                if let Some(daemon) = self.daemon(node) {
+                    daemon.confirms.insert(number, asked);
+                }
+                self.raft_out(node, out);
+            }
+            None => {
+                if let ConfirmFor::Read { to, rpc } = asked {
+                    let message = Message::Confirmed { rpc, index: None };
+                    self.send(Place::Daemon(node), to, message);
+                }
+            }
+        }
+    }
+
+    fn confirmed(&mut self, node: usize) {
+        for (number, index) in self.hosts[node].raft.confirmed() {
+            self.answer_confirm(node, number, index);
+        }
+    }
+
+    fn answer_confirm(&mut self, node: usize, number: u64, index: usize) {
+        let Some(asked) = self
+            .daemon(node)
+            .and_then(|daemon| daemon.confirms.remove(&number))
+        else {
+            return;
+        };
+        match asked {
+            ConfirmFor::Read { to, rpc } => {
+                let index = Some(index);
+                self.send(Place::Daemon(node), to, Message::Confirmed { rpc, index });
+            }
+            ConfirmFor::Declare => {
+                if let Some(daemon) = self.daemon(node)
+                    && daemon.asked_quorum.take().is_some()
+                {
+                    daemon.declares = true;
+                }
+            }
+            ConfirmFor::Lease {
+                node: peer,
+                sequence,
+                incarnation,
+                received,
+            } => {
+                let now_ns = self.clock(node) * 1_000;
+                let term = self.hosts[node].raft.term;
+                let early = self.mutant == Some(Mutant::LostTooEarly);
+                let Some(daemon) = self.daemon(node) else {
+                    return;
+                };
+                if daemon.applied < index {
+                    return;
+                }
+                let state = daemon.state.clone();
+                let (_, table, condemned) = table_of(&mut daemon.table, term, now_ns);
+                let up_since = state.nodes.get(&node_id(peer)).map(|known| known.up_since);
+                if up_since.is_some_and(|since| condemned.contains(&(node_id(peer), since)))
+                    && !early
+                {
+                    return;
+                }
+                let received_ns = received * 1_000;
+                let granted = table.grant(
+                    &state,
+                    node_id(peer),
+                    Incarnation(incarnation),
+                    received_ns,
+                    received_ns,
+                    now_ns,
+                );
+                if let Ok(grant) = granted {
+                    let message = Message::Granted {
+                        sequence,
+                        grant,
+                        index,
+                    };
+                    self.send(Place::Daemon(node), Place::Daemon(peer), message);
+                }
+            }
+        }
+    }
+
+    /// A node's heartbeat to whoever leads, as far as it knows.
+    pub fn heartbeat(&mut self, node: usize) {
+        let sent_ns = self.clock(node) * 1_000;
+        let volume_down = !self.reaches(Place::Daemon(node), Place::Server) || !self.server.up;
+        let (leader, incarnation) = (self.hosts[node].raft.leader, self.hosts[node].incarnation);
+        let Some(daemon) = self.daemon(node) else {
+            return;
+        };
+        let life = daemon.life;
+        let sequence = daemon.lease.sending(sent_ns);
+        let interval = u64::from(daemon.state.settings.heartbeat_ms.max(300)) * MS;
+        if let Some(leader) = leader {
+            let message = Message::Heartbeat {
+                sequence,
+                incarnation,
+                volume_down,
+            };
+            self.send(Place::Daemon(node), Place::Daemon(leader), message);
+        }
+        let next = self.after(node, interval);
+        self.at(next, Event::Beat { node, life });
+    }
+
+    fn granted(&mut self, node: usize, sequence: u64, grant: Grant, index: usize) {
+        let now_ns = self.clock(node) * 1_000;
+        let from_receipt = self.mutant == Some(Mutant::LeaseFromReceipt);
+        let me = node_id(node);
+        let Some(daemon) = self.daemon(node) else {
+            return;
+        };
+        if daemon.applied < index {
+            let again = Message::Granted {
+                sequence,
+                grant,
+                index,
+            };
+            return self.later(node, again);
+        }
+        let granted = daemon.lease.granted(sequence, grant);
+        let deadline_ns = match granted {
+            _ if from_receipt => now_ns + u64::from(grant.lease_ms) * 1_000_000,
+            Some(deadline_ns) => deadline_ns,
+            None => return,
+        };
+        let state = daemon.state.clone();
+        let deadline = deadline_ns / 1_000;
+        let clock = now_ns / 1_000;
+        let mut timers = Vec::new();
+        for monitor in self.hosts[node].monitors.values_mut() {
+            let own = state
+                .vms
+                .get(&monitor.vm)
+                .is_some_and(|vm| vm.ownership.owner == Some(me));
+            // A frozen one thaws by a permit only.
+            if own && monitor.deadline > clock {
+                monitor.deadline = monitor.deadline.max(deadline);
+                timers.push(monitor.nonce);
+            }
+        }
+        for nonce in timers {
+            let at = self.after(node, deadline.saturating_sub(clock));
+            self.at(at, Event::Deadline { node, nonce });
+        }
+    }
+
+    /// Applies what is committed.
+    pub fn apply(&mut self, node: usize) {
+        self.learn_commits(node);
+        let (commit, term, leads) = {
+            let raft = &self.hosts[node].raft;
+            (raft.commit, raft.term, raft.role == Role::Leader)
+        };
+        let mut applied_any = false;
+        loop {
+            let mutant = self.mutant;
+            let host = &mut self.hosts[node];
+            let Some(daemon) = host.daemon.as_mut() else {
+                return;
+            };
+            if daemon.applied >= commit {
+                break;
+            }
+            let index = daemon.applied + 1;
+            let entry = host.raft.log[index - 1].clone();
+            let state = Arc::make_mut(&mut daemon.state);
+            let reply = crate::invariants::apply_entry(state, index, &entry, mutant);
+            daemon.applied = index;
+            applied_any = true;
+            let digest_of = daemon.state.clone();
+            for (to, rpc, asked_in) in daemon.waiting.remove(&index).unwrap_or_default() {
+                let answer = (leads && asked_in == term && entry.term == term)
+                    .then(|| reply.clone().map(|reply| (index, reply)))
+                    .flatten();
+                let message = Message::Proposed { rpc, answer };
+                self.send(Place::Daemon(node), to, message);
+            }
+            crate::invariants::applied(self, node, index, &digest_of);
+        }
+        if applied_any {
+            self.flows_applied(node);
+        }
+    }
+
+    /// Registers this life, and again when the log counts it as lost.
+    fn register(&mut self, node: usize) {
+        let (now, incarnation) = (self.now, self.hosts[node].incarnation);
+        let at_ms = self.wall_ms(node);
+        let number = self.number();
+        let Some(daemon) = self.daemon(node) else {
+            return;
+        };
+        let due = daemon.state.nodes.get(&node_id(node)).is_some_and(|known| {
+            daemon.session_since.is_none()
+                || known.incarnation != Incarnation(incarnation)
+                || matches!(known.liveness, Liveness::Joining | Liveness::Lost)
+        });
+        if !due || now < daemon.registering {
+            return;
+        }
+        daemon.registering = now + REGISTER_PAUSE;
+        let envelope = Envelope {
+            request: RequestId(format!("n{}/{number}", node + 1)),
+            actor: format!("node/n{}", node + 1),
+            at_ms,
+            command: Command::RegisterNode {
+                node: node_id(node),
+                incarnation: Incarnation(incarnation),
+                address: format!("127.0.0.{}:1", node + 1),
+                facts: setup::facts(),
+            },
+        };
+        // Rpc 0 of a flow that is none: the answer is taken in below.
+        let rpc = number;
+        daemon.rpcs.insert(rpc, 0);
+        if let Some(leader) = self.hosts[node].raft.leader {
+            let message = Message::Propose {
+                rpc,
+                envelope: Arc::new(envelope),
+            };
+            self.send(Place::Daemon(node), Place::Daemon(leader), message);
+        }
+    }
+
+    /// A registration was answered.
+    pub fn registered(&mut self, node: usize, answer: Option<(usize, Reply)>) {
+        let Some((index, Reply::Done { index: at, outcome })) = answer else {
+            return;
+        };
+        let Some(daemon) = self.daemon(node) else {
+            return;
+        };
+        if daemon.applied >= index {
+            daemon.session_since.get_or_insert(LogIndex(index as u64));
+            return;
+        }
+        let rpc = self.number();
+        if let Some(daemon) = self.daemon(node) {
+            daemon.rpcs.insert(rpc, 0);
+        }
+        let answer = Some((index, Reply::Done { index: at, outcome }));
+        self.later(node, Message::Proposed { rpc, answer });
+    }
+
+    /// A message that this replica is behind of: it is taken in again a little later.
+    fn later(&mut self, node: usize, message: Message) {
+        let here = Place::Daemon(node);
+        let event = Event::Arrive {
+            from: here,
+            to: here,
+            message,
+        };
+        self.at(self.now + 10 * MS, event);
+    }
+
+    /// The agent looks, and begins what follows.
+    pub fn look(&mut self, node: usize) {
+        let clock = self.clock(node);
+        let incarnation = self.hosts[node].incarnation;
+        let monitors: Vec<_> = self.hosts[node]
+            .monitors
+            .values()
+            .map(|monitor| mutants::as_seen(self.mutant, monitor.view(clock)))
+            .collect();
+        let mutant = self.mutant;
+        let Some(daemon) = self.daemon(node) else {
+            return;
+        };
+        if daemon.applied == 0 {
+            return;
+        }
+        let sight = Sight {
+            me: node_id(node),
+            incarnation: Incarnation(incarnation),
+            session_since: daemon.session_since,
+            lease_valid: daemon.lease.valid(clock * 1_000),
+            monitors,
+        };
+        let state = daemon.state.clone();
+        let works = daemon.memory.look(&state, sight);
+        for mut work in works {
+            mutants::on_work(mutant, &mut work);
+            let number = self.number();
+            let flow = Flow::new(number, work, state.clone());
+            self.begin_flow(node, flow);
+        }
+    }
+
+    /// The leader's table and plans.
+    fn lead(&mut self, node: usize) {
+        let clock = self.clock(node);
+        let (term, role) = {
+            let raft = &self.hosts[node].raft;
+            (raft.term, raft.role.clone())
+        };
+        let raft = &self.hosts[node].raft;
+        // A leader that has not committed in its term does not know what its predecessors did.
+        let knows = role == Role::Leader && raft.log[raft.commit - 1].term == term;
+        let early = self.mutant == Some(Mutant::LostTooEarly);
+        let now = self.now;
+        let wall_ms = self.wall_ms(node);
+        let Some(daemon) = self.hosts[node].daemon.as_mut() else {
+            return;
+        };
+        let stood_still = clock.saturating_sub(daemon.looked_at) > STOOD_STILL;
+        daemon.looked_at = clock;
+        if !knows {
+            return;
+        }
+        let state = daemon.state.clone();
+        let table = table_of(&mut daemon.table, term, clock * 1_000);
+        if stood_still {
+            table.1 = LeaseTable::new(clock * 1_000);
+        }
+        let looks_ns = clock * 1_000 + if early { 4 * S * 1_000 } else { 0 };
+        let lost = table.1.lost(&state, looks_ns);
+        let mut due: Vec<(String, Command)> = Vec::new();
+        let declared = std::mem::take(&mut daemon.declares);
+        let asks = match daemon.asked_quorum {
+            // Without a quorum nobody could be granted anything: all get the full time again.
+            Some(asked) if now > asked + S => {
+                table.1 = LeaseTable::new(clock * 1_000);
+                table.2.clear();
+                daemon.asked_quorum = None;
+                false
+            }
+            None if !lost.is_empty() && !declared => {
+                daemon.asked_quorum = Some(now);
+                true
+            }
+            _ => false,
+        };
+        let lost = if declared { lost } else { Vec::new() };
+        for command in lost {
+            if let Command::NodeLost {
+                node, incarnation, ..
+            } = &command
+            {
+                let up_since = state
+                    .nodes
+                    .get(node)
+                    .map_or(LogIndex(0), |known| known.up_since);
+                table.2.insert((*node, up_since));
+                due.push((format!("lost/{node}/{incarnation}/term-{term}"), command));
+            }
+        }
+        // Of a node that was lost and came up again nothing is proposed.
+        table.2.retain(|(node, up_since)| {
+            let known = state.nodes.get(node);
+            known.is_some_and(|known| known.up_since == *up_since && known.liveness == Liveness::Up)
+        });
+        if now >= daemon.planned_at {
+            daemon.planned_at = now + 400 * MS;
+            let observed = observed(&daemon.volumes_down);
+            due.extend(plans(&state, &observed));
+            let aborts = daemon.supervisor.aborts(&state, wall_ms, clock / MS);
+            for command in aborts {
+                due.push((format!("supervise/{}", due.len()), command));
+            }
+        }
+        let life = daemon.life;
+        if asks {
+            self.leader_confirm(node, ConfirmFor::Declare);
+        }
+        for (what, command) in due {
+            let number = self.number();
+            let envelope = Arc::new(Envelope {
+                request: RequestId(format!("controller/{what}/@{}/{life}", state.applied.0)),
+                actor: "controller/sim".into(),
+                at_ms: wall_ms,
+                command,
+            });
+            self.leader_propose(node, Place::Daemon(node), number, envelope);
+        }
+    }
+}
+
+/// The term, its table, and the nodes whose loss is proposed, by the entry they came up by.
+pub type Table = Option<(u64, LeaseTable, BTreeSet<(cluster_model::NodeId, LogIndex)>)>;
+
+/// The table of that term, made anew when the term is.
+fn table_of(
+    table: &mut Table,
+    term: u64,
+    now_ns: u64,
+) -> &mut (u64, LeaseTable, BTreeSet<(cluster_model::NodeId, LogIndex)>) {
+    if table.as_ref().is_none_or(|(known, ..)| *known != term) {
+        *table = None;
+    }
+    table.get_or_insert_with(|| (term, LeaseTable::new(now_ns), BTreeSet::new()))
+}
+
+fn observed(volumes_down: &BTreeSet<cluster_model::NodeId>) -> Observed {
+    let mut observed = Observed::default();
+    for node in volumes_down {
+        let load = NodeLoad {
+            volumes_down: BTreeSet::from([name("shared")]),
+            ..NodeLoad::default()
+        };
+        observed.nodes.insert(*node, load);
+    }
+    observed
+}
+
+fn plans(state: &ClusterState, observed: &Observed) -> Vec<(String, Command)> {
+    let mut due = Vec::new();
+    for command in failover::plan(state, observed) {
+        let what = match &command {
+            Command::StartVm { vm, expects, .. } => format!("start/{vm}/{expects}"),
+            other => format!("note/{:?}", std::mem::discriminant(other)),
+        };
+        due.push((what, command));
+    }
+    for next in queue::next(state, observed) {
+        due.push(match next {
+            Next::Start { migration, expects } => (
+                format!("migrate/{migration}"),
+                Command::StartMigration {
+                    migration,
+                    expects,
+                    ticket: "0".repeat(64),
+                },
+            ),
+            Next::Abort { migration, reason } => (
+                format!("abort/{migration}"),
+                Command::AbortMigration { migration, reason },
+            ),
+        });
+    }
+    for command in drain::next(state, observed) {
+        due.push((format!("drain/{}", due.len()), command));
+    }
+    due
+}

@@ -1,0 +1,271 @@
+//! Trouble, and what people ask for meanwhile; all of it drawn from the one seed.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use cluster_model::{
+    Command, Desired, Duty, Envelope, MigrationCause, MigrationOptions, RequestId, VmId, Why,
+};
+use rand::Rng;
+
+use crate::world::{Event, MS, Message, Place, S, World, node_id};
+
+impl World {
+    /// Something breaks.
+    pub fn fault(&mut self) {
+        if self.now >= self.calm_at {
+            return;
+        }
+        self.counts.faults += 1;
+        let node = self.rng.random_range(0..self.hosts.len());
+        let long = self.rng.random_range(200 * MS..15 * S);
+        match self.rng.random_range(0..17) {
+            0 => {
+                self.kill_daemon(node);
+                self.at(self.now + long, Event::StartDaemon { node });
+            }
+            1 => {
+                self.power_off(node);
+                self.at(self.now + long + 2 * S, Event::Boot { node });
+            }
+            2 => {
+                let nonces: Vec<u64> = self.hosts[node].monitors.keys().copied().collect();
+                if !nonces.is_empty() {
+                    let nonce = nonces[self.rng.random_range(0..nonces.len())];
+                    self.end_monitor(node, nonce, "SIGKILL");
+                    self.look(node);
+                }
+            }
+            3 => {
+                self.say(|| format!("clusterd of n{} is stopped for {} ms", node + 1, long / MS));
+                self.hosts[node].paused_until = self.now + long;
+            }
+            4 => {
+                let until = self.now + long;
+                self.say(|| {
+                    format!(
+                        "the monitors of n{} are stopped for {} ms",
+                        node + 1,
+                        long / MS
+                    )
+                });
+                for monitor in self.hosts[node].monitors.values_mut() {
+                    monitor.paused_until = until;
+                }
+            }
+            5 => {
+                self.say(|| format!("n{} stands still for {} ms", node + 1, long / MS));
+                let until = self.now + long;
+                self.hosts[node].paused_until = until;
+                for monitor in self.hosts[node].monitors.values_mut() {
+                    monitor.paused_until = until;
+                }
+            }
+            6 => self.cut("from everybody", node, true, true, true, long),
+            7 => self.cut("from the other nodes", node, true, true, false, long),
+            8 => self.cut("from the storage", node, false, false, true, long),
+            9 => self.cut("one way: it is not heard", node, true, false, false, long),
+            10 => self.cut("one way: it does not hear", node, false, true, false, long),
+            11 => {
+                self.say(|| "the storage server crashes".into());
+                self.server.crash();
+                self.at(self.now + long / 2, Event::StartServer);
+            }
+            12 | 13 => {
+                let loss = self.rng.random_range(0..300);
+                let delay = self.rng.random_range(MS..400 * MS);
+                self.say(|| {
+                    format!(
+                        "the network loses {loss} of 1000 and takes up to {} ms",
+                        delay / MS
+                    )
+                });
+                self.loss_permille = loss;
+                self.delay_max = delay;
+                self.at(self.now + long, Event::Heal);
+            }
+            14 | 15 => {
+                let late = self.rng.random_range(500 * MS..3 * S);
+                self.say(|| format!("n{} is reached {} ms late", node + 1, late / MS));
+                self.congested = Some((node, late));
+                self.at(self.now + long, Event::Heal);
+            }
+            _ => {
+                let off = self.rng.random_range(-7_200_000..7_200_000);
+                self.say(|| format!("the wall clock of n{} jumps to {off} ms off", node + 1));
+                self.hosts[node].wall_off_ms = off;
+            }
+        }
+        let next = self.now + self.rng.random_range(200 * MS..5 * S);
+        self.at(next, Event::Fault);
+    }
+
+    fn kill_daemon(&mut self, node: usize) {
+        self.say(|| format!("clusterd of n{} is killed", node + 1));
+        self.hosts[node].daemon = None;
+        self.hosts[node].paused_until = 0;
+    }
+
+    fn power_off(&mut self, node: usize) {
+        self.say(|| format!("n{} loses power", node + 1));
+        let nonces: Vec<u64> = self.hosts[node].monitors.keys().copied().collect();
+        for nonce in nonces {
+            self.end_monitor(node, nonce, "power loss");
+        }
+        let host = &mut self.hosts[node];
+        host.daemon = None;
+        host.paused_until = 0;
+        host.up = false;
+    }
+
+    /// A host boots: a new life, a clock that begins again.
+    pub fn boot(&mut self, node: usize) {
+        if self.hosts[node].up {
+            return;
+        }
+        let now = self.now;
+        let host = &mut self.hosts[node];
+        host.up = true;
+        host.booted_at = now;
+        host.incarnation += 1;
+        self.say(|| format!("n{} boots", node + 1));
+        self.start_daemon(node);
+    }
+
+    fn cut(&mut self, how: &str, node: usize, out: bool, into: bool, storage: bool, long: u64) {
+        let line = format!("n{} is cut off {how} for {} ms", node + 1, long / MS);
+        self.say(|| line);
+        let server = self.hosts.len();
+        for other in 0..server {
+            if other != node {
+                self.links[node][other] &= !out;
+                self.links[other][node] &= !into;
+            }
+        }
+        if storage {
+            self.links[node][server] = false;
+            self.links[server][node] = false;
+        }
+        self.at(self.now + long, Event::Heal);
+    }
+
+    /// Links are whole again.
+    pub fn heal(&mut self) {
+        self.say(|| "the network is whole".into());
+        for row in &mut self.links {
+            row.fill(true);
+        }
+        self.loss_permille = 0;
+        self.congested = None;
+        self.delay_max = 2 * MS;
+    }
+
+    /// All trouble ends: what is down comes up, what was drained is taken back.
+    pub fn calm(&mut self) {
+        self.say(|| "calm".into());
+        self.heal();
+        if !self.server.up {
+            self.server.start();
+        }
+        for node in 0..self.hosts.len() {
+            self.hosts[node].paused_until = 0;
+            for monitor in self.hosts[node].monitors.values_mut() {
+                monitor.paused_until = 0;
+            }
+            self.boot(node);
+            self.start_daemon(node);
+        }
+        let state = self.truth.state.clone();
+        for node in state
+            .nodes
+            .values()
+            .filter(|node| node.duty != Duty::Active)
+        {
+            self.ask_for(Command::Uncordon { node: node.id });
+        }
+        for vm in state.vms.keys() {
+            self.ask_for(Command::SetDesired {
+                vm: *vm,
+                desired: Desired::Running,
+                forced: false,
+            });
+        }
+        // Once more, if nobody led just then.
+        if self.now < self.end_at.saturating_sub(50 * S) {
+            self.at(self.now + 5 * S, Event::Calm);
+        }
+    }
+
+    /// Somebody asks for something.
+    pub fn operate(&mut self) {
+        if self.now >= self.calm_at {
+            return;
+        }
+        let state = self.truth.state.clone();
+        let vms: Vec<VmId> = state.vms.keys().copied().collect();
+        let vm = vms[self.rng.random_range(0..vms.len())];
+        let node = node_id(self.rng.random_range(0..self.hosts.len()));
+        match self.rng.random_range(0..10) {
+            0..=6 => {
+                if state.vms[&vm].ownership.owner != Some(node) {
+                    self.ask_for(Command::QueueMigration {
+                        vm,
+                        to: node,
+                        options: MigrationOptions::default(),
+                        cause: MigrationCause::Asked,
+                        why: Why::rule("asked"),
+                    });
+                }
+            }
+            7 => {
+                let desired = match state.vms[&vm].desired {
+                    Desired::Running => Desired::Stopped,
+                    Desired::Stopped => Desired::Running,
+                };
+                self.ask_for(Command::SetDesired {
+                    vm,
+                    desired,
+                    forced: false,
+                });
+            }
+            8 => self.ask_for(Command::StartDrain {
+                node,
+                reason: "asked".into(),
+            }),
+            _ => {
+                let drained: BTreeSet<_> = state
+                    .nodes
+                    .values()
+                    .filter(|node| node.duty != Duty::Active)
+                    .map(|node| node.id)
+                    .collect();
+                for node in drained {
+                    self.ask_for(Command::Uncordon { node });
+                }
+            }
+        }
+        let next = self.now + self.rng.random_range(300 * MS..3 * S);
+        self.at(next, Event::Operate);
+    }
+
+    /// A person's command, to whichever node leads.
+    fn ask_for(&mut self, command: Command) {
+        let number = self.number();
+        let leader = (0..self.hosts.len()).find(|&node| {
+            self.hosts[node].daemon.is_some() && self.hosts[node].raft.leader == Some(node)
+        });
+        let Some(leader) = leader else { return };
+        let envelope = Arc::new(Envelope {
+            request: RequestId(format!("admin/{number}")),
+            actor: "admin".into(),
+            at_ms: self.wall_ms(leader),
+            command,
+        });
+        let message = Message::Propose {
+            rpc: number,
+            envelope,
+        };
+        let to = Place::Daemon(leader);
+        self.send(to, to, message);
+    }
+}

@@ -1,0 +1,119 @@
+//! What must hold in every history, checked after every event; each in a file of its own.
+
+mod all_end;
+mod claimed;
+mod fit;
+mod leases;
+mod one_end;
+mod one_runner;
+mod reasons;
+mod replicas;
+mod tokens;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use cluster_model::{ClusterState, LogIndex, MigrationId, Reply, Token, VmId};
+
+use crate::mutants::{self, Mutant};
+use crate::raft::Entry;
+use crate::world::World;
+
+/// What really happened: the committed log, and what guests were told.
+#[derive(Clone, Debug)]
+pub struct Truth {
+    /// Every committed entry.
+    pub log: Vec<Entry>,
+    /// The state after them.
+    pub state: ClusterState,
+    /// The highest number that a guest's flush was answered for.
+    pub witness: BTreeMap<VmId, u64>,
+    /// Tokens under which a disk acknowledged its claim.
+    pub claimed: BTreeSet<(VmId, Token)>,
+    /// The first digest seen of each applied index.
+    pub digests: BTreeMap<usize, u64>,
+    /// How migrations ended.
+    pub ended: BTreeMap<MigrationId, &'static str>,
+}
+
+impl Truth {
+    /// The log that every node begins with.
+    pub fn new(log: &[Entry]) -> Truth {
+        let mut truth = Truth {
+            log: Vec::new(),
+            state: ClusterState::default(),
+            witness: BTreeMap::new(),
+            claimed: BTreeSet::new(),
+            digests: BTreeMap::new(),
+            ended: BTreeMap::new(),
+        };
+        for entry in log {
+            truth.log.push(entry.clone());
+            apply_entry(&mut truth.state, truth.log.len(), entry, None);
+        }
+        truth
+    }
+}
+
+/// Applies an entry as every replica does.
+pub fn apply_entry(
+    state: &mut ClusterState,
+    index: usize,
+    entry: &Entry,
+    mutant: Option<Mutant>,
+) -> Option<Reply> {
+    let index = LogIndex(index as u64);
+    match &entry.command {
+        Some(envelope) => match mutants::on_apply(mutant, state, envelope) {
+            Some(changed) => Some(state.apply(index, &changed)),
+            None => Some(state.apply(index, envelope)),
+        },
+        None => {
+            state.applied = index;
+            None
+        }
+    }
+}
+
+/// An entry is committed.
+pub fn commit(world: &mut World, entry: Entry) {
+    let before = world.truth.state.clone();
+    world.truth.log.push(entry.clone());
+    let index = world.truth.log.len();
+    let reply = apply_entry(&mut world.truth.state, index, &entry, world.mutant);
+    let Some(envelope) = entry.command else {
+        return;
+    };
+    if let Some(reply) = &reply {
+        let said = match reply {
+            Reply::Done { outcome, .. } => format!("{outcome:?}"),
+            Reply::Rejected(why) => format!("refused: {why}"),
+        };
+        world.say(|| format!("entry {index}: {:?}: {said}", envelope.command));
+    }
+    tokens::check(world, &before);
+    leases::check(world);
+    one_end::check(world, &before);
+    fit::check(world, &before, &envelope.command, reply.as_ref());
+    reasons::check(world, &before, &envelope);
+}
+
+/// A replica applied an entry.
+pub fn applied(world: &mut World, node: usize, index: usize, state: &ClusterState) {
+    replicas::check(world, node, index, state);
+}
+
+/// A permit let a guest run.
+pub fn runs(world: &mut World, node: usize, nonce: u64) {
+    claimed::check(world, node, nonce);
+}
+
+/// Something happened.
+pub fn after_event(world: &mut World) {
+    one_runner::check(world);
+}
+
+/// The run is over.
+pub fn at_end(world: &mut World) {
+    all_end::check(world);
+    replicas::at_end(world);
+}

@@ -1,0 +1,46 @@
+//! Once trouble has ended, every machine that should run runs, and every migration has ended.
+
+use cluster_model::Desired;
+
+use crate::world::World;
+
+/// Checks the world at its end.
+pub fn check(world: &mut World) {
+    let state = world.truth.state.clone();
+    for vm in state.vms.values() {
+        if vm.desired == Desired::Running && vm.held.is_none() && world.executing(vm.id).is_empty()
+        {
+            let monitors: Vec<String> = world
+                .hosts
+                .iter()
+                .enumerate()
+                .flat_map(|(node, host)| {
+                    host.monitors
+                        .values()
+                        .filter(|monitor| monitor.vm == vm.id)
+                        .map(move |monitor| {
+                            format!("n{}: {:?} under {}", node + 1, monitor.phase, monitor.token)
+                        })
+                })
+                .collect();
+            let what = format!(
+                "{} does not run 60 s after the last trouble: {:?}; monitors {monitors:?}",
+                vm.name, vm.ownership
+            );
+            return world.violate("every machine comes back", what);
+        }
+        if let Some(why) = &vm.held {
+            return world.violate(
+                "every machine comes back",
+                format!("{} is held: {why}", vm.name),
+            );
+        }
+    }
+    if let Some(migration) = state
+        .migrations
+        .values()
+        .find(|migration| migration.is_open())
+    {
+        world.violate("every migration ends", format!("{migration:?}"));
+    }
+}

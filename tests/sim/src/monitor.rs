@@ -1,0 +1,224 @@
+//! A monitor process and the guest in it: numbered writes, flushes, and a check of what is read.
+
+use std::collections::BTreeMap;
+
+use cluster_model::{MigrationId, MonitorMigration, MonitorPhase, MonitorView, Side, Token, VmId};
+
+use crate::storage::{BLOCKS, Block};
+
+/// The guest's memory: what moves with a migration.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Guest {
+    /// Whether it has read its disk since it booted.
+    pub booted: bool,
+    /// The last number it wrote.
+    pub written: u64,
+    /// What it expects in each block.
+    pub expects: [u64; BLOCKS],
+    /// Numbers that are answered and not committed, with the verifier they were answered under.
+    pub uncommitted: BTreeMap<u64, u64>,
+    /// How often it has run a step: a copy that fell back in time shows.
+    pub steps: u64,
+}
+
+/// A call of the monitor that is not answered.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Pending {
+    /// A write of that number.
+    Write(u64),
+    /// The check of the disk, and what was flushed when it was asked for.
+    Read(u64),
+    /// A commit up to that number.
+    Commit(u64),
+}
+
+/// Its part in a migration.
+#[derive(Clone, Debug)]
+pub struct Part {
+    /// Which.
+    pub id: MigrationId,
+    /// On which side.
+    pub side: Side,
+    /// The node of the other side.
+    pub peer: usize,
+    /// The other side's monitor, once known.
+    pub peer_nonce: Option<u64>,
+    /// Destination: *quiet* arrived.
+    pub quiet_received: bool,
+    /// It failed, and why.
+    pub failed: Option<String>,
+    /// Source: it is stopping for the cutover.
+    pub stopping: bool,
+}
+
+/// A monitor.
+#[derive(Clone, Debug)]
+pub struct Monitor {
+    /// Its machine.
+    pub vm: VmId,
+    /// Drawn when it started.
+    pub nonce: u64,
+    /// What it runs or would run under.
+    pub token: Token,
+    /// How it stands.
+    pub phase: MonitorPhase,
+    /// On the host's clock that never stops, µs.
+    pub deadline: u64,
+    /// Source: it said *quiet* and was not re-keyed since.
+    pub said_quiet: bool,
+    /// Its part in a migration.
+    pub part: Option<Part>,
+    /// Its guest.
+    pub guest: Guest,
+    /// Calls under way: number, when sent (real time), which, under which token.
+    pub calls: BTreeMap<u64, (u64, Pending, Token)>,
+    /// Writes to send again after a re-key, in order.
+    pub again: Vec<u64>,
+    /// A write of its present token has no answer and no hope of one.
+    pub in_doubt: bool,
+    /// It was asked to stop its guest.
+    pub stop_asked: bool,
+    /// Until when the process is stopped (SIGSTOP), real time.
+    pub paused_until: u64,
+    /// A timer chain is running for its guest.
+    pub ticking: bool,
+}
+
+impl Monitor {
+    /// A new one that waits for its permit.
+    pub fn new(vm: VmId, nonce: u64, token: Token, phase: MonitorPhase) -> Monitor {
+        Monitor {
+            vm,
+            nonce,
+            token,
+            phase,
+            deadline: 0,
+            said_quiet: false,
+            part: None,
+            guest: Guest::default(),
+            calls: BTreeMap::new(),
+            again: Vec::new(),
+            in_doubt: false,
+            stop_asked: false,
+            paused_until: 0,
+            ticking: false,
+        }
+    }
+
+    /// Whether its guest executes at that moment of the host's clock.
+    pub fn executes(&self, host_now: u64, now: u64) -> bool {
+        self.phase == MonitorPhase::Running
+            && host_now < self.deadline
+            && self.paused_until <= now
+            && !self.part.as_ref().is_some_and(|part| part.stopping)
+    }
+
+    /// Whether a write is unanswered.
+    pub fn writes_unanswered(&self) -> bool {
+        self.calls
+            .values()
+            .any(|(_, what, _)| matches!(what, Pending::Write(_)))
+    }
+
+    /// As it describes itself.
+    pub fn view(&self, host_now: u64) -> MonitorView {
+        MonitorView {
+            vm: self.vm,
+            token: self.token,
+            nonce: self.nonce,
+            phase: self.phase,
+            said_quiet: self.said_quiet,
+            writes_unanswered: self.in_doubt || self.writes_unanswered(),
+            migration: self.part.as_ref().map(|part| MonitorMigration {
+                id: part.id,
+                side: part.side,
+                quiet_received: part.quiet_received,
+                failed: part.failed.clone(),
+            }),
+            failure: None,
+            lease_deadline_passed: self.deadline != 0 && self.deadline <= host_now,
+        }
+    }
+
+    /// What the guest makes of its disk: the first thing that is wrong, if any.
+    pub fn check(&mut self, blocks: &[Block; BLOCKS], witness: u64) -> Option<String> {
+        let highest = blocks.iter().map(|block| block.0).max().unwrap_or(0);
+        if highest < witness {
+            return Some(format!(
+                "{}: {witness} was flushed and the disk holds {highest} at most",
+                self.vm
+            ));
+        }
+        if !self.guest.booted {
+            // Everything up to the witness must be there, but for what was overwritten later.
+            for (at, block) in blocks.iter().enumerate() {
+                let due = (0..=witness).rev().find(|n| *n as usize % BLOCKS == at);
+                if due.is_some_and(|due| block.0 < due) {
+                    return Some(format!(
+                        "{}: block {at} holds {} and {due:?} was flushed",
+                        self.vm, block.0
+                    ));
+                }
+            }
+            self.guest.booted = true;
+            self.guest.written = highest;
+            // What was under way when the last guest died may have left holes below the highest number:
+            // they are filled before anything new is written, as a journal is replayed.
+            let first = (highest + 1).saturating_sub(BLOCKS as u64).max(1);
+            for number in first..=highest {
+                let at = number as usize % BLOCKS;
+                self.guest.expects[at] = number;
+                if blocks[at].0 != number {
+                    self.again.push(number);
+                }
+            }
+            return None;
+        }
+        for (at, block) in blocks.iter().enumerate() {
+            let unanswered = self.calls.values().any(
+                |(_, what, _)| matches!(what, Pending::Write(n) if *n as usize % BLOCKS == at),
+            );
+            let again = self.again.iter().any(|n| *n as usize % BLOCKS == at);
+            let lost_and_known = self
+                .guest
+                .uncommitted
+                .keys()
+                .any(|n| *n as usize % BLOCKS == at);
+            if block.0 != self.guest.expects[at] && !unanswered && !again && !lost_and_known {
+                return Some(format!(
+                    "{}: block {at} holds {} (of {}) and {} was written",
+                    self.vm, block.0, block.1, self.guest.expects[at]
+                ));
+            }
+        }
+        None
+    }
+}
+
+impl Monitor {
+    /// Takes up a token that is claimed and confirmed: what was not answered or not committed is sent again.
+    pub fn take_up(&mut self, token: Token) {
+        self.token = token;
+        self.said_quiet = false;
+        self.in_doubt = false;
+        if let Some(part) = &mut self.part {
+            part.stopping = false;
+        }
+        self.again_everything();
+    }
+
+    /// Everything that is not known to be on the disk is to be written again, in order.
+    pub fn again_everything(&mut self) {
+        let mut again: Vec<u64> = self.guest.uncommitted.keys().copied().collect();
+        again.append(&mut self.again);
+        for (_, what, _) in std::mem::take(&mut self.calls).into_values() {
+            if let Pending::Write(number) = what {
+                again.push(number);
+            }
+        }
+        again.sort_unstable();
+        again.dedup();
+        self.guest.uncommitted.clear();
+        self.again = again;
+    }
+}

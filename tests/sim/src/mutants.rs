@@ -1,0 +1,160 @@
+//! Faults put in on purpose: each shows that an invariant can fail, and how soon.
+
+use cluster_model::agent::{Act, MonitorPhase, MonitorView, Work};
+use cluster_model::{ClusterState, Command, Envelope, MigrationState};
+
+/// What is broken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Mutant {
+    /// A claim is taken for a right to run: neither the log nor the lease is asked again.
+    NoConfirm,
+    /// A leader that was deposed answers reads, and whoever asked it does not look at its lease.
+    ConfirmIsLocal,
+    /// A leader grants leases without a quorum.
+    LeaseWithoutQuorum,
+    /// A lease counts from the receipt of a grant, however old the heartbeat it answers.
+    LeaseFromReceipt,
+    /// The leader declares nodes lost before they can have frozen.
+    LostTooEarly,
+    /// Guests run on when their lease has run out.
+    NoFreeze,
+    /// The destination runs when it is complete, without the cutover.
+    RunWithoutCutover,
+    /// The destination proposes before its claim is answered.
+    CutoverBeforeClaim,
+    /// A quiet source thaws as a frozen one does.
+    QuietSourceThaws,
+    /// The source says quiet with writes unanswered.
+    QuietWithWritesOut,
+    /// A takeover does not wait for what is under way in the server.
+    NoSettle,
+    /// A takeover does not have the server write down what it holds.
+    NoCommitOnTakeover,
+    /// A guest runs before its disk is claimed.
+    RunBeforeClaim,
+    /// A claim without an answer is sent again under the same token.
+    TokenSentAgain,
+    /// The server does not look at tokens.
+    OldTokensWrite,
+    /// A flush is answered when the writes are, before the COMMIT.
+    FlushBeforeCommit,
+    /// A changed write verifier is ignored.
+    VerifierIgnored,
+    /// An abort that comes late undoes a cutover.
+    LateAbort,
+    /// A cutover does not compare the token, nor mind an abort.
+    NoCompareAndSet,
+    /// A monitor whose machine moved away is not ended.
+    VoidMonitorsStay,
+    /// A re-key never settles.
+    RekeyWithoutSettle,
+}
+
+impl Mutant {
+    /// Every one of them.
+    pub const ALL: [Mutant; 21] = [
+        Mutant::NoConfirm,
+        Mutant::ConfirmIsLocal,
+        Mutant::LeaseWithoutQuorum,
+        Mutant::LeaseFromReceipt,
+        Mutant::LostTooEarly,
+        Mutant::NoFreeze,
+        Mutant::RunWithoutCutover,
+        Mutant::CutoverBeforeClaim,
+        Mutant::QuietSourceThaws,
+        Mutant::QuietWithWritesOut,
+        Mutant::NoSettle,
+        Mutant::NoCommitOnTakeover,
+        Mutant::RunBeforeClaim,
+        Mutant::TokenSentAgain,
+        Mutant::OldTokensWrite,
+        Mutant::FlushBeforeCommit,
+        Mutant::VerifierIgnored,
+        Mutant::LateAbort,
+        Mutant::NoCompareAndSet,
+        Mutant::VoidMonitorsStay,
+        Mutant::RekeyWithoutSettle,
+    ];
+}
+
+/// Changes what the agent sees of a monitor.
+pub fn as_seen(mutant: Option<Mutant>, mut view: MonitorView) -> MonitorView {
+    if mutant == Some(Mutant::QuietSourceThaws) && view.phase == MonitorPhase::Quiet {
+        view.phase = MonitorPhase::Frozen;
+        view.said_quiet = false;
+    }
+    view
+}
+
+/// Changes what the agent decided.
+pub fn on_work(mutant: Option<Mutant>, work: &mut Work) {
+    match mutant {
+        Some(Mutant::VoidMonitorsStay) => {
+            for act in &mut work.acts {
+                if let Act::Kill { nonce, .. } = act {
+                    // Nobody has that number.
+                    *nonce = 0;
+                }
+            }
+        }
+        Some(Mutant::RekeyWithoutSettle) => {
+            for act in &mut work.acts {
+                if let Act::Rekey { settle, .. } = act {
+                    *settle = false;
+                }
+            }
+        }
+        _ => {}
+    }
+}
+
+/// Changes what an entry asks, the same on every replica.
+pub fn on_apply(
+    mutant: Option<Mutant>,
+    state: &mut ClusterState,
+    envelope: &Envelope,
+) -> Option<Envelope> {
+    match (mutant, &envelope.command) {
+        (
+            Some(Mutant::NoCompareAndSet),
+            Command::Cutover {
+                migration, claimed, ..
+            },
+        ) => {
+            let known = state.migrations.get_mut(migration)?;
+            let MigrationState::Aborted { at, .. } = known.state else {
+                return None;
+            };
+            let token = state.vms.get(&known.vm)?.ownership.token;
+            known.state = MigrationState::Active {
+                expects: token,
+                reserved: *claimed,
+                reserved_at: at,
+                renewals: 0,
+                ticket: String::new(),
+            };
+            let mut changed = envelope.clone();
+            if let Command::Cutover { expects, .. } = &mut changed.command {
+                *expects = token;
+            }
+            Some(changed)
+        }
+        (Some(Mutant::LateAbort), Command::AbortMigration { migration, .. }) => {
+            let known = state.migrations.get_mut(migration)?;
+            if let MigrationState::CutOver { at, expects, token } = known.state {
+                known.state = MigrationState::Active {
+                    expects,
+                    reserved: token,
+                    reserved_at: at,
+                    renewals: 0,
+                    ticket: String::new(),
+                };
+                let from = known.from;
+                let record = &mut state.vms.get_mut(&known.vm)?.ownership;
+                record.owner = Some(from);
+            }
+            None
+        }
+        _ => None,
+    }
+}
