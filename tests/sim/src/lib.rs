@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 mod daemon;
+mod event;
 mod faults;
 mod flows;
 mod invariants;
