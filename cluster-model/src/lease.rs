@@ -27,6 +27,8 @@ use crate::state::{ClusterState, Liveness, Node};
 pub const UNDER_WAY_MAX: usize = 64;
 
 const NS_IN_MS: u64 = 1_000_000;
+/// A quorum that confirms nothing for this long is away, whatever the heartbeat.
+const QUORUM_SILENT_NS: u64 = 1_000 * NS_IN_MS;
 
 /// What the leader grants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,6 +76,10 @@ pub struct LeaseTable {
     since_ns: u64,
     /// Whether it has looked at the nodes since.
     looked: bool,
+    /// When the quorum last confirmed this leader.
+    confirmed_ns: u64,
+    /// The quorum has been silent: no time counts against anybody.
+    quorum_away: bool,
     seats: BTreeMap<NodeId, Seat>,
 }
 
@@ -102,6 +108,8 @@ impl LeaseTable {
         LeaseTable {
             since_ns: now_ns,
             looked: false,
+            confirmed_ns: now_ns,
+            quorum_away: false,
             seats: BTreeMap::new(),
         }
     }
@@ -124,6 +132,9 @@ impl LeaseTable {
         confirmed_ns: u64,
         now_ns: u64,
     ) -> Result<Grant, LeaseRefusal> {
+        if confirmed_ns >= received_ns {
+            self.confirmed_ns = self.confirmed_ns.max(now_ns);
+        }
         let known = state
             .nodes
             .get(&node)
@@ -200,9 +211,26 @@ impl LeaseTable {
         }
     }
 
+    /// Whether the quorum has been silent for longer than its confirms are apart: the leader's own node asks
+    /// for its lease every heartbeat. When it is back everybody gets the full time again, since nobody could
+    /// have been granted anything meanwhile.
+    fn quorum_is_away(&mut self, state: &ClusterState, now_ns: u64) -> bool {
+        let heartbeats_ns = u64::from(state.settings.heartbeat_ms) * NS_IN_MS * 5 / 2;
+        let silent_ns = now_ns.saturating_sub(self.confirmed_ns);
+        let away = silent_ns > heartbeats_ns.max(QUORUM_SILENT_NS);
+        if self.quorum_away && !away {
+            *self = LeaseTable::new(now_ns);
+        }
+        self.quorum_away = away;
+        away
+    }
+
     /// The nodes to declare lost now; to be asked regularly, since a node that comes up has its time from
     /// the next look on.
     pub fn lost(&mut self, state: &ClusterState, now_ns: u64) -> Vec<Command> {
+        if self.quorum_is_away(state, now_ns) {
+            return Vec::new();
+        }
         self.seat_newcomers(state, now_ns);
         state
             .nodes

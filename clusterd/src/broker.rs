@@ -392,7 +392,8 @@ impl Broker {
     /// Deletes the disk files of a machine that nobody owns any more.
     ///
     /// # Errors
-    /// When the server refuses; a file that is not there is no error.
+    /// When the server refuses; a file that is not there is no error, nor is somebody else's where the
+    /// machine's own was never made.
     pub async fn delete_disks(&self, state: &ClusterState, vm: &Vm) -> Result<(), BrokerError> {
         for file in files(state, vm)? {
             let request = wire::DeleteDiskRequest {
@@ -409,6 +410,9 @@ impl Broker {
             match deleted {
                 Err(BrokerError::Refused { status, .. })
                     if status.code() == tonic::Code::NotFound => {}
+                // Never made, so what has that name is somebody else's.
+                Err(BrokerError::Refused { status, .. })
+                    if status.code() == tonic::Code::AlreadyExists && !vm.disks_made => {}
                 other => {
                     other?;
                 }

@@ -150,22 +150,8 @@ pub async fn declare_lost(member: Arc<Member>) {
             }
             lost
         });
-        let lost = lost.unwrap_or_default();
-        // Without a quorum nobody could be granted anything, and all have frozen: that is no loss of theirs.
-        if !lost.is_empty() && member.raft.confirm_leadership().await.is_err() {
-            tracing::warn!(
-                nodes = lost.len(),
-                "no quorum answers this leader: nobody is declared lost, and all get the full time again"
-            );
-            let now_ns = member.clock.boottime_ns();
-            member.leader.with_term(leadership.term, now_ns, |term| {
-                term.table = LeaseTable::new(now_ns);
-                term.condemned.clear();
-            });
-        } else {
-            for command in lost {
-                declare(&member, leadership.term, command).await;
-            }
+        for command in lost.unwrap_or_default() {
+            declare(&member, leadership.term, command).await;
         }
         last_look_ns = member.clock.boottime_ns();
     }

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod bad_input;
 pub mod cluster;
 pub mod ctl;
 pub mod figures;

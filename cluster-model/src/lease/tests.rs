@@ -9,7 +9,19 @@ const N2: NodeId = NodeId(2);
 const LIFE: Incarnation = Incarnation(1);
 const MS: u64 = NS_IN_MS;
 
+/// The quorum confirms the leader: a heartbeat came, if only from a stranger.
+fn confirm(table: &mut LeaseTable, world: &World, at_ms: u64) {
+    let at_ns = at_ms * MS;
+    let stranger = table.grant(&world.state, NodeId(999), LIFE, at_ns, at_ns, at_ns);
+    assert!(stranger.is_err());
+}
+
 fn lost_nodes(table: &mut LeaseTable, world: &World, now_ms: u64) -> Vec<NodeId> {
+    confirm(table, world, now_ms);
+    lost_now(table, world, now_ms)
+}
+
+fn lost_now(table: &mut LeaseTable, world: &World, now_ms: u64) -> Vec<NodeId> {
     table
         .lost(&world.state, now_ms * MS)
         .into_iter()
@@ -204,4 +216,22 @@ fn a_node_that_comes_back_has_the_full_time_again() {
     assert_eq!(lost_nodes(&mut table, &world, 10_000), vec![]);
     assert_eq!(lost_nodes(&mut table, &world, 16_399), vec![]);
     assert_eq!(lost_nodes(&mut table, &world, 16_500), vec![N1, N2]);
+}
+
+#[test]
+fn without_a_quorum_no_time_counts_against_anybody() {
+    let world = World::new(2, 64);
+    let mut table = LeaseTable::new(0);
+    grant(&mut table, &world, N1, 1_000);
+    grant(&mut table, &world, N2, 1_000);
+    assert_eq!(lost_nodes(&mut table, &world, 1_100), vec![]);
+    // The quorum is silent until 20 s: nobody is lost meanwhile, nor when it is back...
+    for now_ms in (3_600..20_000).step_by(100) {
+        assert_eq!(lost_now(&mut table, &world, now_ms), vec![]);
+    }
+    assert_eq!(lost_nodes(&mut table, &world, 20_000), vec![]);
+    // ...but all who do not ask within the full time from then on.
+    grant(&mut table, &world, N1, 20_500);
+    assert_eq!(lost_nodes(&mut table, &world, 26_499), vec![]);
+    assert_eq!(lost_nodes(&mut table, &world, 26_500), vec![N2]);
 }

@@ -58,8 +58,6 @@ impl World {
             election_at,
             planned_at: 0,
             supervisor: Supervisor::default(),
-            asked_quorum: None,
-            declares: false,
         });
         self.say(|| format!("clusterd of n{} starts", node + 1));
         self.apply(node);
@@ -268,13 +266,6 @@ impl World {
             ConfirmFor::Read { to, rpc } => {
                 let index = Some(index);
                 self.send(Place::Daemon(node), to, Message::Confirmed { rpc, index });
-            }
-            ConfirmFor::Declare => {
-                if let Some(daemon) = self.daemon(node)
-                    && daemon.asked_quorum.take().is_some()
-                {
-                    daemon.declares = true;
-                }
             }
             ConfirmFor::Lease {
                 node: peer,
@@ -556,22 +547,6 @@ impl World {
         let looks_ns = clock * 1_000 + if early { 4 * S * 1_000 } else { 0 };
         let lost = table.1.lost(&state, looks_ns);
         let mut due: Vec<(String, Command)> = Vec::new();
-        let declared = std::mem::take(&mut daemon.declares);
-        let asks = match daemon.asked_quorum {
-            // Without a quorum nobody could be granted anything: all get the full time again.
-            Some(asked) if now > asked + S => {
-                table.1 = LeaseTable::new(clock * 1_000);
-                table.2.clear();
-                daemon.asked_quorum = None;
-                false
-            }
-            None if !lost.is_empty() && !declared => {
-                daemon.asked_quorum = Some(now);
-                true
-            }
-            _ => false,
-        };
-        let lost = if declared { lost } else { Vec::new() };
         for command in lost {
             if let Command::NodeLost {
                 node, incarnation, ..
@@ -600,9 +575,6 @@ impl World {
             }
         }
         let life = daemon.life;
-        if asks {
-            self.leader_confirm(node, ConfirmFor::Declare);
-        }
         for (what, command) in due {
             let number = self.number();
             let envelope = Arc::new(Envelope {

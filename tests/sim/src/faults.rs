@@ -19,7 +19,7 @@ impl World {
         self.counts.faults += 1;
         let node = self.rng.random_range(0..self.hosts.len());
         let long = self.rng.random_range(200 * MS..15 * S);
-        match self.rng.random_range(0..17) {
+        match self.rng.random_range(0..18) {
             0 => {
                 self.kill_daemon(node);
                 self.at(self.now + long, Event::StartDaemon { node });
@@ -82,6 +82,15 @@ impl World {
                 });
                 self.loss_permille = loss;
                 self.delay_max = delay;
+                self.at(self.now + long, Event::Heal);
+            }
+            16 => {
+                self.say(|| format!("no node hears another for {} ms", long / MS));
+                for from in 0..self.hosts.len() {
+                    for to in 0..self.hosts.len() {
+                        self.links[from][to] = from == to;
+                    }
+                }
                 self.at(self.now + long, Event::Heal);
             }
             14 | 15 => {

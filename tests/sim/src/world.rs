@@ -84,17 +84,11 @@ pub struct Daemon {
     pub planned_at: u64,
     /// What it has seen of open migrations.
     pub supervisor: cluster_model::supervise::Supervisor,
-    /// When it asked the quorum before declaring nodes lost.
-    pub asked_quorum: Option<u64>,
-    /// The quorum answered that.
-    pub declares: bool,
 }
 
 /// Who waits for a confirm round.
 #[derive(Clone, Debug)]
 pub enum ConfirmFor {
-    /// The leader itself, before it declares nodes lost.
-    Declare,
     /// A flow somewhere.
     Read { to: Place, rpc: u64 },
     /// A node's heartbeat: received then.
@@ -279,8 +273,8 @@ impl World {
     /// A host's clock that never stops, µs since it booted.
     pub fn clock(&self, node: usize) -> u64 {
         let host = &self.hosts[node];
-        let real = self.now.saturating_sub(host.booted_at) as i128;
-        (real * (1_000_000 + host.drift as i128) / 1_000_000) as u64
+        let real = self.now.saturating_sub(host.booted_at) as i64;
+        (real * (1_000_000 + host.drift) / 1_000_000) as u64
     }
 
     /// A host's wall clock, ms.
@@ -290,9 +284,7 @@ impl World {
 
     /// When, in real time, that much of a host's clock has passed.
     pub fn after(&self, node: usize, us: u64) -> u64 {
-        self.now
-            + (us as i128 * 1_000_000 / (1_000_000 + self.hosts[node].drift as i128)) as u64
-            + 1
+        self.now + (us as i64 * 1_000_000 / (1_000_000 + self.hosts[node].drift)) as u64 + 1
     }
 
     fn index(&self, place: Place) -> usize {
