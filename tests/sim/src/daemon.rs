@@ -6,24 +6,22 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use cluster_model::agent::{Memory, Sight};
-use cluster_model::queue::Next;
 use cluster_model::supervise::Supervisor;
 use cluster_model::{
-    ClusterState, Command, Envelope, Grant, Incarnation, LeaseTable, Liveness, LogIndex, NodeLease,
-    NodeLoad, Observed, Reply, RequestId, drain, failover, queue,
+    ClusterState, Command, Envelope, Grant, Incarnation, Liveness, LogIndex, NodeLease, Reply,
+    RequestId,
 };
 use rand::Rng;
 
 use crate::flows::Flow;
+use crate::leader::table_of;
 use crate::mutants::{self, Mutant};
 use crate::raft::Role;
 use crate::setup;
-use crate::world::{ConfirmFor, Daemon, Event, MS, Message, Place, S, World, name, node_id};
+use crate::world::{ConfirmFor, Daemon, Event, MS, Message, Place, World, node_id};
 
 /// A daemon looks at everything this often.
 const TICK: u64 = 100 * MS;
-/// The leader's table is made anew after it stood still for this long.
-const STOOD_STILL: u64 = 1_500 * MS;
 /// A registration that got no answer is sent again.
 const REGISTER_PAUSE: u64 = 700 * MS;
 
@@ -517,131 +515,4 @@ impl World {
             self.begin_flow(node, flow);
         }
     }
-
-    /// The leader's table and plans.
-    fn lead(&mut self, node: usize) {
-        let clock = self.clock(node);
-        let (term, role) = {
-            let raft = &self.hosts[node].raft;
-            (raft.term, raft.role.clone())
-        };
-        let raft = &self.hosts[node].raft;
-        // A leader that has not committed in its term does not know what its predecessors did.
-        let knows = role == Role::Leader && raft.log[raft.commit - 1].term == term;
-        let early = self.mutant == Some(Mutant::LostTooEarly);
-        let now = self.now;
-        let wall_ms = self.wall_ms(node);
-        let Some(daemon) = self.hosts[node].daemon.as_mut() else {
-            return;
-        };
-        let stood_still = clock.saturating_sub(daemon.looked_at) > STOOD_STILL;
-        daemon.looked_at = clock;
-        if !knows {
-            return;
-        }
-        let state = daemon.state.clone();
-        let table = table_of(&mut daemon.table, term, clock * 1_000);
-        if stood_still {
-            table.1 = LeaseTable::new(clock * 1_000);
-        }
-        let looks_ns = clock * 1_000 + if early { 4 * S * 1_000 } else { 0 };
-        let lost = table.1.lost(&state, looks_ns);
-        let mut due: Vec<(String, Command)> = Vec::new();
-        for command in lost {
-            if let Command::NodeLost {
-                node, incarnation, ..
-            } = &command
-            {
-                let up_since = state
-                    .nodes
-                    .get(node)
-                    .map_or(LogIndex(0), |known| known.up_since);
-                table.2.insert((*node, up_since));
-                due.push((format!("lost/{node}/{incarnation}/term-{term}"), command));
-            }
-        }
-        // Of a node that was lost and came up again nothing is proposed.
-        table.2.retain(|(node, up_since)| {
-            let known = state.nodes.get(node);
-            known.is_some_and(|known| known.up_since == *up_since && known.liveness == Liveness::Up)
-        });
-        if now >= daemon.planned_at {
-            daemon.planned_at = now + 400 * MS;
-            let observed = observed(&daemon.volumes_down);
-            due.extend(plans(&state, &observed));
-            let aborts = daemon.supervisor.aborts(&state, wall_ms, clock / MS);
-            for command in aborts {
-                due.push((format!("supervise/{}", due.len()), command));
-            }
-        }
-        let life = daemon.life;
-        for (what, command) in due {
-            let number = self.number();
-            let envelope = Arc::new(Envelope {
-                request: RequestId(format!("controller/{what}/@{}/{life}", state.applied.0)),
-                actor: "controller/sim".into(),
-                at_ms: wall_ms,
-                command,
-            });
-            self.leader_propose(node, Place::Daemon(node), number, envelope);
-        }
-    }
-}
-
-/// The term, its table, and the nodes whose loss is proposed, by the entry they came up by.
-pub type Table = Option<(u64, LeaseTable, BTreeSet<(cluster_model::NodeId, LogIndex)>)>;
-
-/// The table of that term, made anew when the term is.
-fn table_of(
-    table: &mut Table,
-    term: u64,
-    now_ns: u64,
-) -> &mut (u64, LeaseTable, BTreeSet<(cluster_model::NodeId, LogIndex)>) {
-    if table.as_ref().is_none_or(|(known, ..)| *known != term) {
-        *table = None;
-    }
-    table.get_or_insert_with(|| (term, LeaseTable::new(now_ns), BTreeSet::new()))
-}
-
-fn observed(volumes_down: &BTreeSet<cluster_model::NodeId>) -> Observed {
-    let mut observed = Observed::default();
-    for node in volumes_down {
-        let load = NodeLoad {
-            volumes_down: BTreeSet::from([name("shared")]),
-            ..NodeLoad::default()
-        };
-        observed.nodes.insert(*node, load);
-    }
-    observed
-}
-
-fn plans(state: &ClusterState, observed: &Observed) -> Vec<(String, Command)> {
-    let mut due = Vec::new();
-    for command in failover::plan(state, observed) {
-        let what = match &command {
-            Command::StartVm { vm, expects, .. } => format!("start/{vm}/{expects}"),
-            other => format!("note/{:?}", std::mem::discriminant(other)),
-        };
-        due.push((what, command));
-    }
-    for next in queue::next(state, observed) {
-        due.push(match next {
-            Next::Start { migration, expects } => (
-                format!("migrate/{migration}"),
-                Command::StartMigration {
-                    migration,
-                    expects,
-                    ticket: "0".repeat(64),
-                },
-            ),
-            Next::Abort { migration, reason } => (
-                format!("abort/{migration}"),
-                Command::AbortMigration { migration, reason },
-            ),
-        });
-    }
-    for command in drain::next(state, observed) {
-        due.push((format!("drain/{}", due.len()), command));
-    }
-    due
 }

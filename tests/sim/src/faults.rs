@@ -94,7 +94,7 @@ impl World {
                 self.at(self.now + long, Event::Heal);
             }
             14 | 15 => {
-                let late = self.rng.random_range(500 * MS..3 * S);
+                let late = self.rng.random_range(500 * MS..7 * S);
                 self.say(|| format!("n{} is reached {} ms late", node + 1, late / MS));
                 self.congested = Some((node, late));
                 self.at(self.now + long, Event::Heal);

@@ -19,6 +19,7 @@ mod event;
 mod faults;
 mod flows;
 mod invariants;
+mod leader;
 mod machines;
 mod monitor;
 mod mutants;

@@ -75,7 +75,7 @@ impl World {
             if let Some(monitor) = self.hosts[node].monitors.get_mut(&nonce)
                 && monitor.deadline <= clock
             {
-                monitor.deadline = u64::MAX / 4;
+                monitor.deadline = clock + 3_600 * S;
             }
             return;
         }

@@ -73,7 +73,7 @@ pub struct Daemon {
     /// Leader: what each confirm round is for.
     pub confirms: BTreeMap<u64, ConfirmFor>,
     /// Leader: the lease table of a term.
-    pub table: crate::daemon::Table,
+    pub table: crate::leader::Table,
     /// Leader: nodes that do not reach the volume.
     pub volumes_down: BTreeSet<NodeId>,
     /// When it last looked for lost nodes, on its own clock.

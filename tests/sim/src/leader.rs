@@ -1,0 +1,170 @@
+//! What only the leader does: the lease table, losses, plans, supervision.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use cluster_model::queue::Next;
+use cluster_model::{
+    ClusterState, Command, Envelope, LeaseTable, Liveness, LogIndex, NodeLoad, Observed, RequestId,
+    Why, drain, failover, queue,
+};
+
+use crate::mutants::Mutant;
+use crate::raft::Role;
+use crate::world::{MS, Place, S, World, name, node_id};
+
+/// The leader's table is made anew after it stood still for this long.
+const STOOD_STILL: u64 = 1_500 * MS;
+
+impl World {
+    /// The leader's table and plans.
+    pub fn lead(&mut self, node: usize) {
+        let clock = self.clock(node);
+        let (term, role) = {
+            let raft = &self.hosts[node].raft;
+            (raft.term, raft.role.clone())
+        };
+        let raft = &self.hosts[node].raft;
+        // A leader that has not committed in its term does not know what its predecessors did.
+        let knows = role == Role::Leader && raft.log[raft.commit - 1].term == term;
+        let early = self.mutant == Some(Mutant::LostTooEarly);
+        let now = self.now;
+        let wall_ms = self.wall_ms(node);
+        let Some(daemon) = self.hosts[node].daemon.as_mut() else {
+            return;
+        };
+        let stood_still = clock.saturating_sub(daemon.looked_at) > STOOD_STILL;
+        daemon.looked_at = clock;
+        if !knows {
+            return;
+        }
+        let state = daemon.state.clone();
+        let table = table_of(&mut daemon.table, term, clock * 1_000);
+        if stood_still {
+            table.1 = LeaseTable::new(clock * 1_000);
+        }
+        let mut lost = table.1.lost(&state, clock * 1_000);
+        if early {
+            let looks_ns = clock * 1_000 + 4 * S * 1_000;
+            lost.extend(lost_early(&state, &table.1, node_id(node), looks_ns));
+        }
+        let mut due: Vec<(String, Command)> = Vec::new();
+        for command in lost {
+            if let Command::NodeLost {
+                node, incarnation, ..
+            } = &command
+            {
+                let up_since = state
+                    .nodes
+                    .get(node)
+                    .map_or(LogIndex(0), |known| known.up_since);
+                table.2.insert((*node, up_since));
+                due.push((format!("lost/{node}/{incarnation}/term-{term}"), command));
+            }
+        }
+        // Of a node that was lost and came up again nothing is proposed.
+        table.2.retain(|(node, up_since)| {
+            let known = state.nodes.get(node);
+            known.is_some_and(|known| known.up_since == *up_since && known.liveness == Liveness::Up)
+        });
+        if now >= daemon.planned_at {
+            daemon.planned_at = now + 400 * MS;
+            let observed = observed(&daemon.volumes_down);
+            due.extend(plans(&state, &observed));
+            let aborts = daemon.supervisor.aborts(&state, wall_ms, clock / MS);
+            for command in aborts {
+                due.push((format!("supervise/{}", due.len()), command));
+            }
+        }
+        let life = daemon.life;
+        for (what, command) in due {
+            let number = self.number();
+            let envelope = Arc::new(Envelope {
+                request: RequestId(format!("controller/{what}/@{}/{life}", state.applied.0)),
+                actor: "controller/sim".into(),
+                at_ms: wall_ms,
+                command,
+            });
+            self.leader_propose(node, Place::Daemon(node), number, envelope);
+        }
+    }
+}
+
+/// The term, its table, and the nodes whose loss is proposed, by the entry they came up by.
+pub type Table = Option<(u64, LeaseTable, BTreeSet<(cluster_model::NodeId, LogIndex)>)>;
+
+/// The table of that term, made anew when the term is.
+pub fn table_of(
+    table: &mut Table,
+    term: u64,
+    now_ns: u64,
+) -> &mut (u64, LeaseTable, BTreeSet<(cluster_model::NodeId, LogIndex)>) {
+    if table.as_ref().is_none_or(|(known, ..)| *known != term) {
+        *table = None;
+    }
+    table.get_or_insert_with(|| (term, LeaseTable::new(now_ns), BTreeSet::new()))
+}
+
+/// The mutant's: what the table would say later, though the answers of meanwhile are still to come.
+fn lost_early(
+    state: &ClusterState,
+    table: &LeaseTable,
+    leader: cluster_model::NodeId,
+    looks_ns: u64,
+) -> Vec<Command> {
+    let silent = state.nodes.values().filter(|known| {
+        known.id != leader
+            && known.liveness == Liveness::Up
+            && looks_ns >= table.lost_at_ns(state, known)
+    });
+    silent
+        .map(|known| Command::NodeLost {
+            node: known.id,
+            incarnation: known.incarnation,
+            why: Why::rule("too early, on purpose"),
+        })
+        .collect()
+}
+
+fn observed(volumes_down: &BTreeSet<cluster_model::NodeId>) -> Observed {
+    let mut observed = Observed::default();
+    for node in volumes_down {
+        let load = NodeLoad {
+            volumes_down: BTreeSet::from([name("shared")]),
+            ..NodeLoad::default()
+        };
+        observed.nodes.insert(*node, load);
+    }
+    observed
+}
+
+fn plans(state: &ClusterState, observed: &Observed) -> Vec<(String, Command)> {
+    let mut due = Vec::new();
+    for command in failover::plan(state, observed) {
+        let what = match &command {
+            Command::StartVm { vm, expects, .. } => format!("start/{vm}/{expects}"),
+            other => format!("note/{:?}", std::mem::discriminant(other)),
+        };
+        due.push((what, command));
+    }
+    for next in queue::next(state, observed) {
+        due.push(match next {
+            Next::Start { migration, expects } => (
+                format!("migrate/{migration}"),
+                Command::StartMigration {
+                    migration,
+                    expects,
+                    ticket: "0".repeat(64),
+                },
+            ),
+            Next::Abort { migration, reason } => (
+                format!("abort/{migration}"),
+                Command::AbortMigration { migration, reason },
+            ),
+        });
+    }
+    for command in drain::next(state, observed) {
+        due.push((format!("drain/{}", due.len()), command));
+    }
+    due
+}
