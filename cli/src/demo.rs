@@ -73,10 +73,7 @@ pub async fn run(c: &Context, args: Args) -> Result<ExitCode, CliError> {
         memory_mib: 2048,
         cpus: 4,
         fast: false,
-        relay: None,
-        failpoints: false,
-        bridge: None,
-        environment: Default::default(),
+        ..Plan::default()
     };
     say(
         "Baton: three nodes on this machine, real KVM machines, one NFS server. Nothing here is simulated.",

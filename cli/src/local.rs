@@ -33,7 +33,7 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 pub const NODES_MAX: u8 = 9;
 
 /// What a local cluster is made of.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Plan {
     /// Its folder.
     pub folder: PathBuf,
@@ -52,12 +52,22 @@ pub struct Plan {
     /// Whether every node's processes look for armed failpoints in the file `failpoints` of its folder (tests).
     #[serde(default)]
     pub failpoints: bool,
+    /// Whether every node's processes shift their clocks by the file `clock` of its folder (tests).
+    #[serde(default)]
+    pub clocks: bool,
     /// A bridge that machines may name; on node `n1` it is the host's bridge of that name and `-n1` (tests).
     #[serde(default)]
     pub bridge: Option<String>,
     /// Variables that every node is started with, besides those of whoever starts it (tests).
     #[serde(default)]
     pub environment: BTreeMap<String, String>,
+    /// What stands before the program of a member, by the member's name: how it gets into a namespace of its
+    /// own (tests).
+    #[serde(default)]
+    pub enter: BTreeMap<String, Vec<String>>,
+    /// The volume of a storage server that someone else runs; then none is started (tests).
+    #[serde(default)]
+    pub volume: Option<String>,
 }
 
 /// A process of the cluster.
@@ -122,6 +132,18 @@ impl Plan {
         Ipv4Addr::new(a, b, c, self.ip(number).octets()[3])
     }
 
+    /// One of Baton's programs as that member starts it.
+    fn command_of(&self, member: &str, name: &str) -> Result<Command, CliError> {
+        let path = program(name)?;
+        let Some((first, rest)) = self.enter.get(member).and_then(|enter| enter.split_first())
+        else {
+            return Ok(Command::new(path));
+        };
+        let mut command = Command::new(first);
+        command.args(rest).arg(path);
+        Ok(command)
+    }
+
     /// What a relay has to carry: each told address to the real one, every port.
     pub fn relay_pairs(&self, nodes: u8) -> Vec<(SocketAddr, SocketAddr)> {
         let pair = |number: u8, port: u16| {
@@ -175,7 +197,8 @@ impl LocalCluster {
             nfs: member("nfs".into(), 0, NFS_PORT),
             plan,
         };
-        for member in cluster.nodes.iter().chain([&cluster.nfs]) {
+        let here = |member: &&Member| !cluster.plan.enter.contains_key(&member.name);
+        for member in cluster.nodes.iter().chain([&cluster.nfs]).filter(here) {
             if let Err(error) = TcpListener::bind(member.address) {
                 return Err(CliError::Local(format!(
                     "{} cannot be used: {error}; is another local cluster running? see: clusterctl dev --help",
@@ -197,11 +220,13 @@ impl LocalCluster {
     }
 
     async fn assemble(&mut self, tell: &mut impl FnMut(&str)) -> Result<(), CliError> {
-        tell(&format!(
-            "NFS server on {} (embedded; keeps owner, group and mode itself)",
-            self.nfs.address
-        ));
-        self.start_nfs()?;
+        if self.plan.volume.is_none() {
+            tell(&format!(
+                "NFS server on {} (embedded; keeps owner, group and mode itself)",
+                self.nfs.address
+            ));
+            self.start_nfs()?;
+        }
         for at in 0..self.nodes.len() {
             self.start_node(at)?;
         }
@@ -280,6 +305,9 @@ impl LocalCluster {
 
     /// The URL of the shared volume.
     pub fn volume_url(&self) -> String {
+        if let Some(volume) = &self.plan.volume {
+            return volume.clone();
+        }
         format!(
             "nfs://{}:{}/baton",
             self.plan.told_ip(0),
@@ -324,7 +352,7 @@ impl LocalCluster {
     pub fn start_nfs(&mut self) -> Result<(), CliError> {
         let root = self.nfs_root();
         fs::create_dir_all(&root)?;
-        let mut command = Command::new(program("storage-broker")?);
+        let mut command = self.plan.command_of(&self.nfs.name, "storage-broker")?;
         command
             .arg("serve-nfs")
             .args(["--listen", &self.nfs.address.to_string()])
@@ -347,7 +375,7 @@ impl LocalCluster {
         let told = plan
             .told_ip(u8::try_from(at + 1).map_err(CliError::local)?)
             .to_string();
-        let mut command = Command::new(program("clusterd")?);
+        let mut command = plan.command_of(&node.name, "clusterd")?;
         command
             .arg("--data-dir")
             .arg(&node.folder)
@@ -371,6 +399,13 @@ impl LocalCluster {
             command.args(["--bridge", &format!("{bridge}={bridge}-{}", node.name)]);
         }
         command.envs(&plan.environment);
+        if plan.clocks {
+            let path = node.folder.join("clock");
+            if !path.exists() {
+                proto::clock::write_shifts(&path, 0, 0)?;
+            }
+            command.env(proto::clock::VARIABLE, path);
+        }
         if plan.failpoints {
             command.env(
                 proto::failpoint::VARIABLE,

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 
-use nix::time::{ClockId, clock_gettime};
+use proto::clock;
 
 /// A node's clocks. Clones are the same clocks; a test may shift their boot time.
 #[derive(Clone, Debug, Default)]
@@ -18,31 +18,23 @@ impl Clock {
     /// CLOCK_BOOTTIME, nanoseconds.
     pub fn boottime_ns(&self) -> u64 {
         let offset = self.boottime_offset_ns.load(Ordering::Relaxed);
-        read_ns(ClockId::CLOCK_BOOTTIME).saturating_add_signed(offset)
+        clock::boottime_ns().saturating_add_signed(offset)
     }
 
     /// CLOCK_MONOTONIC, nanoseconds.
     pub fn monotonic_ns(&self) -> u64 {
-        read_ns(ClockId::CLOCK_MONOTONIC)
+        clock::monotonic_ns()
     }
 
     /// Milliseconds since the Unix epoch; shown to people, decides nothing of safety.
     pub fn wall_ms(&self) -> u64 {
-        read_ns(ClockId::CLOCK_REALTIME) / 1_000_000
+        clock::realtime_ns() / 1_000_000
     }
 
     /// Shifts this node's boot time by `ns`, as a host that slept or a clock that runs wrongly would. For tests.
     pub fn shift_boottime(&self, ns: i64) {
         self.boottime_offset_ns.fetch_add(ns, Ordering::Relaxed);
     }
-}
-
-fn read_ns(clock: ClockId) -> u64 {
-    // These clocks exist on every Linux; a zero makes a lease lapse, the safe side.
-    clock_gettime(clock).map_or(0, |time| {
-        let seconds = u64::try_from(time.tv_sec()).unwrap_or(0);
-        seconds * 1_000_000_000 + u64::try_from(time.tv_nsec()).unwrap_or(0)
-    })
 }
 
 #[cfg(test)]

@@ -26,5 +26,6 @@ pub mod admin {
     tonic::include_proto!("baton.admin.v1");
 }
 
+pub mod clock;
 pub mod failpoint;
 pub mod unix;

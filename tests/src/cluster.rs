@@ -120,6 +120,7 @@ impl TestCluster {
             failpoints: true,
             bridge: setup.bridge.clone(),
             environment: setup.environment.clone(),
+            ..Plan::default()
         };
         let pairs = if setup.relay {
             plan.relay_pairs(setup.nodes)

@@ -119,7 +119,14 @@ async fn the_figures_of_raft_leases_and_migrations_are_served_and_move() -> anyh
     let cluster = TestCluster::start(Setup::default()).await?;
     let vm = cluster.create(&Machine::small("vm-a")).await?;
     let to = other(&cluster, &vm.node);
-    let before = of_all(&cluster).await?;
+    // A lease's slack is what was left of it when it was renewed: the first renewal has none to tell.
+    let before = cluster
+        .wait("every node to have renewed its lease", async || {
+            let all = of_all(&cluster).await?;
+            let renewed = |figures: &Figures| figures.contains_key("clusterd_lease_slack_seconds");
+            Ok(all.values().all(renewed).then_some(all))
+        })
+        .await?;
     for (node, figures) in &before {
         for series in [
             "clusterd_raft_term",
@@ -132,7 +139,6 @@ async fn the_figures_of_raft_leases_and_migrations_are_served_and_move() -> anyh
             "clusterd_lease_held",
             "clusterd_lease_epoch",
             "clusterd_lease_left_seconds",
-            "clusterd_lease_slack_seconds",
             "clusterd_lease_renew_duration_seconds_count",
             "clusterd_migrations{phase=\"queued\"}",
             "clusterd_migrations{phase=\"active\"}",

@@ -22,7 +22,7 @@ use crate::vcpu::{Buses, Vcpus};
 
 /// Beyond this the two hosts' clocks disagree rather than the machine having been away so long: a
 /// blackout lasts milliseconds. The guest's clock then goes on from where it was.
-const ELAPSED_MAX: Duration = Duration::from_secs(3600);
+const ELAPSED_MAX: Duration = Duration::from_secs(60);
 
 /// What a machine consists of.
 #[derive(Debug)]

@@ -81,10 +81,7 @@ pub async fn run(c: &Context, command: Command) -> Result<ExitCode, CliError> {
                 memory_mib,
                 cpus,
                 fast,
-                relay: None,
-                failpoints: false,
-                bridge: None,
-                environment: Default::default(),
+                ..Plan::default()
             };
             let cluster = LocalCluster::up(plan, nodes, |step| eprintln!("  {step}")).await?;
             match c.output {
