@@ -13,6 +13,8 @@
 
 pub mod bench;
 mod codec;
+#[cfg(test)]
+mod crash;
 mod disk;
 mod files;
 mod forward;

@@ -209,6 +209,19 @@ fn blocks(payload_bytes: usize) -> usize {
     (HEADER + payload_bytes).next_multiple_of(BLOCK)
 }
 
+/// Makes whatever looks like a record one, as a reader that does not look at checksums takes it.
+#[cfg(test)]
+pub(super) fn make_checksums_right(content: &mut [u8]) {
+    for at in (0..content.len()).step_by(BLOCK) {
+        let record = &mut content[at..];
+        let length = u32::from_le_bytes(record[4..8].try_into().unwrap()) as usize;
+        if record[0..4] == MAGIC.to_le_bytes() && HEADER + length <= record.len() {
+            let right = checksum(&record[..HEADER - 8], &record[HEADER..HEADER + length]);
+            record[HEADER - 8..HEADER].copy_from_slice(&right.to_le_bytes());
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs::File;

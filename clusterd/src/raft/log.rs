@@ -27,7 +27,7 @@ use super::disk::{Change, Key, LogDisk, StoreError, VALUE_BYTES_MAX};
 use super::types::{Entry, LogId, TypeConfig, Vote};
 use memory::{Memory, check, decode, weight};
 pub(super) use thread::LogThread;
-use thread::{Job, Writer};
+pub(super) use thread::{Job, Writer};
 
 /// Entries handed to replication at once, bytes: a message stays far below its limit.
 const BATCH_BYTES_MAX: usize = 1 << 20;
@@ -66,7 +66,7 @@ impl LogStore {
     }
 
     /// The same without the thread: the caller gives the writer what waits for it.
-    fn prepare<D: LogDisk>(
+    pub(super) fn prepare<D: LogDisk>(
         dir: &Path,
         node: NodeId,
         snapshot: Option<LogId>,
