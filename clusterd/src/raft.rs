@@ -13,7 +13,10 @@
 
 pub mod bench;
 mod codec;
+#[cfg(test)]
+mod crash;
 mod disk;
+mod files;
 mod forward;
 mod handle;
 mod journal;
@@ -50,6 +53,7 @@ pub use status::{Leadership, MemberStatus, RaftStatus};
 
 use crate::net::Dialer;
 use disk::{SledDisk, VALUE_BYTES_MAX};
+use files::OsFiles;
 use log::LogStore;
 use network::Network;
 use snapshot::SnapshotDir;
@@ -197,7 +201,7 @@ pub async fn start<M: Machine>(
     let config = Arc::new(options.config()?);
     let (dir, node, create) = (options.dir.clone(), options.node, options.create);
     let opened = tokio::task::spawn_blocking(move || {
-        let (snapshots, snapshot) = SnapshotDir::open::<M>(&dir.join("snapshots"))?;
+        let (snapshots, snapshot) = SnapshotDir::open::<M>(OsFiles, &dir.join("snapshots"))?;
         let last = snapshot.as_ref().and_then(|(meta, _)| meta.last_log_id);
         let disk = SledDisk::open(&dir, create)?;
         let (log, thread) = LogStore::open(&dir, node, last, disk)?;

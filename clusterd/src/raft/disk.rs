@@ -7,68 +7,34 @@
 //! moves large ones to files of their own that nobody syncs; snapshots are plain files (see
 //! [`super::snapshot`]).
 
+mod change;
+pub(super) mod table;
+
 use std::collections::{BTreeMap, VecDeque};
-use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use super::codec::{DecodeError, Reader};
-use super::journal::{Journal, RECORD_BYTES_MAX};
+use super::files::{Files, OsFiles};
+use super::journal::{JOURNAL_BYTES, Journal, RECORD_BYTES_MAX};
+pub(super) use change::{Change, Key};
+use change::{decode, encode, encoded_bytes};
+use table::{SledTable, Table};
 
 /// The largest value that sled may be given, bytes.
 pub(super) const VALUE_BYTES_MAX: usize = 64 * 1024;
-/// sled's page cache, bytes: the tail of the log is in our own memory.
-const CACHE_BYTES: u64 = 16 << 20;
 /// Proves that this directory once held a log: without it a lost log would look like a new node.
 const MARKER: &str = "raft-store";
 /// The journal's file.
 const JOURNAL: &str = "journal";
-/// sled's key for the journal's generation: records of older ones are in sled already.
-const KEY_GENERATION: &str = "journal";
+/// sled's directory.
+const TABLE: &str = "log";
+/// The table's name for the journal's generation: records of older ones are in the table already.
+pub(super) const KEY_GENERATION: &str = "journal";
 /// Changes moved to sled in one go while nothing waits: about a millisecond.
 const SETTLE_MAX: usize = 64;
 /// What the marker says.
 const MARKER_TEXT: &[u8] = b"baton raft store 1\n";
-
-/// One change of the store.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Change {
-    /// Writes the entry at an index.
-    Put { index: u64, value: Vec<u8> },
-    /// Removes every entry from an index on.
-    RemoveFrom(u64),
-    /// Removes every entry up to and including an index.
-    RemoveThrough(u64),
-    /// Writes one of the small values.
-    Meta { key: Key, value: Vec<u8> },
-}
-
-/// The small values.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Key {
-    /// The vote.
-    Vote,
-    /// The commit point.
-    Committed,
-    /// The last entry removed from the front.
-    Purged,
-    /// Whose log this is.
-    Node,
-}
-
-impl Key {
-    const ALL: [Key; 4] = [Key::Vote, Key::Committed, Key::Purged, Key::Node];
-
-    fn text(self) -> &'static str {
-        match self {
-            Key::Vote => "vote",
-            Key::Committed => "committed",
-            Key::Purged => "purged",
-            Key::Node => "node",
-        }
-    }
-}
 
 /// Everything that a store holds when it is opened: entries in order, and the small values.
 pub(super) struct Contents {
@@ -140,23 +106,54 @@ pub enum StoreError {
     },
 }
 
-/// The log on sled, behind a journal.
-pub(super) struct SledDisk {
-    log: sled::Tree,
-    meta: sled::Tree,
-    db: sled::Db,
-    /// sled's data file, opened a second time for `fdatasync`.
-    data: File,
-    journal: Journal,
+/// The log in a table, behind a journal.
+pub(super) struct JournaledDisk<F: Files, T> {
+    table: T,
+    journal: Journal<F::File>,
+    sizes: Sizes,
     /// Written, not yet in the journal.
     unsynced: Vec<Change>,
-    /// In the journal, not yet in sled; the journal's size bounds it.
+    /// In the journal, not yet in the table; the journal's size bounds it.
     pending: VecDeque<Change>,
+}
+
+/// The store of a real node.
+pub(super) type SledDisk = JournaledDisk<OsFiles, SledTable>;
+
+/// How large things are; the tests of crashes make them small.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sizes {
+    /// A new journal, bytes.
+    pub journal_bytes: u64,
+    /// The largest record's payload, bytes: at least one change.
+    pub record_bytes_max: usize,
+}
+
+impl Default for Sizes {
+    fn default() -> Sizes {
+        Sizes {
+            journal_bytes: JOURNAL_BYTES,
+            record_bytes_max: RECORD_BYTES_MAX,
+        }
+    }
 }
 
 impl SledDisk {
     /// Opens the store in `dir`; makes it only if `create` says so and there never was one.
     pub(super) fn open(dir: &Path, create: bool) -> Result<SledDisk, StoreError> {
+        JournaledDisk::open_with(OsFiles, dir, create, Sizes::default(), SledTable::open)
+    }
+}
+
+impl<F: Files, T: Table> JournaledDisk<F, T> {
+    /// Opens the store in `dir` on these files, with the table that `open_table` opens.
+    pub(super) fn open_with(
+        files: F,
+        dir: &Path,
+        create: bool,
+        sizes: Sizes,
+        open_table: impl FnOnce(&Path) -> io::Result<T>,
+    ) -> Result<JournaledDisk<F, T>, StoreError> {
         let failed = |source: io::Error| match source.kind() {
             io::ErrorKind::InvalidData => StoreError::Damaged {
                 dir: dir.to_owned(),
@@ -168,9 +165,11 @@ impl SledDisk {
             },
         };
         let (marker, journal_path) = (dir.join(MARKER), dir.join(JOURNAL));
-        let data_path = dir.join("log").join("db");
-        let marked = marker.exists();
-        match (marked, data_path.exists() && journal_path.exists()) {
+        let table_dir = dir.join(TABLE);
+        let data_path = table_dir.join(table::DATA);
+        let exists = |path: &Path| files.exists(path).map_err(failed);
+        let marked = exists(&marker)?;
+        match (marked, exists(&data_path)? && exists(&journal_path)?) {
             (true, false) => {
                 return Err(StoreError::Lost {
                     dir: dir.to_owned(),
@@ -183,32 +182,18 @@ impl SledDisk {
             }
             _ => {}
         }
-        std::fs::create_dir_all(dir).map_err(failed)?;
-        let db = sled::Config::new()
-            .path(dir.join("log"))
-            .cache_capacity(CACHE_BYTES)
-            // We flush; a timer's flush would only add latency at random.
-            .flush_every_ms(None)
-            .open()
-            .map_err(|error| failed(to_io(error)))?;
-        let log = db.open_tree("log").map_err(|error| failed(to_io(error)))?;
-        let meta = db.open_tree("meta").map_err(|error| failed(to_io(error)))?;
-        let data = File::options()
-            .read(true)
-            .write(true)
-            .open(&data_path)
-            .map_err(failed)?;
+        files.make_dirs(dir).map_err(failed)?;
+        let table = open_table(&table_dir).map_err(failed)?;
         if !marked {
-            Journal::create(&journal_path).map_err(failed)?;
+            Journal::create(&files, &journal_path, sizes.journal_bytes).map_err(failed)?;
         }
-        let generation = generation(&meta, marked).map_err(failed)?;
-        let (journal, records) = Journal::open(&journal_path, generation).map_err(failed)?;
-        let mut disk = SledDisk {
-            log,
-            meta,
-            db,
-            data,
+        let generation = generation(&table, marked).map_err(failed)?;
+        let (journal, records) =
+            Journal::open(&files, &journal_path, generation).map_err(failed)?;
+        let mut disk = JournaledDisk {
+            table,
             journal,
+            sizes,
             unsynced: Vec::new(),
             pending: VecDeque::new(),
         };
@@ -218,37 +203,31 @@ impl SledDisk {
             disk.pending.extend(changes);
         }
         disk.checkpoint().map_err(failed)?;
-        sync_dir(&dir.join("log")).map_err(failed)?;
+        files.sync_dir(&table_dir).map_err(failed)?;
         if !marked {
             // Last: a node that stops before this point has promised nothing to anybody.
-            write_durably(&marker, MARKER_TEXT).map_err(failed)?;
+            files.write_durably(&marker, MARKER_TEXT).map_err(failed)?;
         }
         Ok(disk)
     }
 
-    /// Moves everything in the journal to sled, makes that durable, and begins the journal again.
+    /// Moves everything in the journal to the table, makes that durable, and begins the journal again.
     fn checkpoint(&mut self) -> io::Result<()> {
         self.apply(usize::MAX)?;
-        self.flush()?;
+        self.table.flush()?;
         // In a flush of its own: when it is durable, everything it speaks for is.
         let generation = self.journal.generation() + 1;
-        self.meta
-            .insert(KEY_GENERATION, &generation.to_le_bytes())
-            .map_err(to_io)?;
-        self.flush()?;
+        self.table
+            .set_small(KEY_GENERATION, generation.to_le_bytes().to_vec())?;
+        self.table.flush()?;
         self.journal.restart(generation);
         Ok(())
     }
 
-    fn flush(&self) -> io::Result<()> {
-        self.db.flush().map_err(to_io)?;
-        self.data.sync_data()
-    }
-
-    /// Moves up to `count` changes from the journal to sled.
+    /// Moves up to `count` changes from the journal to the table.
     fn apply(&mut self, count: usize) -> io::Result<()> {
         let count = count.min(self.pending.len());
-        // What a later change of these overwrites or removes never reaches sled.
+        // What a later change of these overwrites or removes never reaches the table.
         let mut puts = BTreeMap::new();
         let mut metas: BTreeMap<Key, Vec<u8>> = BTreeMap::new();
         for change in self.pending.drain(..count) {
@@ -256,22 +235,18 @@ impl SledDisk {
                 Change::Put { index, value } => drop(puts.insert(index, value)),
                 Change::RemoveFrom(index) => {
                     puts.split_off(&index);
-                    remove(&self.log, index..u64::MAX)?;
+                    self.table.remove(index..u64::MAX)?;
                 }
                 Change::RemoveThrough(index) => {
                     puts = puts.split_off(&index.saturating_add(1));
-                    remove(&self.log, 0..index.saturating_add(1))?;
+                    self.table.remove(0..index.saturating_add(1))?;
                 }
                 Change::Meta { key, value } => drop(metas.insert(key, value)),
             }
         }
-        let mut batch = sled::Batch::default();
-        for (index, value) in puts {
-            batch.insert(&index.to_be_bytes(), value);
-        }
-        self.log.apply_batch(batch).map_err(to_io)?;
+        self.table.put(puts)?;
         for (key, value) in metas {
-            self.meta.insert(key.text(), value).map_err(to_io)?;
+            self.table.set_small(key.text(), value)?;
         }
         Ok(())
     }
@@ -288,25 +263,24 @@ impl SledDisk {
     }
 }
 
-impl LogDisk for SledDisk {
+impl<F: Files, T: Table> LogDisk for JournaledDisk<F, T> {
     fn load(&mut self) -> io::Result<Contents> {
         let entries = self.read(0..u64::MAX)?;
         let mut meta = Vec::new();
-        for item in self.meta.iter() {
-            let (name, value) = item.map_err(to_io)?;
-            if name == KEY_GENERATION {
+        for (name, value) in self.table.smalls()? {
+            if name == KEY_GENERATION.as_bytes() {
                 continue;
             }
             let key = Key::ALL
                 .into_iter()
-                .find(|key| *key.text().as_bytes() == *name);
+                .find(|key| key.text().as_bytes() == name);
             let key = key.ok_or_else(|| {
                 io::Error::new(
                     io::ErrorKind::InvalidData,
-                    format!("unknown small value {name:?}"),
+                    format!("unknown small value {:?}", String::from_utf8_lossy(&name)),
                 )
             })?;
-            meta.push((key, value.to_vec()));
+            meta.push((key, value));
         }
         Ok(Contents { entries, meta })
     }
@@ -321,9 +295,9 @@ impl LogDisk for SledDisk {
             return Ok(());
         }
         let bytes: usize = self.unsynced.iter().map(encoded_bytes).sum();
-        let mut payload = Vec::with_capacity(bytes.min(RECORD_BYTES_MAX));
+        let mut payload = Vec::with_capacity(bytes.min(self.sizes.record_bytes_max));
         for change in std::mem::take(&mut self.unsynced) {
-            if payload.len() + encoded_bytes(&change) > RECORD_BYTES_MAX {
+            if payload.len() + encoded_bytes(&change) > self.sizes.record_bytes_max {
                 self.record(&mut payload)?;
             }
             encode(&mut payload, &change)?;
@@ -340,21 +314,14 @@ impl LogDisk for SledDisk {
 
     fn read(&mut self, range: Range<u64>) -> io::Result<Vec<(u64, Vec<u8>)>> {
         self.apply(usize::MAX)?;
-        self.log
-            .range(range.start.to_be_bytes()..range.end.to_be_bytes())
-            .map(|item| {
-                item.map_err(to_io)
-                    .and_then(|(key, value)| Ok((index_of(&key)?, value.to_vec())))
-            })
-            .collect()
+        self.table.entries(range)
     }
 }
 
-/// The journal's generation that sled speaks of; a new store begins with the first.
-fn generation(meta: &sled::Tree, marked: bool) -> io::Result<u64> {
-    match meta.get(KEY_GENERATION).map_err(to_io)? {
+/// The journal's generation that the table speaks of; a new store begins with the first.
+fn generation(table: &impl Table, marked: bool) -> io::Result<u64> {
+    match table.small(KEY_GENERATION)? {
         Some(value) => value
-            .as_ref()
             .try_into()
             .map(u64::from_le_bytes)
             .map_err(|_| damaged("the generation")),
@@ -365,120 +332,4 @@ fn generation(meta: &sled::Tree, marked: bool) -> io::Result<u64> {
 
 fn damaged(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
-}
-
-fn remove(log: &sled::Tree, range: Range<u64>) -> io::Result<()> {
-    let mut batch = sled::Batch::default();
-    for key in log
-        .range(range.start.to_be_bytes()..range.end.to_be_bytes())
-        .keys()
-    {
-        batch.remove(key.map_err(to_io)?);
-    }
-    log.apply_batch(batch).map_err(to_io)
-}
-
-const TAG_PUT: u8 = 1;
-const TAG_REMOVE_FROM: u8 = 2;
-const TAG_REMOVE_THROUGH: u8 = 3;
-/// The tag of a small value is this and its place in [`Key::ALL`].
-const TAG_META: u8 = 16;
-
-fn encoded_bytes(change: &Change) -> usize {
-    match change {
-        Change::Put { value, .. } | Change::Meta { value, .. } => 1 + 8 + 4 + value.len(),
-        Change::RemoveFrom(_) | Change::RemoveThrough(_) => 1 + 8,
-    }
-}
-
-fn encode(out: &mut Vec<u8>, change: &Change) -> io::Result<()> {
-    let put_value = |out: &mut Vec<u8>, value: &[u8]| {
-        let length = u32::try_from(value.len()).map_err(|_| damaged("a value over 4 GiB"))?;
-        out.extend_from_slice(&length.to_le_bytes());
-        out.extend_from_slice(value);
-        Ok(())
-    };
-    match change {
-        Change::Put { index, value } => {
-            out.push(TAG_PUT);
-            out.extend_from_slice(&index.to_le_bytes());
-            put_value(out, value)
-        }
-        Change::RemoveFrom(index) => {
-            out.push(TAG_REMOVE_FROM);
-            out.extend_from_slice(&index.to_le_bytes());
-            Ok(())
-        }
-        Change::RemoveThrough(index) => {
-            out.push(TAG_REMOVE_THROUGH);
-            out.extend_from_slice(&index.to_le_bytes());
-            Ok(())
-        }
-        Change::Meta { key, value } => {
-            out.push(TAG_META + *key as u8);
-            put_value(out, value)
-        }
-    }
-}
-
-fn decode(record: &[u8]) -> Result<Vec<Change>, DecodeError> {
-    let mut reader = Reader::new("journal", record);
-    let mut changes = Vec::new();
-    while !reader.is_empty() {
-        changes.push(match reader.u8()? {
-            TAG_PUT => {
-                let (index, length) = (reader.u64()?, reader.u32()? as usize);
-                Change::Put {
-                    index,
-                    value: reader.bytes(length)?.to_vec(),
-                }
-            }
-            TAG_REMOVE_FROM => Change::RemoveFrom(reader.u64()?),
-            TAG_REMOVE_THROUGH => Change::RemoveThrough(reader.u64()?),
-            tag => {
-                let key = tag
-                    .checked_sub(TAG_META)
-                    .and_then(|place| Key::ALL.get(usize::from(place)))
-                    .ok_or_else(|| DecodeError::new("journal", format!("unknown change {tag}")))?;
-                let length = reader.u32()? as usize;
-                Change::Meta {
-                    key: *key,
-                    value: reader.bytes(length)?.to_vec(),
-                }
-            }
-        });
-    }
-    Ok(changes)
-}
-
-fn index_of(key: &[u8]) -> io::Result<u64> {
-    key.try_into().map(u64::from_be_bytes).map_err(|_| {
-        io::Error::new(
-            io::ErrorKind::InvalidData,
-            format!("{} bytes where an index belongs", key.len()),
-        )
-    })
-}
-
-fn to_io(error: sled::Error) -> io::Error {
-    match error {
-        sled::Error::Io(error) => error,
-        other => io::Error::other(other.to_string()),
-    }
-}
-
-/// Writes a whole file so that after any crash either the old or the new one is there.
-pub(super) fn write_durably(path: &Path, content: &[u8]) -> io::Result<()> {
-    use std::io::Write;
-    let temporary = path.with_extension("tmp");
-    let mut file = File::create(&temporary)?;
-    file.write_all(content)?;
-    file.sync_all()?;
-    std::fs::rename(&temporary, path)?;
-    sync_dir(path.parent().unwrap_or(Path::new(".")))
-}
-
-/// Makes a directory's entries durable.
-pub(super) fn sync_dir(dir: &Path) -> io::Result<()> {
-    File::open(dir)?.sync_all()
 }

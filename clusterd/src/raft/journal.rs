@@ -9,15 +9,13 @@
 //! block boundaries, so that a torn write damages nothing that was acknowledged before. When the file is
 //! full its content has been moved to sled and it begins again with the next generation.
 
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use xxhash_rust::xxh3::Xxh3;
 
 use super::codec::{DecodeError, Reader};
-use super::disk::sync_dir;
+use super::files::{FileAt, Files, TEMPORARY};
 
 /// Size of a new file, bytes: at least 8,000 commits between two moves to sled. That is more entries than
 /// the log keeps, so that on a busy log most of them are purged before they would be moved.
@@ -31,8 +29,8 @@ const MAGIC: u32 = 0x4c4a_5442;
 const HEADER: usize = 4 + 4 + 8 + 8 + 8;
 
 /// The journal, open for one generation.
-pub(super) struct Journal {
-    file: File,
+pub(super) struct Journal<F> {
+    file: F,
     generation: u64,
     sequence: u64,
     position: u64,
@@ -42,18 +40,18 @@ pub(super) struct Journal {
     buffer: Vec<u8>,
 }
 
-impl Journal {
-    /// Makes an empty journal with all its blocks written, so that later syncs change no metadata.
-    pub(super) fn create(path: &Path) -> io::Result<()> {
-        let temporary = path.with_extension("tmp");
-        let file = File::create(&temporary)?;
-        let zeros = vec![0; 1 << 20];
-        for at in (0..JOURNAL_BYTES).step_by(zeros.len()) {
+impl<F: FileAt> Journal<F> {
+    /// Makes an empty journal of `bytes` with all its blocks written, so that later syncs change no metadata.
+    pub(super) fn create(files: &impl Files<File = F>, path: &Path, bytes: u64) -> io::Result<()> {
+        let temporary = path.with_extension(TEMPORARY);
+        let file = files.create(&temporary)?;
+        let zeros = vec![0; bytes.min(1 << 20) as usize];
+        for at in (0..bytes).step_by(zeros.len()) {
             file.write_all_at(&zeros, at)?;
         }
         file.sync_all()?;
-        std::fs::rename(&temporary, path)?;
-        sync_dir(path.parent().unwrap_or(Path::new(".")))
+        files.rename(&temporary, path)?;
+        files.sync_dir(path.parent().unwrap_or(Path::new(".")))
     }
 
     /// Opens the journal and gives the payloads of `generation`, in order.
@@ -61,9 +59,13 @@ impl Journal {
     /// # Errors
     /// When the file cannot be read, or a record that was acknowledged is damaged: a torn one at the end was
     /// not, one with a good successor was.
-    pub(super) fn open(path: &Path, generation: u64) -> io::Result<(Journal, Vec<Vec<u8>>)> {
-        let file = File::options().read(true).write(true).open(path)?;
-        let size = file.metadata()?.len();
+    pub(super) fn open(
+        files: &impl Files<File = F>,
+        path: &Path,
+        generation: u64,
+    ) -> io::Result<(Journal<F>, Vec<Vec<u8>>)> {
+        let file = files.open(path)?;
+        let size = file.length()?;
         if size < BLOCK as u64 || size > FILE_BYTES_MAX {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,
@@ -93,7 +95,7 @@ impl Journal {
             }
         }
         let journal = Journal {
-            file: direct(path).unwrap_or(file),
+            file: direct(files, path).unwrap_or(file),
             generation,
             sequence: end,
             position: position as u64,
@@ -155,12 +157,8 @@ impl Journal {
 
 /// The file, written past the page cache, where its file system can do that: the write then goes to the disk
 /// at once and the sync has no pages to look for.
-fn direct(path: &Path) -> io::Result<File> {
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .custom_flags(libc::O_DIRECT)
-        .open(path)?;
+fn direct<F: Files>(files: &F, path: &Path) -> io::Result<F::File> {
+    let file = files.open_direct(path)?;
     // A disk with larger blocks than ours refuses this as it would refuse our writes.
     file.read_exact_at(aligned(&mut Vec::new(), BLOCK), 0)?;
     Ok(file)
@@ -211,55 +209,75 @@ fn blocks(payload_bytes: usize) -> usize {
     (HEADER + payload_bytes).next_multiple_of(BLOCK)
 }
 
+/// Makes whatever looks like a record one, as a reader that does not look at checksums takes it.
+#[cfg(test)]
+pub(super) fn make_checksums_right(content: &mut [u8]) {
+    for at in (0..content.len()).step_by(BLOCK) {
+        let record = &mut content[at..];
+        let length = u32::from_le_bytes(record[4..8].try_into().unwrap()) as usize;
+        if record[0..4] == MAGIC.to_le_bytes() && HEADER + length <= record.len() {
+            let right = checksum(&record[..HEADER - 8], &record[HEADER..HEADER + length]);
+            record[HEADER - 8..HEADER].copy_from_slice(&right.to_le_bytes());
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+
+    use super::super::files::OsFiles;
     use super::*;
 
     fn new() -> (tempfile::TempDir, std::path::PathBuf) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("journal");
-        Journal::create(&path).unwrap();
+        Journal::create(&OsFiles, &path, JOURNAL_BYTES).unwrap();
         (dir, path)
     }
 
     fn flip(path: &Path, at: u64) {
         let file = File::options().read(true).write(true).open(path).unwrap();
         let mut byte = [0];
-        file.read_exact_at(&mut byte, at).unwrap();
-        file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+        FileExt::read_exact_at(&file, &mut byte, at).unwrap();
+        FileExt::write_all_at(&file, &[byte[0] ^ 1], at).unwrap();
     }
 
     #[test]
     fn records_read_back_in_order_and_older_generations_are_void() {
         let (_dir, path) = new();
-        let (mut journal, records) = Journal::open(&path, 1).unwrap();
+        let (mut journal, records) = Journal::open(&OsFiles, &path, 1).unwrap();
         assert!(records.is_empty());
         for n in 0..10u8 {
             journal.append(&vec![n; 3_000 * usize::from(n)]).unwrap();
         }
         journal.sync().unwrap();
-        let (_, records) = Journal::open(&path, 1).unwrap();
+        let (_, records) = Journal::open(&OsFiles, &path, 1).unwrap();
         assert_eq!(records.len(), 10);
         assert_eq!(records[7], vec![7; 21_000]);
-        assert!(Journal::open(&path, 2).unwrap().1.is_empty());
+        assert!(Journal::open(&OsFiles, &path, 2).unwrap().1.is_empty());
         journal.restart(2);
         journal.append(b"new").unwrap();
-        assert_eq!(Journal::open(&path, 2).unwrap().1, [b"new".to_vec()]);
+        assert_eq!(
+            Journal::open(&OsFiles, &path, 2).unwrap().1,
+            [b"new".to_vec()]
+        );
     }
 
     #[test]
     fn a_torn_record_at_the_end_was_not_acknowledged_and_a_damaged_one_before_it_was() {
         let (_dir, path) = new();
-        let (mut journal, _) = Journal::open(&path, 1).unwrap();
+        let (mut journal, _) = Journal::open(&OsFiles, &path, 1).unwrap();
         for n in 0..3u8 {
             journal.append(&[n; 10]).unwrap();
         }
         // Record 2 begins in the third block.
         flip(&path, 2 * BLOCK as u64 + HEADER as u64 + 5);
-        assert_eq!(Journal::open(&path, 1).unwrap().1.len(), 2);
+        assert_eq!(Journal::open(&OsFiles, &path, 1).unwrap().1.len(), 2);
         flip(&path, 2 * BLOCK as u64 + HEADER as u64 + 5);
         flip(&path, BLOCK as u64 + HEADER as u64 + 5);
-        assert!(Journal::open(&path, 1).is_err());
+        assert!(Journal::open(&OsFiles, &path, 1).is_err());
     }
 
     #[test]
@@ -268,7 +286,7 @@ mod tests {
         // As large as an earlier version made it: it is used as it is.
         let file = File::options().write(true).open(&path).unwrap();
         file.set_len(8 << 20).unwrap();
-        let (mut journal, _) = Journal::open(&path, 1).unwrap();
+        let (mut journal, _) = Journal::open(&OsFiles, &path, 1).unwrap();
         let payload = vec![1; RECORD_BYTES_MAX];
         let mut written = 0;
         while journal.fits(payload.len()) {
@@ -278,6 +296,6 @@ mod tests {
         assert_eq!(written, 7);
         assert!(journal.append(&payload).is_err());
         assert!(journal.append(&vec![1; RECORD_BYTES_MAX + 1]).is_err());
-        assert_eq!(Journal::open(&path, 1).unwrap().1.len(), 7);
+        assert_eq!(Journal::open(&OsFiles, &path, 1).unwrap().1.len(), 7);
     }
 }

@@ -26,8 +26,8 @@ use super::codec::{self, DecodeError};
 use super::disk::{Change, Key, LogDisk, StoreError, VALUE_BYTES_MAX};
 use super::types::{Entry, LogId, TypeConfig, Vote};
 use memory::{Memory, check, decode, weight};
-use thread::Job;
 pub(super) use thread::LogThread;
+pub(super) use thread::{Job, Writer};
 
 /// Entries handed to replication at once, bytes: a message stays far below its limit.
 const BATCH_BYTES_MAX: usize = 1 << 20;
@@ -55,7 +55,23 @@ impl LogStore {
         snapshot: Option<LogId>,
         disk: impl LogDisk,
     ) -> Result<(LogStore, LogThread), StoreError> {
-        let mut disk = disk;
+        let (log, writer, waiting) = LogStore::prepare(dir, node, snapshot, disk)?;
+        let thread = LogThread::start(writer, waiting, log.jobs.clone()).map_err(|source| {
+            StoreError::Open {
+                dir: dir.to_owned(),
+                source,
+            }
+        })?;
+        Ok((log, thread))
+    }
+
+    /// The same without the thread: the caller gives the writer what waits for it.
+    pub(super) fn prepare<D: LogDisk>(
+        dir: &Path,
+        node: NodeId,
+        snapshot: Option<LogId>,
+        mut disk: D,
+    ) -> Result<(LogStore, Writer<D>, mpsc::Receiver<Job>), StoreError> {
         let contents = disk.load().map_err(|source| StoreError::Open {
             dir: dir.to_owned(),
             source,
@@ -96,20 +112,8 @@ impl LogStore {
         }
         let memory = Arc::new(Mutex::new(memory));
         let (jobs, waiting) = mpsc::channel(JOBS_MAX);
-        let thread = LogThread::start(disk, waiting, jobs.clone(), {
-            let memory = memory.clone();
-            move |durable_end| {
-                let mut memory = lock(&memory);
-                // A truncation may have passed the write meanwhile.
-                memory.durable_end = durable_end.min(memory.range().end);
-                memory.trim();
-            }
-        })
-        .map_err(|source| StoreError::Open {
-            dir: dir.to_owned(),
-            source,
-        })?;
-        Ok((LogStore { memory, jobs }, thread))
+        let writer = Writer::new(disk, memory.clone());
+        Ok((LogStore { memory, jobs }, writer, waiting))
     }
 
     /// The last entry and the last purged one, as openraft calls them: `(last, purged)`.

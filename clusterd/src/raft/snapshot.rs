@@ -14,7 +14,8 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::codec::{DecodeError, Reader};
-use super::disk::{StoreError, write_durably};
+use super::disk::StoreError;
+use super::files::{FileAt, Files, OsFiles};
 use super::machine::Machine;
 use super::types::{LogId, SnapshotMeta};
 
@@ -98,28 +99,34 @@ pub(super) fn decode<M: Machine>(data: &SnapshotData) -> Result<(SnapshotMeta, M
     Ok((header.meta, state))
 }
 
+/// What a snapshot says of itself, and its state.
+type Decoded<M> = (SnapshotMeta, M);
+
 /// A directory that holds the newest snapshot.
 #[derive(Clone, Debug)]
-pub(super) struct SnapshotDir {
+pub(super) struct SnapshotDir<F = OsFiles> {
+    files: F,
     dir: PathBuf,
 }
 
-impl SnapshotDir {
+impl<F: Files> SnapshotDir<F> {
     /// Opens `dir` and reads the newest whole snapshot in it, if any.
     pub(super) fn open<M: Machine>(
+        files: F,
         dir: &Path,
-    ) -> Result<(SnapshotDir, Option<(SnapshotMeta, M)>), StoreError> {
+    ) -> Result<(SnapshotDir<F>, Option<Decoded<M>>), StoreError> {
         let failed = |source| StoreError::Open {
             dir: dir.to_owned(),
             source,
         };
-        std::fs::create_dir_all(dir).map_err(failed)?;
+        files.make_dirs(dir).map_err(failed)?;
         let this = SnapshotDir {
+            files,
             dir: dir.to_owned(),
         };
-        let mut newest: Option<(SnapshotMeta, M)> = None;
-        for path in this.files().map_err(failed)? {
-            let data = read(&path).map_err(failed)?;
+        let mut newest: Option<Decoded<M>> = None;
+        for path in this.snapshots().map_err(failed)? {
+            let data = this.read(&path).map_err(failed)?;
             match decode::<M>(&data) {
                 Ok((meta, state)) => {
                     if newest
@@ -141,11 +148,11 @@ impl SnapshotDir {
     /// Writes a snapshot so that it survives a loss of power, then removes older ones.
     pub(super) fn write(&self, meta: &SnapshotMeta, data: &SnapshotData) -> io::Result<()> {
         let path = self.path(meta.last_log_id.as_ref());
-        write_durably(&path, &data.0)?;
-        for old in self.files()? {
+        self.files.write_durably(&path, &data.0)?;
+        for old in self.snapshots()? {
             // Never a newer one: a snapshot from a peer may have come while this one was built.
             if old < path {
-                std::fs::remove_file(old)?;
+                self.files.remove(&old)?;
             }
         }
         Ok(())
@@ -154,8 +161,8 @@ impl SnapshotDir {
     /// The newest snapshot's content.
     pub(super) fn newest(&self) -> io::Result<Option<(SnapshotMeta, SnapshotData)>> {
         let mut newest: Option<(SnapshotMeta, SnapshotData)> = None;
-        for path in self.files()? {
-            let data = read(&path)?;
+        for path in self.snapshots()? {
+            let data = self.read(&path)?;
             match open(&data).map(|(header, _)| header.meta) {
                 Ok(meta)
                     if newest
@@ -178,31 +185,29 @@ impl SnapshotDir {
         self.dir.join(format!("{index:020}.{SUFFIX}"))
     }
 
-    fn files(&self) -> io::Result<Vec<PathBuf>> {
-        let mut files = Vec::new();
-        for entry in std::fs::read_dir(&self.dir)? {
-            let path = entry?.path();
-            if path
-                .extension()
+    fn snapshots(&self) -> io::Result<Vec<PathBuf>> {
+        let mut paths = self.files.list(&self.dir)?;
+        paths.retain(|path| {
+            path.extension()
                 .is_some_and(|extension| extension == SUFFIX)
-            {
-                files.push(path);
-            }
-        }
-        Ok(files)
+        });
+        Ok(paths)
     }
-}
 
-fn read(path: &Path) -> io::Result<SnapshotData> {
-    let length = std::fs::metadata(path)?.len();
-    if length > SNAPSHOT_BYTES_MAX {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            format!(
-                "{} has {length} bytes, over {SNAPSHOT_BYTES_MAX}",
-                path.display()
-            ),
-        ));
+    fn read(&self, path: &Path) -> io::Result<SnapshotData> {
+        let file = self.files.open(path)?;
+        let length = file.length()?;
+        if length > SNAPSHOT_BYTES_MAX {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!(
+                    "{} has {length} bytes, over {SNAPSHOT_BYTES_MAX}",
+                    path.display()
+                ),
+            ));
+        }
+        let mut content = vec![0; length as usize];
+        file.read_exact_at(&mut content, 0)?;
+        Ok(SnapshotData(content.into()))
     }
-    std::fs::read(path).map(|content| SnapshotData(content.into()))
 }

@@ -18,6 +18,7 @@ use openraft::vote::RaftLeaderId;
 use serde::{Deserialize, Serialize};
 
 use super::super::disk::{Change, Contents, Key, LogDisk, SledDisk, StoreError};
+use super::super::files::OsFiles;
 use super::super::machine::Machine;
 use super::super::snapshot::SnapshotDir;
 use super::super::state::StateMachine;
@@ -51,7 +52,8 @@ impl StoreBuilder<TypeConfig, LogStore, StateMachine<Nothing>, (tempfile::TempDi
     > {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let (snapshots, snapshot) =
-            SnapshotDir::open::<Nothing>(&dir.path().join("snapshots")).expect("snapshots");
+            SnapshotDir::open::<Nothing>(OsFiles, &dir.path().join("snapshots"))
+                .expect("snapshots");
         let disk = SledDisk::open(dir.path(), true).expect("sled opens");
         let (log, thread) =
             LogStore::open(dir.path(), NodeId(1), None, disk).expect("the log opens");

@@ -12,6 +12,8 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::super::disk::{Change, LogDisk};
 use super::super::types::TypeConfig;
+use super::lock;
+use super::memory::Memory;
 
 /// Jobs written under one sync: enough for every client that can wait, little enough to answer soon.
 const GROUP_MAX: usize = 1_024;
@@ -59,10 +61,9 @@ pub(super) fn gone() -> io::Error {
 
 impl LogThread {
     pub(super) fn start(
-        disk: impl LogDisk,
+        writer: Writer<impl LogDisk>,
         waiting: mpsc::Receiver<Job>,
         jobs: mpsc::Sender<Job>,
-        durable: impl Fn(u64) + Send + 'static,
     ) -> io::Result<LogThread> {
         // Only for a wait with a bound on this thread.
         let timer = tokio::runtime::Builder::new_current_thread()
@@ -70,7 +71,7 @@ impl LogThread {
             .build()?;
         let thread = std::thread::Builder::new()
             .name("raft-log".into())
-            .spawn(move || run(disk, Jobs { waiting, timer }, durable))?;
+            .spawn(move || run(writer, Jobs { waiting, timer }))?;
         Ok(LogThread {
             jobs,
             thread: Arc::new(Mutex::new(Some(thread))),
@@ -136,23 +137,56 @@ enum Next {
     End,
 }
 
-fn run(mut disk: impl LogDisk, mut jobs: Jobs, durable: impl Fn(u64)) {
-    let mut failed: Option<String> = None;
-    let mut closing = false;
+fn run(mut writer: Writer<impl LogDisk>, mut jobs: Jobs) {
     let mut unsettled = true;
-    while !closing {
-        let first = match jobs.next(unsettled.then_some(IDLE)) {
-            Next::Job(job) => job,
-            Next::End => break,
+    loop {
+        match jobs.next(unsettled.then_some(IDLE)) {
+            Next::Job(first) => {
+                if writer.round(first, || jobs.waiting.try_recv().ok()) {
+                    return;
+                }
+                unsettled = true;
+            }
+            Next::End => return,
             Next::Nothing => {
                 while unsettled && jobs.waiting.is_empty() {
-                    // A failure is remembered; the next job reports it.
-                    unsettled = guard(&mut failed, || disk.settle()).unwrap_or(false);
+                    unsettled = writer.settle();
                 }
-                continue;
             }
-        };
-        unsettled = true;
+        }
+    }
+}
+
+/// What the log thread does, without the thread.
+pub(in super::super) struct Writer<D> {
+    disk: D,
+    memory: Arc<Mutex<Memory>>,
+    failed: Option<String>,
+}
+
+impl<D: LogDisk> Writer<D> {
+    pub(super) fn new(disk: D, memory: Arc<Mutex<Memory>>) -> Writer<D> {
+        Writer {
+            disk,
+            memory,
+            failed: None,
+        }
+    }
+
+    /// Does a little of what was put off; whether more is left.
+    pub(in super::super) fn settle(&mut self) -> bool {
+        // A failure is remembered; the next job reports it.
+        guard(&mut self.failed, || self.disk.settle()).unwrap_or(false)
+    }
+
+    /// Does `first` and whatever `more` gives under one sync; whether the store is to be closed.
+    pub(in super::super) fn round(
+        &mut self,
+        first: Job,
+        mut more: impl FnMut() -> Option<Job>,
+    ) -> bool {
+        let Writer { disk, failed, .. } = self;
+        let mut closing = false;
         let mut changes = Vec::new();
         let mut waiting = Vec::new();
         let mut next = Some(first);
@@ -178,7 +212,7 @@ fn run(mut disk: impl LogDisk, mut jobs: Jobs, durable: impl Fn(u64)) {
                 Job::Lazy { changes: new } => changes.extend(new),
                 Job::Read { range, reply } => {
                     // The read must see what was asked for before it.
-                    let read = guard(&mut failed, || {
+                    let read = guard(failed, || {
                         disk.write(std::mem::take(&mut changes))?;
                         disk.sync()?;
                         disk.read(range)
@@ -191,18 +225,43 @@ fn run(mut disk: impl LogDisk, mut jobs: Jobs, durable: impl Fn(u64)) {
                     break;
                 }
             }
-            next = if taken < GROUP_MAX {
-                jobs.waiting.try_recv().ok()
-            } else {
-                None
-            };
+            next = if taken < GROUP_MAX { more() } else { None };
         }
         let must_sync = closing || !waiting.is_empty();
-        let written = guard(&mut failed, || {
+        let written = guard(failed, || {
             disk.write(changes)?;
             if must_sync { disk.sync() } else { Ok(()) }
         });
-        answer(waiting, &written, &durable);
+        self.answer(waiting, &written);
+        closing
+    }
+
+    fn durable(&self, end: u64) {
+        let mut memory = lock(&self.memory);
+        // A truncation may have passed the write meanwhile.
+        memory.durable_end = end.min(memory.range().end);
+        memory.trim();
+    }
+
+    fn answer(&self, waiting: Vec<Waiting>, written: &io::Result<()>) {
+        let copy = || match written {
+            Ok(()) => Ok(()),
+            Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
+        };
+        // Newest first: openraft keeps the newest only, so the older ones then wake nobody. In the order of
+        // the log each would wake it, and a second wake within a microsecond makes it sleep for a timer tick.
+        for waiting in waiting.into_iter().rev() {
+            match waiting {
+                Waiting::Append { end, callback } => {
+                    if written.is_ok() {
+                        self.durable(end);
+                    }
+                    callback.io_completed(copy());
+                }
+                // The caller may have gone away.
+                Waiting::Durable { reply } => drop(reply.send(copy())),
+            }
+        }
     }
 }
 
@@ -220,25 +279,4 @@ fn guard<T>(failed: &mut Option<String>, step: impl FnOnce() -> io::Result<T>) -
         *failed = Some(error.to_string());
     }
     done
-}
-
-fn answer(waiting: Vec<Waiting>, written: &io::Result<()>, durable: &impl Fn(u64)) {
-    let copy = || match written {
-        Ok(()) => Ok(()),
-        Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
-    };
-    // Newest first: openraft keeps the newest only, so the older ones then wake nobody. In the order of
-    // the log each would wake it, and a second wake within a microsecond makes it sleep for a timer tick.
-    for waiting in waiting.into_iter().rev() {
-        match waiting {
-            Waiting::Append { end, callback } => {
-                if written.is_ok() {
-                    durable(end);
-                }
-                callback.io_completed(copy());
-            }
-            // The caller may have gone away.
-            Waiting::Durable { reply } => drop(reply.send(copy())),
-        }
-    }
 }
