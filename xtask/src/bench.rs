@@ -55,6 +55,28 @@ pub fn pure_program(package: &str, args: &[String]) -> anyhow::Result<()> {
     )
 }
 
+/// What the crashes of the Raft store take.
+#[derive(clap::Args)]
+pub struct CrashArgs {
+    /// Operations of the disk at which power fails or an error comes.
+    #[arg(long, default_value_t = 12_000, value_parser = clap::value_parser!(u64).range(1..))]
+    points: u64,
+    /// The first history's seed.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+/// Runs the crashes of the Raft store, the faults put in on purpose, and the damage at rest.
+pub fn crash(args: &CrashArgs) -> anyhow::Result<()> {
+    build::run(
+        build::cargo()
+            .args(["test", "--quiet", "--package", "clusterd", "--lib"])
+            .args(["raft::crash", "--", "--nocapture"])
+            .env("BATON_CRASH_POINTS", args.points.to_string())
+            .env("BATON_CRASH_SEED", args.seed.to_string()),
+    )
+}
+
 fn release_program(package: &str, program: &str, args: &[String]) -> anyhow::Result<()> {
     build::require_kvm()?;
     let programs = build::programs(true)?;

@@ -37,6 +37,8 @@ enum Chore {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Lose power at every operation of a simulated disk under the Raft log: `--points 12000`, `--seed 1`.
+    Crash(bench::CrashArgs),
     /// Migrate and fail over again and again, and let the guests check themselves.
     Soak {
         /// Given to the soak program, for example `--migrations 200 --failovers 20`.
@@ -53,6 +55,7 @@ fn main() -> anyhow::Result<()> {
         Chore::Layers => layers::run(),
         Chore::Bench(args) => bench::run(&args),
         Chore::Sim { args } => bench::pure_program("sim", &args),
+        Chore::Crash(args) => bench::crash(&args),
         Chore::Soak { args } => bench::soak(&args),
     }
 }

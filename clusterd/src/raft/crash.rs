@@ -13,6 +13,7 @@ mod disk;
 mod files;
 mod history;
 mod oracle;
+mod rest;
 mod table;
 mod tests;
 
@@ -99,7 +100,7 @@ fn run_seed(seed: u64, mutant: Option<Mutant>, counts: &mut Counts) -> Result<()
     };
     for operation in first..operations {
         // Mostly crashes, sometimes a disk that fails.
-        let fails = (seed + operation) % 4 == 0;
+        let fails = (seed + operation).is_multiple_of(4);
         let plan = match fails {
             true => Plan::Fail(operation),
             false => Plan::Crash(operation),

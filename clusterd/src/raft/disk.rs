@@ -183,6 +183,14 @@ impl<F: Files, T: Table> JournaledDisk<F, T> {
             _ => {}
         }
         files.make_dirs(dir).map_err(failed)?;
+        if marked {
+            // Who wrote the marker may have been killed before it was durable.
+            files.sync_dir(dir).map_err(failed)?;
+        }
+        if exists(&data_path)? {
+            // After a sync that failed the page cache may show what the disk does not have.
+            files.forget_cached(&data_path).map_err(failed)?;
+        }
         let table = open_table(&table_dir).map_err(failed)?;
         if !marked {
             Journal::create(&files, &journal_path, sizes.journal_bytes).map_err(failed)?;
@@ -251,14 +259,15 @@ impl<F: Files, T: Table> JournaledDisk<F, T> {
         Ok(())
     }
 
-    fn record(&mut self, payload: &mut Vec<u8>) -> io::Result<()> {
-        if !payload.is_empty() {
-            if !self.journal.fits(payload.len()) {
-                self.checkpoint()?;
-            }
-            self.journal.append(payload)?;
-            payload.clear();
+    /// Writes changes as one record; they may go to the table as soon as that is durable, not before: a table
+    /// that has some of them without the journal would have them out of order.
+    fn record(&mut self, payload: &[u8], changes: Vec<Change>) -> io::Result<()> {
+        if !self.journal.fits(payload.len()) {
+            self.journal.sync()?;
+            self.checkpoint()?;
         }
+        self.journal.append(payload)?;
+        self.pending.extend(changes);
         Ok(())
     }
 }
@@ -296,14 +305,16 @@ impl<F: Files, T: Table> LogDisk for JournaledDisk<F, T> {
         }
         let bytes: usize = self.unsynced.iter().map(encoded_bytes).sum();
         let mut payload = Vec::with_capacity(bytes.min(self.sizes.record_bytes_max));
+        let mut written = Vec::with_capacity(self.unsynced.len());
         for change in std::mem::take(&mut self.unsynced) {
             if payload.len() + encoded_bytes(&change) > self.sizes.record_bytes_max {
-                self.record(&mut payload)?;
+                self.record(&payload, std::mem::take(&mut written))?;
+                payload.clear();
             }
             encode(&mut payload, &change)?;
-            self.pending.push_back(change);
+            written.push(change);
         }
-        self.record(&mut payload)?;
+        self.record(&payload, written)?;
         self.journal.sync()
     }
 

@@ -1,13 +1,17 @@
 //! A small file in front of the store: what is in it survives a loss of power, after one write and one sync.
 //!
 //! ```text
-//! record   magic u32 | length u32 | generation u64 | sequence u64 | xxh3 u64 | payload | zeros to 4 KiB
+//! record   magic u32 | length u32 | generation u64 | sequence u48 | place u16 | xxh3 u64 | payload | zeros to 4 KiB
 //! file     record 0 | record 1 | … | record n | older generations' records, or zeros
 //! ```
 //! sled alone needs two waits for the disk a commit (its own `sync_file_range`, then our `fdatasync`) and
 //! rewrites tree nodes under them; this needs one, in a file whose blocks exist already. Records begin at
 //! block boundaries, so that a torn write damages nothing that was acknowledged before. When the file is
 //! full its content has been moved to sled and it begins again with the next generation.
+//!
+//! Records written under one sync may survive a loss of power in any selection. Each therefore says its place
+//! among those of its sync: everything before its sync's first was durable when it was written, so that a
+//! damaged record is told from one that nobody was promised.
 
 use std::io;
 use std::path::Path;
@@ -27,12 +31,16 @@ pub(super) const RECORD_BYTES_MAX: usize = 1 << 20;
 const BLOCK: usize = 4096;
 const MAGIC: u32 = 0x4c4a_5442;
 const HEADER: usize = 4 + 4 + 8 + 8 + 8;
+/// Bits of a record's number; those above are its place in its sync.
+const SEQUENCE_BITS: u32 = 48;
 
 /// The journal, open for one generation.
 pub(super) struct Journal<F> {
     file: F,
     generation: u64,
     sequence: u64,
+    /// Records written since the last sync.
+    unsynced: u64,
     position: u64,
     /// Of the file, which an earlier version may have made.
     size: u64,
@@ -57,14 +65,18 @@ impl<F: FileAt> Journal<F> {
     /// Opens the journal and gives the payloads of `generation`, in order.
     ///
     /// # Errors
-    /// When the file cannot be read, or a record that was acknowledged is damaged: a torn one at the end was
-    /// not, one with a good successor was.
+    /// When the file cannot be read, a record that was acknowledged is damaged (one that was durable when a
+    /// later one was written), or there is a record of a later generation: the table has lost what it had.
     pub(super) fn open(
         files: &impl Files<File = F>,
         path: &Path,
         generation: u64,
     ) -> io::Result<(Journal<F>, Vec<Vec<u8>>)> {
         let file = files.open(path)?;
+        // Who wrote it may have been killed before its sync, and what is read here moves to the table at once;
+        // after a sync that failed the page cache may show what the disk does not have.
+        file.sync_data()?;
+        files.forget_cached(path)?;
         let size = file.length()?;
         if size < BLOCK as u64 || size > FILE_BYTES_MAX {
             return Err(io::Error::new(
@@ -83,21 +95,31 @@ impl<F: FileAt> Journal<F> {
             position += blocks(record.payload.len());
         }
         let end = payloads.len() as u64;
+        let refused = |why: String| {
+            io::Error::new(io::ErrorKind::InvalidData, DecodeError::new("journal", why))
+        };
         for at in (position..content.len()).step_by(BLOCK) {
-            if parse(&content[at..])
-                .is_some_and(|record| record.generation == generation && record.sequence >= end)
-            {
-                let why = format!("record {end} is damaged and a later one is not");
-                return Err(io::Error::new(
-                    io::ErrorKind::InvalidData,
-                    DecodeError::new("journal", why),
-                ));
+            let Some(record) = parse(&content[at..]) else {
+                continue;
+            };
+            if record.generation > generation {
+                return Err(refused(format!(
+                    "it is of generation {}, and the table has gone back to {generation}",
+                    record.generation
+                )));
+            }
+            let durable = record.sequence.saturating_sub(record.place);
+            if record.generation == generation && durable > end {
+                return Err(refused(format!(
+                    "record {end} is damaged and one of a later sync is not"
+                )));
             }
         }
         let journal = Journal {
             file: direct(files, path).unwrap_or(file),
             generation,
             sequence: end,
+            unsynced: 0,
             position: position as u64,
             size: content.len() as u64,
             buffer: Vec::new(),
@@ -109,6 +131,7 @@ impl<F: FileAt> Journal<F> {
     pub(super) fn restart(&mut self, generation: u64) {
         self.generation = generation;
         self.sequence = 0;
+        self.unsynced = 0;
         self.position = 0;
     }
 
@@ -137,7 +160,8 @@ impl<F: FileAt> Journal<F> {
         record[0..4].copy_from_slice(&MAGIC.to_le_bytes());
         record[4..8].copy_from_slice(&length.to_le_bytes());
         record[8..16].copy_from_slice(&self.generation.to_le_bytes());
-        record[16..24].copy_from_slice(&self.sequence.to_le_bytes());
+        let number = self.sequence | self.unsynced << SEQUENCE_BITS;
+        record[16..24].copy_from_slice(&number.to_le_bytes());
         let checksum = checksum(&record[..HEADER - 8], payload);
         record[24..HEADER].copy_from_slice(&checksum.to_le_bytes());
         let (content, rest) = record[HEADER..].split_at_mut(payload.len());
@@ -146,12 +170,19 @@ impl<F: FileAt> Journal<F> {
         self.file.write_all_at(record, self.position)?;
         self.position += record.len() as u64;
         self.sequence += 1;
-        Ok(())
+        self.unsynced += 1;
+        // A place has to fit in what is left of the number.
+        match self.unsynced >> (u64::BITS - SEQUENCE_BITS) {
+            0 => Ok(()),
+            _ => self.sync(),
+        }
     }
 
     /// Returns when every record written survives a loss of power.
-    pub(super) fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()
+    pub(super) fn sync(&mut self) -> io::Result<()> {
+        self.file.sync_data()?;
+        self.unsynced = 0;
+        Ok(())
     }
 }
 
@@ -176,6 +207,8 @@ fn aligned(buffer: &mut Vec<u8>, length: usize) -> &mut [u8] {
 struct Record<'a> {
     generation: u64,
     sequence: u64,
+    /// How many records of its sync came before it.
+    place: u64,
     payload: &'a [u8],
 }
 
@@ -186,13 +219,14 @@ fn parse(bytes: &[u8]) -> Option<Record<'_>> {
         return None;
     }
     let length = reader.u32().ok()? as usize;
-    let (generation, sequence, expected) =
+    let (generation, number, expected) =
         (reader.u64().ok()?, reader.u64().ok()?, reader.u64().ok()?);
     let payload = reader.bytes(length).ok()?;
     let covered = &bytes[..HEADER - 8];
     (length <= RECORD_BYTES_MAX && checksum(covered, payload) == expected).then_some(Record {
         generation,
-        sequence,
+        sequence: number & ((1 << SEQUENCE_BITS) - 1),
+        place: number >> SEQUENCE_BITS,
         payload,
     })
 }
@@ -271,12 +305,28 @@ mod tests {
         let (mut journal, _) = Journal::open(&OsFiles, &path, 1).unwrap();
         for n in 0..3u8 {
             journal.append(&[n; 10]).unwrap();
+            journal.sync().unwrap();
         }
         // Record 2 begins in the third block.
         flip(&path, 2 * BLOCK as u64 + HEADER as u64 + 5);
         assert_eq!(Journal::open(&OsFiles, &path, 1).unwrap().1.len(), 2);
         flip(&path, 2 * BLOCK as u64 + HEADER as u64 + 5);
         flip(&path, BLOCK as u64 + HEADER as u64 + 5);
+        assert!(Journal::open(&OsFiles, &path, 1).is_err());
+    }
+
+    #[test]
+    fn of_records_under_one_sync_any_may_be_missing() {
+        let (_dir, path) = new();
+        let (mut journal, _) = Journal::open(&OsFiles, &path, 1).unwrap();
+        journal.append(b"acknowledged").unwrap();
+        journal.sync().unwrap();
+        journal.append(b"torn").unwrap();
+        journal.append(b"whole").unwrap();
+        flip(&path, BLOCK as u64 + HEADER as u64 + 2);
+        let (_, records) = Journal::open(&OsFiles, &path, 1).unwrap();
+        assert_eq!(records, [b"acknowledged".to_vec()]);
+        flip(&path, HEADER as u64 + 2);
         assert!(Journal::open(&OsFiles, &path, 1).is_err());
     }
 

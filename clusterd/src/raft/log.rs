@@ -176,6 +176,13 @@ impl LogStore {
         }
     }
 
+    /// Makes changes and returns when they are durable.
+    async fn durable(&self, changes: Vec<Change>) -> io::Result<()> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Job::Durable { changes, reply }).await?;
+        answer.await.map_err(|_| thread::gone())?
+    }
+
     async fn read_disk(&self, range: Range<u64>) -> io::Result<Vec<Entry>> {
         let (reply, answer) = oneshot::channel();
         self.send(Job::Read {
@@ -260,17 +267,11 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     async fn save_vote(&mut self, vote: &Vote) -> Result<(), io::Error> {
         let mut value = Vec::new();
         codec::put_vote(&mut value, vote);
-        let (reply, answer) = oneshot::channel();
         let change = Change::Meta {
             key: Key::Vote,
             value: codec::seal(&value),
         };
-        self.send(Job::Durable {
-            changes: vec![change],
-            reply,
-        })
-        .await?;
-        answer.await.map_err(|_| thread::gone())??;
+        self.durable(vec![change]).await?;
         lock(&self.memory).vote = Some(*vote);
         Ok(())
     }
@@ -358,12 +359,9 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             memory.truncations += 1;
             from
         };
-        // Durable together with the append that follows; entries that come back after a crash before
-        // it were never acknowledged under the new leader.
-        self.send(Job::Lazy {
-            changes: vec![Change::RemoveFrom(from)],
-        })
-        .await
+        // Durable before openraft goes on: a snapshot that contradicts what is removed here may follow, and a
+        // log that came back beside it would be one that never was.
+        self.durable(vec![Change::RemoveFrom(from)]).await
     }
 
     async fn purge(&mut self, upto: LogId) -> Result<(), io::Error> {

@@ -120,6 +120,8 @@ impl<F: Files> SnapshotDir<F> {
             source,
         };
         files.make_dirs(dir).map_err(failed)?;
+        // Who named what is here may have been killed before it was durable, and the log is cut by it.
+        files.sync_dir(dir).map_err(failed)?;
         let this = SnapshotDir {
             files,
             dir: dir.to_owned(),

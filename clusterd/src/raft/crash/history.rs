@@ -58,14 +58,17 @@ impl LogDisk for Answers {
     }
 }
 
+/// Whether a request was answered well, once it is.
+type Answer = Pin<Box<dyn Future<Output = bool>>>;
+
 /// An open store.
 struct Node {
     log: LogStore,
     writer: Writer<Answers>,
     jobs: mpsc::Receiver<Job>,
     snapshots: SnapshotDir<SimFiles>,
-    /// Requests that wait for the disk: what they end at, and whether they were answered well.
-    waiting: Vec<(usize, Pin<Box<dyn Future<Output = bool>>>)>,
+    /// Requests that wait for the disk: what they end at, and their answers.
+    waiting: Vec<(usize, Answer)>,
 }
 
 /// How a life of the store ended, if not with a violation.
@@ -86,6 +89,8 @@ pub(super) struct World {
     term: u64,
     /// The store was open once: it may never be made again.
     made: bool,
+    /// The disk failed under a snapshot in this life: the log knows nothing of it, and openraft stops.
+    snapshot_failed: bool,
 }
 
 impl World {
@@ -103,6 +108,7 @@ impl World {
             sizes,
             term: 1,
             made: false,
+            snapshot_failed: false,
         }
     }
 
@@ -196,8 +202,16 @@ impl World {
         }
     }
 
+    /// Lets a store come back without the snapshots it acknowledged, if its log tells everything.
+    pub(super) fn forget_snapshots(&mut self) {
+        for (.., acknowledged) in &mut self.oracle.snapshots {
+            *acknowledged = false;
+        }
+    }
+
     /// Opens the store and asks `steps` things of it.
     pub(super) fn live(&mut self, steps: usize) -> Result<End, String> {
+        self.snapshot_failed = false;
         let Some(mut node) = self.open()? else {
             return Ok(End::Stopped);
         };
@@ -249,7 +263,10 @@ impl World {
                 let end = next(self.oracle.newest.last());
                 let first = from + self.rng.below(end.saturating_sub(from) + 1);
                 self.truncate(node, first)?;
-                self.append(node, 1)
+                match self.stopped() {
+                    true => Ok(()),
+                    false => self.append(node, 1),
+                }
             }
             60..72 => self.commit(node),
             72..80 => {
@@ -334,7 +351,9 @@ impl World {
         let mut log = node.log.clone();
         self.wait_for(node, through, async move {
             log.truncate_after(last).await.is_ok()
-        })
+        })?;
+        // openraft asks nothing more before it has the answer.
+        self.pump(node)
     }
 
     fn commit(&mut self, node: &mut Node) -> Result<(), String> {
@@ -373,6 +392,7 @@ impl World {
         if written && self.stopped() {
             return Err("a snapshot was acknowledged, although its disk failed".into());
         }
+        self.snapshot_failed |= !written;
         if let Some((.., acknowledged)) = self.oracle.snapshots.last_mut() {
             *acknowledged = written;
         }
@@ -388,9 +408,6 @@ impl World {
             && newest.entries.get(&last.index).map(|entry| entry.log_id) != Some(last)
         {
             self.truncate(node, next(applied))?;
-            if node.waiting.iter().any(|(.., _)| true) {
-                self.pump(node)?;
-            }
             if self.stopped() {
                 return Ok(());
             }
@@ -423,7 +440,7 @@ impl World {
     }
 
     fn listen(&mut self, node: &mut Node) -> Result<(), String> {
-        let failed = self.disk().failed;
+        let failed = self.disk().failed && !self.snapshot_failed;
         for (through, mut answer) in std::mem::take(&mut node.waiting) {
             match (&mut answer).now_or_never() {
                 None => node.waiting.push((through, answer)),

@@ -14,12 +14,12 @@ use super::disk::{Seeded, Survivors, Turn};
 use super::files::SimFiles;
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Key {
+pub(super) enum Key {
     Entry(u64),
     Small(String),
 }
 
-type Rows = BTreeMap<Key, Arc<[u8]>>;
+pub(super) type Rows = BTreeMap<Key, Arc<[u8]>>;
 
 /// What the table holds, durable and not.
 #[derive(Clone, Default)]
