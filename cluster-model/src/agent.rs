@@ -473,20 +473,21 @@ impl Owned<'_> {
 
     /// A live monitor under an older token than the record's: it takes up the record's, if that was not
     /// begun before. `after`: the record must be younger than this entry.
+    ///
+    /// It may run meanwhile, where the re-key was decided before its status said so: then nobody knows what it
+    /// has written since, and it settles whatever the record says.
     fn catch_up(&self, monitor: &MonitorView, after: Option<LogIndex>) -> Option<Act> {
         let record = self.record();
+        let writes = monitor.writes_unanswered || monitor.phase == MonitorPhase::Running;
         if self.fresh() && after.is_none_or(|after| record.since > after) {
             Some(Act::TakeUpToken {
                 vm: self.vm.id,
                 token: record.token,
-                settle: record.settle,
+                settle: record.settle || writes,
                 nonce: monitor.nonce,
             })
         } else {
-            self.rekey(
-                monitor.writes_unanswered,
-                "its monitor could not take up the last token",
-            )
+            self.rekey(writes, "its monitor could not take up the last token")
         }
     }
 

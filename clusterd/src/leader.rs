@@ -74,7 +74,7 @@ pub async fn answer(member: &Arc<Member>, request: HeartbeatRequest) -> Heartbea
     let node = NodeId(request.node_id);
     match serde_json::from_slice::<NodeReport>(&request.report) {
         Ok(mut report) if member.state().nodes.contains_key(&node) => {
-            report.received_ms = member.clock.wall_ms();
+            report.received_ns = received_ns;
             member.leader.reports.send_modify(|reports| {
                 Arc::make_mut(reports).insert(node, report);
             });

@@ -114,7 +114,7 @@ impl Monitor {
         VmId(self.status.vm_id)
     }
 
-    /// The highest token it has seen.
+    /// The token that its disks are under.
     pub fn token(&self) -> Token {
         Token(self.status.token)
     }

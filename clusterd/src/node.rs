@@ -35,7 +35,7 @@ use crate::member::{CommandError, LeaseView, Member};
 use crate::monitors::{Monitor, Monitors};
 use crate::net::{self, Dialer};
 use crate::raft::{self, ProposeError, RaftService, StartError};
-use crate::report::Reports;
+use crate::report::{self, Reports};
 use crate::{agent, controllers, heartbeat, leader, peer_service, volumes};
 
 /// How long a node that makes or joins a cluster waits for itself to be in the log.
@@ -457,7 +457,8 @@ impl NodeHandle {
         let member = self.member().ok_or(AskError::NotMember)?;
         let leadership = member.raft.leadership().borrow().clone();
         if leadership.is_me {
-            return Ok(member.leader.reports().borrow().clone());
+            let now_ns = member.clock.boottime_ns();
+            return Ok(report::aged(&member.leader.reports().borrow(), now_ns));
         }
         let address = leadership.address.ok_or(AskError::NoLeader)?;
         let mut client = PeerClient::new(self.channel(&address)?)

@@ -15,6 +15,7 @@ use crate::leader;
 use crate::member::Member;
 use crate::net::MESSAGE_BYTES_MAX;
 use crate::node::NodeHandle;
+use crate::report;
 
 /// The service, for the routes of [`crate::net::serve`].
 pub fn service(node: NodeHandle) -> PeerServer<PeerService> {
@@ -117,7 +118,8 @@ impl Peer for PeerService {
         let member = self.member()?;
         let leadership = member.raft.leadership().borrow().clone();
         let reply = if leadership.is_me {
-            let reports = member.leader.reports().borrow().clone();
+            let now_ns = member.clock.boottime_ns();
+            let reports = report::aged(&member.leader.reports().borrow(), now_ns);
             ObservedReply {
                 observed: serde_json::to_vec(&*reports)
                     .map_err(|error| Status::internal(error.to_string()))?,

@@ -17,10 +17,10 @@ const CPU_WINDOW_NS: u64 = 1_000_000_000;
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct NodeReport {
-    /// When it was made, ms since the Unix epoch, by the node's clock.
-    pub at_ms: u64,
-    /// When the leader got it, ms since the Unix epoch, by the leader's clock.
-    pub received_ms: u64,
+    /// When the leader got it, ns of the leader's boot time.
+    pub received_ns: u64,
+    /// How long ago that was when the leader told it on, ms: clocks of two hosts are never compared.
+    pub age_ms: u64,
     /// The time that was left of the lease at its last renewal, ms.
     pub lease_slack_ms: Option<u64>,
     /// The lease's time left when the report was made, ms.
@@ -37,6 +37,15 @@ pub struct NodeReport {
 
 /// Every node's last report, as the leader has them.
 pub type Reports = Arc<BTreeMap<NodeId, NodeReport>>;
+
+/// The reports with their ages at `now_ns` of the leader's boot time.
+pub fn aged(reports: &Reports, now_ns: u64) -> Reports {
+    let mut aged = Reports::clone(reports);
+    for report in Arc::make_mut(&mut aged).values_mut() {
+        report.age_ms = now_ns.saturating_sub(report.received_ns) / 1_000_000;
+    }
+    aged
+}
 
 /// What the planners are fed with.
 pub fn observed(reports: &Reports) -> Observed {
@@ -79,8 +88,8 @@ impl Reporter {
         let lease = *member.lease.borrow();
         let left_ns = lease.deadline_ns.saturating_sub(member.clock.boottime_ns());
         NodeReport {
-            at_ms: member.clock.wall_ms(),
-            received_ms: 0,
+            received_ns: 0,
+            age_ms: 0,
             lease_slack_ms: lease.slack_ms,
             lease_left_ms: left_ns / 1_000_000,
             cpu_permille: u16::try_from(permille).unwrap_or(u16::MAX),

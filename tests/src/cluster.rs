@@ -146,6 +146,24 @@ impl TestCluster {
         }
     }
 
+    /// A cluster that somebody else started, without relays, in a folder of its own.
+    ///
+    /// # Errors
+    /// When the folder cannot be written.
+    pub async fn around(
+        local: LocalCluster,
+        folder: tempfile::TempDir,
+    ) -> anyhow::Result<TestCluster> {
+        let witnesses = folder.path().join("witnesses");
+        std::fs::create_dir_all(&witnesses)?;
+        Ok(TestCluster {
+            local,
+            relay: Relay::start(&[]).await?,
+            witnesses,
+            folder: Some(folder),
+        })
+    }
+
     /// The address of a node, or of the NFS server (`nfs`), as the relay knows it.
     pub fn ip(&self, name: &str) -> IpAddr {
         if name == "nfs" {
@@ -215,12 +233,17 @@ impl TestCluster {
         )?)
     }
 
+    /// Where a machine's monitors write down what its guest was promised.
+    pub fn witness_path(&self, vm: &str) -> PathBuf {
+        self.witnesses.join(vm)
+    }
+
     /// The highest number that a guest has flushed, as its monitors wrote it down.
     ///
     /// # Errors
     /// When the witness cannot be read.
     pub fn witness(&self, vm: &str) -> anyhow::Result<u64> {
-        let path = self.witnesses.join(vm);
+        let path = self.witness_path(vm);
         if !path.exists() {
             return Ok(0);
         }

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bad_input;
+pub mod chaos;
 pub mod cluster;
 pub mod ctl;
 pub mod figures;

@@ -247,7 +247,7 @@ impl From<MonitorRekeyError> for Status {
     fn from(error: MonitorRekeyError) -> Status {
         match error {
             MonitorRekeyError::NotForUs(error) => error.into(),
-            MonitorRekeyError::NotNow(_) => refused(error),
+            MonitorRekeyError::NotNow(_) | MonitorRekeyError::Pause(_) => refused(error),
             MonitorRekeyError::Disk { .. } => Status::aborted(error.to_string()),
         }
     }

@@ -135,6 +135,9 @@ pub enum MonitorRekeyError {
     /// The phase does not allow it.
     #[error(transparent)]
     NotNow(#[from] NotNow),
+    /// The machine ran, and its vCPUs did not stop.
+    #[error(transparent)]
+    Pause(#[from] PauseTimedOut),
     /// A disk did not take it up.
     #[error("disk {index}: {source}")]
     Disk {
@@ -387,18 +390,24 @@ impl Monitor {
         Ok(())
     }
 
-    /// Puts the disks under a newer token, already claimed and confirmed. A permit for it may follow.
+    /// Puts the disks under a newer token, already claimed and confirmed. A permit for it may follow. A machine
+    /// that runs under the older one is frozen first.
     ///
     /// # Errors
     /// See [`MonitorRekeyError`].
     pub async fn rekey(&self, token: Token, nonce: u64) -> Result<(), MonitorRekeyError> {
         let _operation = self.operation.lock().await;
         self.check_call(token, Some(nonce), false)?;
-        let present = {
+        let (present, running) = {
             let state = self.lock();
-            state.phase.after(Event::Rekeyed)?;
-            state.disk_token
+            (state.disk_token, state.phase == Phase::Running)
         };
+        if running && present < token {
+            let gate = self.platform.machine.gate().clone();
+            blocking(move || gate.close()).await?;
+            self.step(Event::LeaseLapsed)?;
+        }
+        self.lock().phase.after(Event::Rekeyed)?;
         let disks = self.platform.machine.disks().iter().enumerate();
         try_join_all(disks.map(|(index, disk)| async move {
             let under = disk.watch().borrow().token;

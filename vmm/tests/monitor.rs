@@ -69,6 +69,33 @@ async fn a_monitor_refuses_every_permit_but_its_own() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_runs_is_frozen_before_it_takes_up_a_newer_token() {
+    needs_kvm!("a_machine_that_runs_is_frozen_before_it_takes_up_a_newer_token");
+    let directory = tempfile::tempdir().unwrap();
+    let file = machine_file(directory.path(), 64, 20, 8);
+    let mut monitor = Process::start(directory.path(), "s", &file, "").await;
+    monitor.run(5, LEASE).await.unwrap();
+    let worked = |status: &proto::monitor::MonitorStatus, steps: u64| {
+        status
+            .guest
+            .as_ref()
+            .is_some_and(|guest| guest.steps > steps)
+    };
+    monitor.wait("working", |status| worked(status, 50)).await;
+    monitor.rekey(7).await.unwrap();
+    let status = monitor.status().await;
+    assert_eq!((status.phase(), status.token), (Phase::Frozen, 7));
+    let older = monitor.run(5, LEASE).await.unwrap_err();
+    assert_eq!(older.code(), Code::PermissionDenied);
+    monitor.run(7, LEASE).await.unwrap();
+    let steps = monitor.status().await.guest.unwrap().steps;
+    let status = monitor
+        .wait("working again", |status| worked(status, steps + 100))
+        .await;
+    assert_eq!(status.guest.unwrap().error, "");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_lapsed_lease_freezes_the_guest_and_an_extension_does_not_thaw_it() {
     needs_kvm!("a_lapsed_lease_freezes_the_guest_and_an_extension_does_not_thaw_it");
     let directory = tempfile::tempdir().unwrap();

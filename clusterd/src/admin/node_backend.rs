@@ -57,8 +57,8 @@ impl NodeBackend {
 }
 
 /// A report as views want it.
-fn soft_node(report: &NodeReport, now_ms: u64, heartbeat_ms: u64) -> SoftNode {
-    let age_ms = now_ms.saturating_sub(report.at_ms);
+fn soft_node(report: &NodeReport, heartbeat_ms: u64) -> SoftNode {
+    let age_ms = report.age_ms;
     let left = |ms: u64| i64::try_from(ms).unwrap_or(i64::MAX);
     SoftNode {
         monitors: report.monitors.clone(),
@@ -90,19 +90,18 @@ impl Backend for NodeBackend {
     }
 
     async fn soft(&self) -> Soft {
-        let now_ms = self.wall_ms();
         let heartbeat_ms = u64::from(self.node.state().settings.heartbeat_ms);
         let mut soft = Soft::default();
         if let Ok(Ok(reports)) = tokio::time::timeout(REPORTS_TIMEOUT, self.node.reports()).await {
             soft.nodes = reports
                 .iter()
-                .map(|(&id, report)| (id, soft_node(report, now_ms, heartbeat_ms)))
+                .map(|(&id, report)| (id, soft_node(report, heartbeat_ms)))
                 .collect();
         }
         // What this node knows of itself is newer than what the leader was told.
         if let Some(member) = self.node.member() {
             let report = Reporter::default().report(&member);
-            let mut own = soft_node(&report, now_ms, heartbeat_ms);
+            let mut own = soft_node(&report, heartbeat_ms);
             if let Some(told) = soft.nodes.get(&member.node) {
                 own.cpu_load = told.cpu_load;
             }

@@ -98,6 +98,9 @@ impl Flow {
                 settle,
                 reason,
             } => {
+                if self.runs_again(*vm, *expects).await {
+                    return Ok(());
+                }
                 self.propose(Command::Rekey {
                     vm: *vm,
                     node: self.member.node,
@@ -368,6 +371,17 @@ impl Flow {
         tracing::info!(%vm, "thawed: the lease is back and the token has not moved");
         metrics::counter!("clusterd_lease_thaws_total").increment(1);
         Ok(())
+    }
+
+    /// Whether the machine's monitor runs under that token by now: what was decided rests on an older status.
+    async fn runs_again(&self, vm: VmId, token: Token) -> bool {
+        let table = self.member.monitors.table().borrow().clone();
+        let of = |monitor: &&Monitor| monitor.vm() == vm && monitor.token() == token;
+        let Some(nonce) = table.values().find(of).map(Monitor::nonce) else {
+            return false;
+        };
+        self.member.monitors.refresh(nonce).await;
+        self.is_running(nonce)
     }
 
     async fn end(&self, nonce: u64, why: &str) -> Result<(), ActError> {

@@ -10,6 +10,7 @@ use cluster_model::{Command, NodeId, Object, Severity};
 use super::{leads, propose};
 use crate::member::Member;
 use crate::raft::{MembershipError, RaftStatus};
+use crate::report;
 
 /// Followers come and go without an entry that says so.
 const LOOK: Duration = Duration::from_millis(500);
@@ -104,12 +105,12 @@ fn view(member: &Member, raft: &RaftStatus) -> RaftView {
         .filter(|(_, status)| status.voter)
         .map(|(id, _)| *id)
         .collect();
-    let reports = member.leader.reports().borrow().clone();
-    let now_ms = member.clock.wall_ms();
+    let now_ns = member.clock.boottime_ns();
+    let reports = report::aged(&member.leader.reports().borrow(), now_ns);
     let answers = |id: &NodeId| {
         reports
             .get(id)
-            .is_some_and(|report| now_ms.saturating_sub(report.received_ms) <= REPORT_AGE_MAX_MS)
+            .is_some_and(|report| report.age_ms <= REPORT_AGE_MAX_MS)
     };
     let following = raft
         .members

@@ -16,7 +16,7 @@ impl Monitor {
         wire::MonitorStatus {
             vm_id: file.vm_id.0,
             vm_name: file.vm_name.clone(),
-            token: state.highest_token.0,
+            token: state.disk_token.0,
             nonce: self.nonce,
             phase: state.phase.to_wire().into(),
             failure: state.failure.clone(),
