@@ -1,0 +1,3 @@
+//! Runs the fuzz targets.
+
+fn main() {}
