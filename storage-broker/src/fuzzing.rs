@@ -94,8 +94,5 @@ pub fn broker_request(
     files: Vec<wire::File>,
     token: u32,
 ) -> Result<(Vec<(VolumeRef, DiskPath)>, Token), Status> {
-    Ok((
-        crate::daemon::files(files)?,
-        crate::daemon::token(token)?,
-    ))
+    Ok((crate::daemon::files(files)?, crate::daemon::token(token)?))
 }

@@ -10,8 +10,13 @@
 
 #![deny(unsafe_code)]
 
+pub mod bench;
+pub mod cluster;
+pub mod file;
+pub mod guest;
 pub mod input;
 pub mod memory;
 pub mod runtime;
+pub mod socket;
 pub mod target;
 pub mod targets;
