@@ -10,8 +10,9 @@ use anyhow::{Context, ensure};
 use fuzz::target::Target;
 
 /// Counters on every edge of every crate, and a table of where they are.
-const RUSTFLAGS: [&str; 6] = [
-    "--cfg=fuzzing",
+const RUSTFLAGS: [&str; 7] = [
+    "--cfg",
+    "fuzzing",
     "-Cpasses=sancov-module",
     "-Cllvm-args=-sanitizer-coverage-level=4",
     "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters",
