@@ -1,5 +1,6 @@
 //! The repository's corpus: what a run begins with, and what of its finds is kept.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -11,6 +12,9 @@ use crate::build::{Programs, crate_folder, made_folder};
 
 /// Files of this beginning found something once; they are kept whatever they reach.
 const FOUND: &str = "found-";
+
+/// The longest word of a dictionary; libFuzzer takes 64 bytes.
+const WORD_BYTES_MAX: usize = 32;
 
 /// The inputs that are kept.
 pub fn kept(target: &Target) -> PathBuf {
@@ -38,6 +42,33 @@ pub fn begin(target: &Target) -> anyhow::Result<()> {
         fs::write(folder.join(format!("seed-{number:02}")), seed)?;
     }
     Ok(())
+}
+
+/// Writes the words of the target's seeds as a dictionary, if there are any; JSON's keys are not found byte by byte.
+pub fn dictionary(target: &Target) -> anyhow::Result<Option<PathBuf>> {
+    let mut words = BTreeSet::new();
+    for seed in (target.seeds)() {
+        let text = String::from_utf8_lossy(&seed);
+        let quoted = text.split('"').skip(1).step_by(2);
+        words.extend(quoted.filter(|word| is_plain(word)).map(str::to_owned));
+    }
+    let lines: String = words
+        .iter()
+        .map(|word| format!("\"\\x22{word}\\x22\"\n"))
+        .collect();
+    if words.is_empty() {
+        return Ok(None);
+    }
+    let folder = made_folder().join("words");
+    fs::create_dir_all(&folder)?;
+    let path = folder.join(target.name);
+    fs::write(&path, lines)?;
+    Ok(Some(path))
+}
+
+fn is_plain(word: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
+    (1..=WORD_BYTES_MAX).contains(&word.len()) && word.bytes().all(plain)
 }
 
 /// Puts the smallest set that reaches all that was reached in the place of the kept one.

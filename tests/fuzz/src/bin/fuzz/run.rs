@@ -49,6 +49,7 @@ pub fn fuzz(target: &Target, programs: &Programs, seconds: u64) -> anyhow::Resul
         .arg(format!("-timeout={INPUT_SECONDS_MAX}"))
         .arg(format!("-rss_limit_mb={PROCESS_MIB_MAX}"))
         .arg(format!("-artifact_prefix={}/", crashes.display()))
+        .args(corpus::dictionary(target)?.map(|words| format!("-dict={}", words.display())))
         .arg("-print_final_stats=1")
         .arg(corpus::fresh(target))
         .arg(&kept)
