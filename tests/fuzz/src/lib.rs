@@ -15,6 +15,7 @@ pub mod cluster;
 pub mod file;
 pub mod guest;
 pub mod input;
+pub mod json;
 pub mod memory;
 pub mod runtime;
 pub mod socket;

@@ -2,13 +2,20 @@
 //!
 //! ```text
 //!  first byte   0       a state as a snapshot holds it: every decision can be made about it
-//!               else    entries, one a line, applied to a small cluster: never a panic, and a snapshot
+//!               1       entries, one a line, applied to a small cluster: never a panic, and a snapshot
 //!                       of what they led to gives the same state back
+//!               2       a small cluster's state with some values changed
+//!               else    commands with some values changed, applied to it
 //! ```
 
-use cluster_model::{ClusterState, Envelope, LogIndex};
+use std::sync::OnceLock;
+
+use cluster_model::{ClusterState, Command, Envelope, LogIndex};
+use serde_json::Value;
 
 use crate::cluster;
+use crate::input::Input;
+use crate::json::disturb;
 use crate::target::{MemoryBound, Target};
 
 /// The target.
@@ -19,7 +26,7 @@ pub const TARGET: Target = Target {
     input_bytes_max: 16 << 10,
     // A state, its copy, and their text: a few hundred bytes for each short record.
     memory: MemoryBound {
-        base: 2 << 20,
+        base: 4 << 20,
         each: 1024,
     },
 };
@@ -33,8 +40,48 @@ fn run(data: &[u8]) {
                 same_after_a_snapshot(&state);
             }
         }
-        Some((_, text)) => entries(text),
+        Some((1, text)) => entries(text),
+        Some((2, changes)) => {
+            let mut state = cached(&STATE, || cluster::state());
+            disturb(&mut state, &mut Input(changes));
+            if let Ok(state) = serde_json::from_value::<ClusterState>(state) {
+                cluster::decide_everything(&state);
+                same_after_a_snapshot(&state);
+            }
+        }
+        Some((_, changes)) => commands(Input(changes)),
     }
+}
+
+static STATE: OnceLock<Value> = OnceLock::new();
+static COMMANDS: OnceLock<Value> = OnceLock::new();
+
+/// A value as JSON, made once.
+fn cached<T: serde::Serialize>(place: &OnceLock<Value>, make: impl FnOnce() -> T) -> Value {
+    place
+        .get_or_init(|| serde_json::to_value(make()).unwrap_or_default())
+        .clone()
+}
+
+/// Applies commands that the input picks and changes.
+fn commands(mut input: Input<'_>) {
+    const COMMANDS_MAX: u64 = 24;
+    let all = cached(&COMMANDS, || [cluster::history(), more()].concat());
+    let Value::Array(all) = all else { return };
+    let mut state = cluster::state();
+    for number in 100..100 + COMMANDS_MAX {
+        if input.is_empty() {
+            break;
+        }
+        let mut command = all[usize::from(input.u8()) % all.len()].clone();
+        disturb(&mut command, &mut input);
+        if let Ok(command) = serde_json::from_value::<Command>(command) {
+            let index = LogIndex(state.applied.0.saturating_add(1));
+            state.apply(index, &cluster::envelope(number, command));
+            cluster::decide_everything(&state);
+        }
+    }
+    same_after_a_snapshot(&state);
 }
 
 fn entries(text: &[u8]) {
@@ -70,13 +117,10 @@ fn seeds() -> Vec<Vec<u8>> {
         .collect();
     seeds.push([&[1], &lines.join(&b'\n')[..]].concat());
     seeds.push([&[0], &snapshot[..]].concat());
-    seeds.push(
-        [
-            &[0],
-            &serde_json::to_vec(&ClusterState::default()).unwrap_or_default()[..],
-        ]
-        .concat(),
-    );
+    let commands = (0..40u8).flat_map(|command| [command, 0]);
+    seeds.push([3].into_iter().chain(commands).collect());
+    seeds.push(vec![3, 16, 0, 9, 0, 2, 0, 13, 1, 5, 0, 255]);
+    seeds.push(vec![2, 1, 30, 0, 255]);
     seeds
 }
 

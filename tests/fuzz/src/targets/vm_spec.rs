@@ -1,6 +1,6 @@
 //! What people and `clusterd` write down: machine specs, machine files, node configurations, addresses, names.
 //!
-//! The first byte says which; the rest is the text.
+//! The first byte says which; the rest is the text, or (from 16 on) what is changed in a right one.
 
 use std::os::fd::AsRawFd;
 
@@ -13,6 +13,8 @@ use vmm::spec::{MachineFile, ValidatedSpec};
 
 use crate::cluster;
 use crate::file;
+use crate::input::Input;
+use crate::json::disturb;
 use crate::target::{MemoryBound, Target};
 
 /// The target.
@@ -42,11 +44,22 @@ fn run(data: &[u8]) {
         2 => configuration(text),
         3 => settings(text),
         4 => drop(serde_json::from_slice::<Rule>(text)),
+        16.. => changed(*kind, text),
         _ => {
             if let Ok(text) = std::str::from_utf8(text) {
                 words(text);
             }
         }
+    }
+}
+
+/// A right text with some values changed.
+fn changed(kind: u8, changes: &[u8]) {
+    let right = seeds().into_iter().find(|seed| seed[0] == kind % 4);
+    let value = right.and_then(|seed| serde_json::from_slice(&seed[1..]).ok());
+    if let Some(mut value) = value {
+        disturb(&mut value, &mut Input(changes));
+        run(&[&[kind % 4], value.to_string().as_bytes()].concat());
     }
 }
 
@@ -138,8 +151,10 @@ fn seeds() -> Vec<Vec<u8>> {
         (5, "52:54:00:12:34:56"),
         (5, "web-1"),
     ];
+    let changes = [16, 17, 19].map(|kind| vec![kind, 1, 1, 0, 0xff]);
     texts
         .iter()
         .map(|(kind, text)| [&[*kind], text.as_bytes()].concat())
+        .chain(changes)
         .collect()
 }
