@@ -5,6 +5,7 @@
 mod build;
 mod corpus;
 mod run;
+mod select;
 mod table;
 
 use std::path::PathBuf;
