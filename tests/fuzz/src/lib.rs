@@ -19,5 +19,6 @@ pub mod json;
 pub mod memory;
 pub mod runtime;
 pub mod socket;
+mod source;
 pub mod target;
 pub mod targets;

@@ -6,6 +6,7 @@ pub mod boot_image;
 pub mod device_state;
 pub mod disk_image;
 pub mod guest_io;
+pub mod migration_receive;
 pub mod migration_stream;
 pub mod nfs_call;
 pub mod nfs_reply;
@@ -20,6 +21,7 @@ pub const TARGETS: &[Target] = &[
     device_state::TARGET,
     disk_image::TARGET,
     guest_io::TARGET,
+    migration_receive::TARGET,
     migration_stream::TARGET,
     nfs_call::TARGET,
     nfs_reply::TARGET,

@@ -42,7 +42,7 @@ fn run(data: &[u8]) {
         }
         Some((1, text)) => entries(text),
         Some((2, changes)) => {
-            let mut state = cached(&STATE, || cluster::state());
+            let mut state = cached(&STATE, cluster::state);
             disturb(&mut state, &mut Input(changes));
             if let Ok(state) = serde_json::from_value::<ClusterState>(state) {
                 cluster::decide_everything(&state);
