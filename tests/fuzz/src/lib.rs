@@ -10,6 +10,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod alone;
 pub mod bench;
 pub mod cluster;
 pub mod file;

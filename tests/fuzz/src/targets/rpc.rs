@@ -5,21 +5,17 @@
 
 use std::sync::Arc;
 
-use async_trait::async_trait;
-use cluster_model::{
-    ClusterState, Command, Envelope, LogIndex, Name, NodeId, NodeRole, Reply, Token, VmId,
-};
-use clusterd::admin::soft::Soft;
-use clusterd::admin::{AdminService, Backend, BackendError, ConsoleChunks};
-use clusterd::broker::Broker;
-use clusterd::raft::RaftStatus;
+use cluster_model::{Command, Envelope, NodeId, Token, VmId};
+use clusterd::admin::AdminService;
+use clusterd::agent::MigrationSummary;
+use clusterd::member::Handover;
 use clusterd::report::{NodeReport, observed};
 use prost::Message;
 use proto::admin::admin_server::Admin;
 use proto::{admin, broker, monitor, peer};
-use tokio::sync::{mpsc, watch};
 use tonic::Request;
 
+use crate::alone::Alone;
 use crate::cluster;
 use crate::input::{Input, field};
 use crate::runtime::block_on;
@@ -39,65 +35,6 @@ pub const TARGET: Target = Target {
 };
 
 const REQUESTS_MAX: usize = 16;
-
-/// A cluster of one log and no network.
-struct Alone {
-    state: watch::Sender<Arc<ClusterState>>,
-}
-
-#[async_trait]
-impl Backend for Alone {
-    fn name(&self) -> String {
-        "n1".into()
-    }
-
-    fn wall_ms(&self) -> u64 {
-        2_000_000
-    }
-
-    fn state(&self) -> watch::Receiver<Arc<ClusterState>> {
-        self.state.subscribe()
-    }
-
-    fn raft(&self) -> Option<RaftStatus> {
-        None
-    }
-
-    async fn soft(&self) -> Soft {
-        Soft::default()
-    }
-
-    async fn propose(&self, envelope: Envelope) -> Result<Reply, BackendError> {
-        let mut state = ClusterState::clone(&self.state.borrow());
-        let reply = state.apply(LogIndex(state.applied.0 + 1), &envelope);
-        self.state.send_replace(Arc::new(state));
-        Ok(reply)
-    }
-
-    async fn confirm(&self) -> Result<(), BackendError> {
-        Ok(())
-    }
-
-    async fn init_cluster(&self, _: Name, _: bool, _: &str) -> Result<String, BackendError> {
-        Err(BackendError::InCluster("c".into()))
-    }
-
-    async fn join(&self, _: &str, _: NodeRole) -> Result<NodeId, BackendError> {
-        Err(BackendError::InCluster("c".into()))
-    }
-
-    fn broker(&self) -> Result<Broker, BackendError> {
-        Err(BackendError::Failed("there is no broker".into()))
-    }
-
-    async fn console(
-        &self,
-        _: VmId,
-        _: mpsc::Receiver<Vec<u8>>,
-    ) -> Result<ConsoleChunks, BackendError> {
-        Err(BackendError::Failed("there is no console".into()))
-    }
-}
 
 /// Decodes a request of the admin API and has it answered.
 macro_rules! admin_requests {
@@ -189,6 +126,12 @@ fn other_doors(method: u8, bytes: &[u8]) {
         36 => drop(peer::JoinRequest::decode(bytes)),
         37 => drop(peer::PrepareIncomingRequest::decode(bytes)),
         38 => drop(monitor::MonitorStatus::decode(bytes)),
+        40 => {
+            if let Ok(here) = monitor::MigrationProgress::decode(bytes) {
+                let _ = MigrationSummary::new(Some(&here), &here, &Handover::default(), true);
+                let _ = MigrationSummary::new(Some(&here), &here, &Handover::default(), false);
+            }
+        }
         39 => drop(broker::StatDisksReply::decode(bytes)),
         _ => drop(peer::RaftMessage::decode(bytes)),
     }
@@ -196,8 +139,7 @@ fn other_doors(method: u8, bytes: &[u8]) {
 
 fn run(data: &[u8]) {
     let mut input = Input(data);
-    let (state, _) = watch::channel(Arc::new(cluster::state()));
-    let service = AdminService::new(Arc::new(Alone { state }));
+    let service = Alone::api(cluster::state());
     for _ in 0..REQUESTS_MAX {
         if input.is_empty() {
             break;
@@ -280,6 +222,20 @@ fn seeds() -> Vec<Vec<u8>> {
             .unwrap_or_default(),
         from_node: 1,
     };
+    let progress = monitor::MigrationProgress {
+        rounds: vec![monitor::Round {
+            number: 1,
+            pages: 7,
+            ..Default::default()
+        }],
+        timings: Some(monitor::Timings {
+            started_ns: 1_000,
+            vcpus_stopped_ns: 2_000_000,
+            quiet_ns: 3_000_000,
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
     let drained = admin::NodeDrainStatusRequest { node: "n1".into() };
     let stop = admin::VmStopRequest {
         change: change("6"),
@@ -328,6 +284,7 @@ fn seeds() -> Vec<Vec<u8>> {
         ]
         .concat(),
         request(30, &claim),
+        request(40, &progress),
         request(33, &send),
         [request(34, &report), request(35, &propose)].concat(),
         [empty(2), empty(28), empty(29)].concat(),

@@ -1,21 +1,24 @@
 //! The replicated state as JSON, and log entries: what a snapshot, a peer or an older version may have written.
 //!
 //! ```text
-//!  first byte   0       a state as a snapshot holds it: every decision can be made about it
+//!  first byte   0       a state as a snapshot holds it: every decision can be made about it, all of it
+//!                       can be shown
 //!               1       entries, one a line, applied to a small cluster: never a panic, and a snapshot
 //!                       of what they led to gives the same state back
 //!               2       a small cluster's state with some values changed
-//!               else    commands with some values changed, applied to it
+//!               else    entries with some values changed, applied to it
 //! ```
 
 use std::sync::OnceLock;
 
-use cluster_model::{ClusterState, Command, Envelope, LogIndex};
-use serde_json::Value;
+use cluster_model::{ClusterState, Envelope, LogIndex};
+use serde_json::{Value, json};
 
+use crate::alone::look_at_everything;
 use crate::cluster;
 use crate::input::Input;
 use crate::json::disturb;
+use crate::runtime::block_on;
 use crate::target::{MemoryBound, Target};
 
 /// The target.
@@ -37,6 +40,7 @@ fn run(data: &[u8]) {
         Some((0, text)) => {
             if let Ok(state) = serde_json::from_slice::<ClusterState>(text) {
                 cluster::decide_everything(&state);
+                block_on(look_at_everything(&state));
                 same_after_a_snapshot(&state);
             }
         }
@@ -46,6 +50,7 @@ fn run(data: &[u8]) {
             disturb(&mut state, &mut Input(changes));
             if let Ok(state) = serde_json::from_value::<ClusterState>(state) {
                 cluster::decide_everything(&state);
+                block_on(look_at_everything(&state));
                 same_after_a_snapshot(&state);
             }
         }
@@ -73,14 +78,17 @@ fn commands(mut input: Input<'_>) {
         if input.is_empty() {
             break;
         }
-        let mut command = all[usize::from(input.u8()) % all.len()].clone();
-        disturb(&mut command, &mut input);
-        if let Ok(command) = serde_json::from_value::<Command>(command) {
-            let index = LogIndex(state.applied.0.saturating_add(1));
-            state.apply(index, &cluster::envelope(number, command));
+        let command = &all[usize::from(input.u8()) % all.len()];
+        let mut entry = json!({
+            "request": format!("r{number}"), "actor": "fuzz", "at_ms": 2_000_000 + number, "command": command,
+        });
+        disturb(&mut entry, &mut input);
+        if let Ok(entry) = serde_json::from_value::<Envelope>(entry) {
+            state.apply(LogIndex(state.applied.0.saturating_add(1)), &entry);
             cluster::decide_everything(&state);
         }
     }
+    block_on(look_at_everything(&state));
     same_after_a_snapshot(&state);
 }
 
@@ -94,6 +102,7 @@ fn entries(text: &[u8]) {
         state.apply(LogIndex(state.applied.0 + 1), &envelope);
     }
     cluster::decide_everything(&state);
+    block_on(look_at_everything(&state));
     same_after_a_snapshot(&state);
 }
 
@@ -117,65 +126,131 @@ fn seeds() -> Vec<Vec<u8>> {
         .collect();
     seeds.push([&[1], &lines.join(&b'\n')[..]].concat());
     seeds.push([&[0], &snapshot[..]].concat());
-    let commands = (0..40u8).flat_map(|command| [command, 0]);
+    let first = cluster::history().len() as u8;
+    let commands = (first..first + 22).flat_map(|command| [command, 0]);
     seeds.push([3].into_iter().chain(commands).collect());
-    seeds.push(vec![3, 16, 0, 9, 0, 2, 0, 13, 1, 5, 0, 255]);
+    seeds.push(vec![
+        3,
+        first,
+        0,
+        first + 2,
+        1,
+        5,
+        0,
+        255,
+        first + 3,
+        1,
+        4,
+        0,
+        255,
+    ]);
     seeds.push(vec![2, 1, 30, 0, 255]);
     seeds
 }
 
-/// Commands that can follow [`cluster::history`].
+/// Commands that can follow [`cluster::history`]: first a migration to its end, then the others.
 fn more() -> Vec<cluster_model::Command> {
     use cluster_model::{Command as C, *};
     let (vm, other) = (VmId(8), VmId(9));
+    let (first, second) = (NodeId(1), NodeId(2));
     let why = Why::default;
     let migration = MigrationId(12);
+    let summary = json!({
+        "total_us": 9_000_000, "blackout_us": 17_000, "parts": [{"name": "drain", "us": 1_000}],
+        "memory_total_bytes": 64 << 20, "sent_bytes": 70 << 20, "pages": 16_384, "zero_pages": 100,
+        "rounds": [{"number": 1, "pages": 16_384, "zero_pages": 100, "bytes": 64 << 20,
+                    "duration_us": 500_000, "dirty_pages_after": 40}],
+    });
     vec![
         C::StartMigration {
             migration,
             expects: Token(1),
             ticket: "ab".repeat(32),
         },
+        C::RenewMigrationToken {
+            migration,
+            burnt: Token(2),
+        },
+        C::Cutover {
+            migration,
+            expects: Token(1),
+            claimed: Token(3),
+        },
+        C::ReportMigration { migration, summary },
+        C::AbortMigration {
+            migration,
+            reason: "asked".into(),
+        },
         C::StartVm {
             vm: other,
-            node: NodeId(2),
+            node: second,
             expects: Token::NONE,
             why: why(),
         },
+        C::DisksMade {
+            vm: other,
+            token: Token(4),
+        },
+        C::Rekey {
+            vm,
+            node: second,
+            expects: Token(3),
+            settle: true,
+            reason: "a write is in doubt".into(),
+        },
         C::Release {
             vm,
-            node: NodeId(1),
-            expects: Token(1),
+            node: second,
+            expects: Token(5),
             reason: ReleaseReason::Stopped,
         },
         C::StartDrain {
-            node: NodeId(1),
+            node: first,
             reason: "disks".into(),
         },
         C::DrainTrouble {
-            node: NodeId(1),
+            node: first,
             vm,
             reason: "no room".into(),
             stuck: true,
         },
-        C::EndDrain { node: NodeId(1) },
-        C::Uncordon { node: NodeId(1) },
+        C::EndDrain { node: first },
+        C::Uncordon { node: first },
         C::Absent {
             node: NodeId(3),
             incarnation: Incarnation(1),
             duration_ms: 1,
         },
         C::NodeLost {
-            node: NodeId(1),
+            node: first,
             incarnation: Incarnation(1),
             why: why(),
         },
         C::RemoveNode { node: NodeId(3) },
+        C::SetRule {
+            name: cluster::name("apart"),
+            rule: Some(Rule::AntiAffinity {
+                vms: [vm, other].into(),
+            }),
+        },
+        C::SetSettings {
+            settings: Settings::fast(),
+        },
         C::SetDesired {
             vm,
             desired: Desired::Stopped,
             forced: false,
         },
+        C::Note {
+            objects: vec![Object::Vm(vm)],
+            severity: Severity::Warn,
+            kind: "vm.note".into(),
+            detail: "something happened".into(),
+            why: why(),
+        },
         C::DeleteVm { vm: other },
+        C::RemoveVolume {
+            volume: VolumeId(7),
+        },
     ]
 }
