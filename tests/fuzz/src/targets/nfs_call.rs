@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!  first byte   0       a connection's stream as it is
-//!               else    calls with right heads: any procedure, any caller, handles that the server gave
+//!               else    calls with right heads: any procedure, any caller, handles that the server gave;
+//!                       a WRITE or READ that is answered well is one that the file's group and mode allow
 //! ```
 
 use nfs3_types::nfs3::NFS_PROGRAM as P;
@@ -92,7 +93,14 @@ async fn converse(mut client: UnixStream, mut input: Input<'_>) -> Option<()> {
             arguments.extend(handle);
         }
         arguments.extend(input.field());
-        let reply = exchange(&mut client, (NFS, procedure), choice >> 3 & 3, &arguments).await?;
+        let caller = choice >> 3 & 3;
+        let allowed = if choice & 0x80 == 0 {
+            let file = &arguments[..4 + handle.len()];
+            allowed(&mut client, file, caller, procedure).await?
+        } else {
+            true
+        };
+        let reply = exchange(&mut client, (NFS, procedure), caller, &arguments).await?;
         let results = reply.get(24..).unwrap_or_default();
         let made = match procedure {
             number if number == P::NFSPROC3_LOOKUP as u32 => results.get(4..),
@@ -101,6 +109,10 @@ async fn converse(mut client: UnixStream, mut input: Input<'_>) -> Option<()> {
             _ => None,
         };
         let done = results.starts_with(&[0; 4]);
+        assert!(
+            allowed || !done,
+            "caller {caller} did what the fence forbids: {procedure}"
+        );
         if let Some(handle) = made.filter(|_| done).and_then(opaque)
             && handles.len() < HANDLES_MAX
         {
@@ -108,6 +120,53 @@ async fn converse(mut client: UnixStream, mut input: Input<'_>) -> Option<()> {
         }
     }
     None
+}
+
+/// Whether a READ or WRITE would be right, by what the server says of the file; anything else is none of the fence's.
+async fn allowed(
+    client: &mut UnixStream,
+    handle: &[u8],
+    caller: u8,
+    procedure: u32,
+) -> Option<bool> {
+    let wanted = match procedure {
+        number if number == P::NFSPROC3_READ as u32 => 4,
+        number if number == P::NFSPROC3_WRITE as u32 => 2,
+        _ => return Some(true),
+    };
+    let shown = exchange(client, (NFS, P::NFSPROC3_GETATTR as u32), 0, handle).await?;
+    // Status, then type, mode, links, owner, group.
+    let word = |at: usize| {
+        let word = shown.get(24 + 4 * at..)?.first_chunk()?;
+        Some(u32::from_be_bytes(*word))
+    };
+    if word(0) != Some(0) {
+        return Some(true);
+    }
+    let (mode, owner, group) = (word(2)?, word(4)?, word(5)?);
+    let (uid, gid) = match identity(caller) {
+        // Root is nobody, and so is its group.
+        (0, 0) => (65_534, 65_534),
+        other => other,
+    };
+    let class = if uid == owner {
+        6
+    } else if gid == group {
+        3
+    } else {
+        0
+    };
+    Some(mode >> class & wanted != 0)
+}
+
+/// Who makes a call: root, the broker, the holder of a token, the holder of another.
+fn identity(caller: u8) -> (u32, u32) {
+    match caller {
+        0 => (0, 0),
+        1 => (60_000, 0x4000_0007),
+        2 => (60_001, 0x4000_0007),
+        _ => (60_002, 0x4000_0008),
+    }
 }
 
 /// A field of up to 64 bytes behind its length.
@@ -127,12 +186,7 @@ async fn exchange(
     arguments: &[u8],
 ) -> Option<Vec<u8>> {
     const XID: u32 = 0x5a5a_0001;
-    let (uid, gid) = match caller {
-        0 => (0, 0),
-        1 => (60_000, 0x4000_0007),
-        2 => (60_001, 0x4000_0007),
-        _ => (60_002, 0x4000_0008),
-    };
+    let (uid, gid) = identity(caller);
     let head = [
         XID, 0, 2, program, 3, procedure, 1, 20, 0, 0, uid, gid, 0, 0, 0,
     ];
