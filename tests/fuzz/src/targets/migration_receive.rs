@@ -1,6 +1,6 @@
 //! The whole receiving side of a migration, its door and its driver too, with connections that were written down.
 //!
-//! The first byte says how many connections and how they introduce themselves; the rest is what they send. It ends
+//! The first byte says how many connections and how they introduce themselves; the rest is what they send. Each ends
 //! with the source's word that it gives up, so that nothing waits for more; only who shows no ticket waits.
 
 use std::io;
@@ -145,8 +145,9 @@ fn connections(input: &mut Input<'_>) -> Vec<Vec<u8>> {
         stream.extend(seal(kind, *sequence, &payload));
         *sequence += 1;
     }
-    let (sequence, control) = &mut streams[0];
-    control.extend(seal(ERROR, *sequence, b"the source gives up"));
+    for (sequence, stream) in &mut streams {
+        stream.extend(seal(ERROR, *sequence, b"the source gives up"));
+    }
     streams
         .into_iter()
         .rev()
