@@ -1,6 +1,8 @@
 //! Kernels and initramfs that a machine boots: ELF with a PVH note or without, bzImage, or neither.
 
+use vmm::boot::BootError;
 use vmm::boot::linux::{LinuxImage, load};
+use vmm::boot::start::Start;
 
 use crate::file;
 use crate::input::{Input, field};
@@ -23,6 +25,13 @@ pub const TARGET: Target = Target {
 const MEMORY_MIB: u64 = 24;
 
 fn run(data: &[u8]) {
+    if let Some(Err(error)) = boot(data) {
+        drop(error.to_string());
+    }
+}
+
+/// Loads what the input says; `None` when the host gives no memory.
+fn boot(data: &[u8]) -> Option<Result<Start, BootError>> {
     let mut input = Input(data);
     let (flags, initrd_bytes) = (input.u8(), u64::from(input.u16()));
     let cmdline = String::from_utf8_lossy(input.field()).into_owned();
@@ -31,10 +40,9 @@ fn run(data: &[u8]) {
         initrd.set_len(initrd_bytes)?;
         Ok((kernel, initrd))
     });
-    let (Ok((kernel, initrd)), Ok(memory)) = (files, vmm::memory::allocate(MEMORY_MIB)) else {
-        return;
-    };
-    let (kernel, initrd) = (file::path(&kernel), file::path(&initrd));
+    let (kernel_file, initrd_file) = files.ok()?;
+    let memory = vmm::memory::allocate(MEMORY_MIB).ok()?;
+    let (kernel, initrd) = (file::path(&kernel_file), file::path(&initrd_file));
     let image = LinuxImage {
         kernel: &kernel,
         initrd: (flags & 1 != 0).then_some(initrd.as_path()),
@@ -42,9 +50,7 @@ fn run(data: &[u8]) {
         vcpus: u32::from(flags >> 1 & 7) + 1,
         virtio_slots: usize::from(flags >> 4) % 10,
     };
-    if let Err(error) = load(&memory, &image) {
-        drop(error.to_string());
-    }
+    Some(load(&memory, &image))
 }
 
 /// A program header: what to load, from where, to where, how much.
@@ -113,4 +119,18 @@ fn seeds() -> Vec<Vec<u8>> {
         seed(1 | 1 << 1, b"console=ttyS0", &bzimage()),
         seed(0, b"", b"neither"),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_seeds_are_kernels_of_each_kind_and_one_that_is_none() {
+        let loaded: Vec<bool> = seeds()
+            .iter()
+            .map(|seed| boot(seed).unwrap().is_ok())
+            .collect();
+        assert_eq!(loaded, [true, true, true, false]);
+    }
 }

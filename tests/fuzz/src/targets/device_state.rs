@@ -102,3 +102,21 @@ fn seeds() -> Vec<Vec<u8>> {
     seeds.push([vec![0], machine.to_bytes()].concat());
     seeds
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_seeds_are_states_that_their_devices_take_back() {
+        let saved = saved();
+        assert_eq!(saved.len(), 4);
+        block_on_alone(async {
+            let bench = Bench::new().unwrap();
+            for (device, state) in bench.devices.iter().zip(&saved) {
+                assert_eq!(device.kind(), state.kind);
+                assert_eq!(device.restore(state.version, &state.state.0), Ok(()));
+            }
+        });
+    }
+}
