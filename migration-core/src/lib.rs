@@ -30,6 +30,8 @@
 mod clock;
 mod error;
 mod frame;
+#[doc(hidden)]
+pub mod fuzzing;
 mod machine;
 mod net;
 mod options;

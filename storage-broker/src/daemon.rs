@@ -98,24 +98,24 @@ struct BrokerService {
     store: Store,
 }
 
-fn volume(wire: Option<wire::Volume>) -> Result<VolumeRef, Status> {
+pub(crate) fn volume(wire: Option<wire::Volume>) -> Result<VolumeRef, Status> {
     let wire = wire.ok_or_else(|| Status::invalid_argument("the request names no volume"))?;
     VolumeRef::parse(&wire.url, &wire.cluster_id, wire.broker_uid).map_err(to_status)
 }
 
-fn path(text: &str) -> Result<DiskPath, Status> {
+pub(crate) fn path(text: &str) -> Result<DiskPath, Status> {
     text.parse()
         .map_err(|error| to_status(VolumeError::Path(error)))
 }
 
-fn token(value: u32) -> Result<Token, Status> {
+pub(crate) fn token(value: u32) -> Result<Token, Status> {
     if value == 0 || value >= Token::LIMIT {
         return Err(to_status(VolumeError::Token { token: value }));
     }
     Ok(Token(value))
 }
 
-fn files(wire: Vec<wire::File>) -> Result<Vec<(VolumeRef, DiskPath)>, Status> {
+pub(crate) fn files(wire: Vec<wire::File>) -> Result<Vec<(VolumeRef, DiskPath)>, Status> {
     if wire.len() > FILES_MAX {
         return Err(Status::invalid_argument(format!(
             "more than {FILES_MAX} files"

@@ -19,6 +19,8 @@ pub mod daemon;
 pub mod dialer;
 pub mod disk;
 pub mod fence;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod latency;
 pub mod nfs;
 pub mod nfs_server;

@@ -65,7 +65,7 @@ mod connection;
 mod convert;
 mod export;
 mod files;
-mod journal;
+pub(crate) mod journal;
 mod listing;
 mod mount;
 mod permission;
@@ -226,6 +226,20 @@ async fn start_bounded(config: Config, connections_max: usize) -> Result<Server,
         tasks,
         stop: stop.drop_guard(),
     })
+}
+
+/// Serves one connection to its end, as a server of `root` would that has no other.
+pub(crate) async fn serve_one(stream: TcpStream, root: &std::path::Path) -> Result<(), StartError> {
+    let shared = Arc::new(Shared {
+        export: Arc::new(export::Export::open(root, false)?),
+        name: "/".into(),
+        root_squash: true,
+    });
+    let calls = TaskTracker::new();
+    connection::serve(stream, shared, calls.clone(), CancellationToken::new()).await;
+    calls.close();
+    calls.wait().await;
+    Ok(())
 }
 
 fn bind(address: SocketAddr) -> io::Result<TcpListener> {

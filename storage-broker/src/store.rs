@@ -4,9 +4,9 @@
 //! connections and file handles kept between calls only save time: nothing is lost with them.
 
 mod create;
-mod dir;
+pub(crate) mod dir;
 mod error;
-mod image;
+pub(crate) mod image;
 mod nfs;
 
 use std::collections::HashMap;

@@ -129,6 +129,15 @@ async fn ask_portmapper(
     call_timeout: Duration,
 ) -> Result<u16, MountError> {
     let stream = connect(url, dialer, portmap::PMAP_PORT).await?;
+    ask_portmapper_over(stream, url, call_timeout).await
+}
+
+/// The MOUNT service's port, asked over a connection to the portmapper.
+pub(crate) async fn ask_portmapper_over(
+    stream: TcpStream,
+    url: &NfsUrl,
+    call_timeout: Duration,
+) -> Result<u16, MountError> {
     let mut client = PortmapperClient::new(CheckedReplies::new(stream, check_portmapper));
     let asked = undisturbed(call_timeout, async move {
         client
@@ -160,6 +169,15 @@ async fn ask_mount(
     call_timeout: Duration,
 ) -> Result<FileHandle, MountError> {
     let stream = connect(url, dialer, port).await?;
+    ask_mount_over(stream, url, call_timeout).await
+}
+
+/// The export's root, asked over a connection to the MOUNT service.
+pub(crate) async fn ask_mount_over(
+    stream: TcpStream,
+    url: &NfsUrl,
+    call_timeout: Duration,
+) -> Result<FileHandle, MountError> {
     let credential = opaque_auth::auth_unix(&auth_unix {
         uid: NOBODY,
         gid: NOBODY,

@@ -86,12 +86,12 @@ struct Waiting {
 
 /// What a journal held when it was opened.
 #[derive(Debug)]
-pub(super) struct Contents {
+pub(crate) struct Contents {
     /// Drawn when the journal was first made; part of every handle.
     pub(super) export_id: u128,
     pub(super) records: HashMap<u64, Record>,
     /// Good records in the file, history included; `None` when there was no file.
-    pub(super) written: Option<usize>,
+    pub(crate) written: Option<usize>,
 }
 
 /// A handle on the journal's thread. Dropping it waits for what is under way.
@@ -102,7 +102,7 @@ pub(super) struct Journal {
 }
 
 /// Reads the journal in `directory`, or begins one.
-pub(super) fn read(directory: &Path) -> Result<Contents, JournalError> {
+pub(crate) fn read(directory: &Path) -> Result<Contents, JournalError> {
     let path = directory.join(FILE);
     let bytes = match std::fs::read(&path) {
         Ok(bytes) => bytes,

@@ -19,7 +19,7 @@ use crate::volume::{DiskPath, IDENTITY_BYTES_MAX, IDENTITY_FILE, Identity};
 
 /// What is known of a disk beside its content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Record {
+pub(crate) struct Record {
     token: Token,
     finished: bool,
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 /// How much is read at a time.
-pub(super) const BLOCK_BYTES: usize = 256 << 10;
+pub(crate) const BLOCK_BYTES: usize = 256 << 10;
 
 /// Why an image cannot become a disk.
 #[derive(Debug, thiserror::Error)]
@@ -54,15 +54,15 @@ pub enum ImageError {
 
 /// An image, opened and found usable.
 #[derive(Clone, Debug)]
-pub(super) struct Image {
+pub(crate) struct Image {
     path: PathBuf,
     file: Arc<File>,
-    pub(super) size_bytes: u64,
+    pub(crate) size_bytes: u64,
 }
 
 impl Image {
     /// Opens a raw image that fits into a disk.
-    pub(super) async fn open(path: &Path, disk_bytes: u64) -> Result<Image, ImageError> {
+    pub(crate) async fn open(path: &Path, disk_bytes: u64) -> Result<Image, ImageError> {
         let path = path.to_owned();
         let failed = {
             let path = path.clone();
@@ -114,7 +114,7 @@ impl Image {
     }
 
     /// The block at `offset`; `None` where it is all zeroes.
-    pub(super) async fn block(&self, offset: u64) -> Result<Option<Bytes>, ImageError> {
+    pub(crate) async fn block(&self, offset: u64) -> Result<Option<Bytes>, ImageError> {
         let (file, path) = (self.file.clone(), self.path.clone());
         let length = (self.size_bytes - offset).min(BLOCK_BYTES as u64) as usize;
         let block = tokio::task::spawn_blocking(move || {

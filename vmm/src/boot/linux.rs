@@ -101,9 +101,14 @@ pub fn load(memory: &GuestMemory, image: &LinuxImage<'_>) -> Result<Start, BootE
             .setup_header
             .ok_or_else(|| bad("it has no setup header".into()))?;
         let (preferred, init_size) = (header.pref_address, u64::from(header.init_size));
+        let unpacked = preferred.checked_add(init_size).ok_or_else(|| {
+            bad(format!(
+                "it prefers the address {preferred:#x}, which no machine has"
+            ))
+        })?;
         let end = kernel
             .kernel_end
-            .max(preferred + init_size)
+            .max(unpacked)
             .max(KERNEL_ADDRESS + init_size);
         (kernel, end)
     };
@@ -199,16 +204,18 @@ fn load_initrd(
     };
     let mut file = File::open(path).map_err(error)?;
     let length = file.metadata().map_err(error)?.len();
-    let address = kernel_end.next_multiple_of(2 << 20);
-    let fits = length <= INITRD_BYTES_MAX
-        && memory.check_range(GuestAddress(address), length as usize)
-        && address + length < 1 << 32;
-    if !fits {
-        return Err(BootError::NoRoom {
+    let fits = |address: &u64| {
+        length <= INITRD_BYTES_MAX
+            && memory.check_range(GuestAddress(*address), length as usize)
+            && *address + length < 1 << 32
+    };
+    let address = kernel_end
+        .checked_next_multiple_of(2 << 20)
+        .filter(fits)
+        .ok_or(BootError::NoRoom {
             what: "the initrd",
             memory_mib,
-        });
-    }
+        })?;
     memory.read_exact_volatile_from(GuestAddress(address), &mut file, length as usize)?;
     Ok((address, length))
 }
@@ -305,3 +312,6 @@ fn write_zero_page(
     )
     .map_err(|error| BootError::Cmdline(error.to_string()))
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,121 @@
+//! A node for the admin API that has a log of its own and nothing else: no peers, no broker, no monitors.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use cluster_model::{ClusterState, Envelope, LogIndex, Name, NodeId, NodeRole, Reply, VmId};
+use clusterd::admin::soft::Soft;
+use clusterd::admin::{AdminService, Backend, BackendError, ConsoleChunks};
+use clusterd::broker::Broker;
+use clusterd::raft::RaftStatus;
+use proto::admin::admin_server::Admin;
+use proto::admin::{
+    BalanceStatusRequest, LeaseListRequest, MigrationListRequest, NodeDrainStatusRequest,
+    NodeListRequest, RuleListRequest, VmListRequest, VolumeListRequest, WhyRequest,
+};
+use tokio::sync::{mpsc, watch};
+use tonic::Request;
+
+/// The node.
+#[derive(Debug)]
+pub struct Alone {
+    state: watch::Sender<Arc<ClusterState>>,
+}
+
+#[async_trait]
+impl Backend for Alone {
+    fn name(&self) -> String {
+        "n1".into()
+    }
+
+    fn wall_ms(&self) -> u64 {
+        2_000_000
+    }
+
+    fn state(&self) -> watch::Receiver<Arc<ClusterState>> {
+        self.state.subscribe()
+    }
+
+    fn raft(&self) -> Option<RaftStatus> {
+        None
+    }
+
+    async fn soft(&self) -> Soft {
+        Soft::default()
+    }
+
+    async fn propose(&self, envelope: Envelope) -> Result<Reply, BackendError> {
+        let mut state = ClusterState::clone(&self.state.borrow());
+        let reply = state.apply(LogIndex(state.applied.0 + 1), &envelope);
+        self.state.send_replace(Arc::new(state));
+        Ok(reply)
+    }
+
+    async fn confirm(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    async fn init_cluster(&self, _: Name, _: bool, _: &str) -> Result<String, BackendError> {
+        Err(BackendError::InCluster("c".into()))
+    }
+
+    async fn join(&self, _: &str, _: NodeRole) -> Result<NodeId, BackendError> {
+        Err(BackendError::InCluster("c".into()))
+    }
+
+    fn broker(&self) -> Result<Broker, BackendError> {
+        Err(BackendError::Failed("there is no broker".into()))
+    }
+
+    async fn console(
+        &self,
+        _: VmId,
+        _: mpsc::Receiver<Vec<u8>>,
+    ) -> Result<ConsoleChunks, BackendError> {
+        Err(BackendError::Failed("there is no console".into()))
+    }
+}
+
+impl Alone {
+    /// The admin API of a cluster in that state.
+    pub fn api(state: ClusterState) -> AdminService {
+        let (state, _) = watch::channel(Arc::new(state));
+        AdminService::new(Arc::new(Alone { state }))
+    }
+}
+
+/// Shows all of a state as people see it.
+pub async fn look_at_everything(state: &ClusterState) {
+    let service = Alone::api(state.clone());
+    let _ = Admin::node_list(&service, Request::new(NodeListRequest::default())).await;
+    let _ = Admin::vm_list(&service, Request::new(VmListRequest::default())).await;
+    let _ = Admin::volume_list(&service, Request::new(VolumeListRequest::default())).await;
+    let _ = Admin::lease_list(&service, Request::new(LeaseListRequest::default())).await;
+    let _ = Admin::rule_list(&service, Request::new(RuleListRequest::default())).await;
+    let all = MigrationListRequest {
+        all: true,
+        vm: String::new(),
+    };
+    let _ = Admin::migration_list(&service, Request::new(all)).await;
+    let _ = Admin::balance_status(&service, Request::new(BalanceStatusRequest::default())).await;
+    for node in state.nodes.values() {
+        let node = node.name.to_string();
+        let drained = NodeDrainStatusRequest { node: node.clone() };
+        let _ = Admin::node_drain_status(&service, Request::new(drained)).await;
+        why(&service, format!("node/{node}")).await;
+    }
+    for vm in state.vms.values() {
+        why(&service, format!("vm/{}", vm.name)).await;
+    }
+    for migration in state.migrations.keys() {
+        why(&service, format!("migration/{migration}")).await;
+    }
+}
+
+async fn why(service: &AdminService, object: String) {
+    let request = WhyRequest {
+        object,
+        not_on: String::new(),
+    };
+    let _ = Admin::why(service, Request::new(request)).await;
+}

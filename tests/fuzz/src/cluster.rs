@@ -1,0 +1,193 @@
+//! A cluster to begin with, made by commands as a real one is, and everything that is decided about a state.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use cluster_model::membership::RaftView;
+use cluster_model::{
+    Boot, ClusterState, Command, Desired, DiskSpec, Envelope, FIRST_NODE, FenceClass, Incarnation,
+    LeaseTable, LogIndex, MigrationCause, MigrationOptions, Name, NicSpec, NodeFacts, NodeId,
+    NodeLoad, NodeRole, NodeView, Observed, OnIsolation, RequestId, Token, VmId, VmSpec, Why,
+    balance, best_node, decide, drain, failover, membership, queue,
+};
+
+/// A name that is known to be one.
+pub fn name(text: &str) -> Name {
+    Name::new(text).expect("a name of this file")
+}
+
+/// A machine with a disk and a network interface.
+pub fn spec(disk: &str) -> VmSpec {
+    VmSpec {
+        vcpus: 1,
+        memory_mib: 64,
+        boot: Boot::SelfCheck {
+            working_set_mib: 4,
+            dirty_mib_s: 0,
+        },
+        disks: vec![DiskSpec {
+            volume: name("shared"),
+            path: format!("{disk}.raw"),
+            size_bytes: 1 << 20,
+        }],
+        nics: vec![NicSpec {
+            bridge: "lan".into(),
+            mac: format!("52:54:00:00:00:{:02x}", disk.len()),
+        }],
+        priority: 500,
+        failover: true,
+        on_isolation: OnIsolation::Freeze,
+        downtime_max_ms: None,
+        witness: None,
+    }
+}
+
+/// The commands of a small cluster: three nodes, a volume, a machine that runs and is being moved, one that waits.
+pub fn history() -> Vec<Command> {
+    let mut commands = vec![
+        Command::InitCluster {
+            id: "c".into(),
+            name: name("test"),
+            broker_uid: 5_000,
+            node_name: name("n1"),
+            address: "127.0.0.1:1".into(),
+        },
+        add_node("n2"),
+        add_node("n3"),
+    ];
+    for node in 1..=3 {
+        commands.push(Command::RegisterNode {
+            node: NodeId(node),
+            incarnation: Incarnation(1),
+            address: format!("127.0.0.{node}:1"),
+            facts: NodeFacts {
+                cpus: 8,
+                memory_mib: 1_024,
+                cpu_vendor: "AuthenticAMD".into(),
+                cpu_model: "test".into(),
+                version: "0.1.0".into(),
+                stream_versions: (1, 1),
+                watchdog: false,
+                kvm: true,
+            },
+        });
+    }
+    commands.push(Command::AddVolume {
+        name: name("shared"),
+        url: "nfs://127.0.0.1/shared".into(),
+        uuid: "v".into(),
+        fence: FenceClass::GidToken,
+        settle_ms: 0,
+        size_bytes: 1 << 40,
+        nodes: BTreeSet::new(),
+    });
+    commands.push(create("a", "a"));
+    commands.push(create("web-1", "web"));
+    // Machines are numbered by their entries.
+    let first = VmId(commands.len() as u64 - 1);
+    let why = Why::default();
+    commands.extend([
+        Command::StartVm {
+            vm: first,
+            node: FIRST_NODE,
+            expects: Token::NONE,
+            why: why.clone(),
+        },
+        Command::Activated {
+            vm: first,
+            node: FIRST_NODE,
+            token: Token(1),
+        },
+        Command::QueueMigration {
+            vm: first,
+            to: NodeId(2),
+            options: MigrationOptions::default(),
+            cause: MigrationCause::Asked,
+            why,
+        },
+    ]);
+    commands
+}
+
+fn add_node(text: &str) -> Command {
+    Command::AddNode {
+        name: name(text),
+        address: format!("{text}:1"),
+        role: NodeRole::Voter,
+    }
+}
+
+fn create(text: &str, disk: &str) -> Command {
+    Command::CreateVm {
+        name: name(text),
+        spec: spec(disk),
+        images: BTreeMap::new(),
+        desired: Desired::Running,
+    }
+}
+
+/// The entry that a command becomes.
+pub fn envelope(number: u64, command: Command) -> Envelope {
+    Envelope {
+        request: RequestId(format!("r{number}")),
+        actor: "fuzz".into(),
+        at_ms: 1_000_000 + number * 10,
+        command,
+    }
+}
+
+/// The state after [`history`].
+pub fn state() -> ClusterState {
+    let mut state = ClusterState::default();
+    for (number, command) in (1..).zip(history()) {
+        state.apply(LogIndex(number), &envelope(number, command));
+    }
+    state
+}
+
+/// Makes every decision there is about a state.
+pub fn decide_everything(state: &ClusterState) {
+    let load = |node: &NodeId| {
+        let load = NodeLoad {
+            cpu_permille: 900,
+            volumes_down: BTreeSet::new(),
+        };
+        (*node, load)
+    };
+    let observed = Observed {
+        nodes: state.nodes.keys().map(load).collect(),
+        vm_cpu_milli: state.vms.keys().map(|vm| (*vm, 500)).collect(),
+    };
+    failover::plan(state, &observed);
+    queue::next(state, &observed);
+    drain::next(state, &observed);
+    balance::plan(state, &observed, 1 << 40);
+    let nodes: BTreeSet<NodeId> = state.nodes.keys().copied().collect();
+    let raft = RaftView {
+        leader: FIRST_NODE,
+        voters: nodes.clone(),
+        following: nodes,
+    };
+    membership::plan(state, &raft);
+    let mut leases = LeaseTable::new(1);
+    for node in state.nodes.values() {
+        let _ = drain::plan(state, node.id, &observed, 1 << 30);
+        drain::fail_back(state, node.id, &observed);
+        let _ = leases.grant(state, node.id, node.incarnation, 2, 3, 4);
+        decide(state, &view(node.id));
+    }
+    leases.lost(state, u64::MAX / 2);
+    leases.next_ns(state);
+    for vm in state.vms.values() {
+        let _ = best_node(state, vm, &BTreeSet::new(), &observed);
+        failover::why_not_running(state, vm.id);
+        state.settle_ms(vm);
+    }
+    state.leases().count();
+}
+
+fn view(me: NodeId) -> NodeView {
+    NodeView {
+        me,
+        ..NodeView::default()
+    }
+}
