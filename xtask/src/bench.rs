@@ -45,6 +45,11 @@ pub fn soak(args: &[String]) -> anyhow::Result<()> {
     release_program("tests", "soak", args)
 }
 
+/// Runs the chaos program.
+pub fn chaos(args: &[String]) -> anyhow::Result<()> {
+    release_program("tests", "chaos", args)
+}
+
 /// Runs a program of that package's name that needs no machine: optimised, with its assertions.
 pub fn pure_program(package: &str, args: &[String]) -> anyhow::Result<()> {
     build::run(

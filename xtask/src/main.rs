@@ -37,6 +37,24 @@ enum Chore {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Check the protocol of ownership and cutover in every order of its steps: `--mutants`, `--deep`, `--json`.
+    Model {
+        /// Given to the model checker.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Put faults into a real cluster in network namespaces (needs root): `--minutes 30`, `--nodes 5`, `--server ganesha`.
+    Chaos {
+        /// Given to the chaos program.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Feed what takes bytes from outside with libFuzzer: `--seconds 30` for each target, `--target nfs_reply`.
+    Fuzz {
+        /// Given to the runner.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
     /// Lose power at every operation of a simulated disk under the Raft log: `--points 12000`, `--seed 1`.
     Crash(bench::CrashArgs),
     /// Migrate and fail over again and again, and let the guests check themselves.
@@ -55,6 +73,9 @@ fn main() -> anyhow::Result<()> {
         Chore::Layers => layers::run(),
         Chore::Bench(args) => bench::run(&args),
         Chore::Sim { args } => bench::pure_program("sim", &args),
+        Chore::Model { args } => bench::pure_program("protocol-model", &args),
+        Chore::Chaos { args } => bench::chaos(&args),
+        Chore::Fuzz { args } => bench::pure_program("fuzz", &args),
         Chore::Crash(args) => bench::crash(&args),
         Chore::Soak { args } => bench::soak(&args),
     }

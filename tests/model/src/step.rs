@@ -106,6 +106,7 @@ impl Protocol {
 
     fn node_steps(&self, state: &State, id: NodeId, steps: &mut Vec<Step>) {
         let (node, bounds) = (state.node(id), &self.bounds);
+        let leased = node.lease || !bounds.clocks;
         match node.phase {
             Phase::Idle => self.idle_steps(state, id, steps),
             Phase::Running(_) => {
@@ -143,14 +144,15 @@ impl Protocol {
                 if self.is(Mutant::SameTokenSentAgain) && state.setattrs.len() < 2 {
                     steps.push(Step::Resend(id));
                 }
-                if self.is(Mutant::ActivateBeforeFencing) && id != NodeId::D {
+                if self.is(Mutant::ActivateBeforeFencing) && id != NodeId::D && leased {
                     steps.push(Step::Run(id));
                 }
                 if self.is(Mutant::CutoverBeforeClaimAnswered) && self.moves_here(state, id) {
                     steps.push(Step::ProposeCutover);
                 }
                 let owner = state.log.cut && state.log.owner == id;
-                if self.is(Mutant::CutoverBeforeClaimAnswered) && id == NodeId::D && owner {
+                if self.is(Mutant::CutoverBeforeClaimAnswered) && id == NodeId::D && owner && leased
+                {
                     steps.push(Step::Run(id));
                 }
             }
@@ -164,7 +166,7 @@ impl Protocol {
                     steps.push(Step::Confirm(id));
                 }
             }
-            Phase::Confirmed(_) if node.lease || !bounds.clocks => steps.push(Step::Run(id)),
+            Phase::Confirmed(_) if leased => steps.push(Step::Run(id)),
             Phase::Confirmed(_) => {}
         }
         if node.lost {
