@@ -114,9 +114,10 @@ impl ClusterState {
             Command::RegisterNode {
                 node,
                 incarnation,
+                replaces,
                 address,
                 facts,
-            } => self.register_node(entry, *node, *incarnation, address, facts),
+            } => self.register_node(entry, *node, (*incarnation, *replaces), address, facts),
             Command::Absent {
                 node,
                 incarnation,

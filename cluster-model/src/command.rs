@@ -78,6 +78,9 @@ pub enum Command {
         node: NodeId,
         /// The life of its host.
         incarnation: Incarnation,
+        /// The life that the log showed to it: what an earlier life asked for and comes late changes nothing.
+        #[serde(default)]
+        replaces: Incarnation,
         /// Where it is reached.
         address: String,
         /// What it offers.

@@ -140,9 +140,11 @@ impl World {
     }
 
     pub(crate) fn register(&mut self, node: NodeId, incarnation: Incarnation, memory_mib: u64) {
+        let replaces = self.state.nodes[&node].incarnation;
         self.done(Command::RegisterNode {
             node,
             incarnation,
+            replaces,
             address: "127.0.0.1:1".into(),
             facts: facts(memory_mib),
         });

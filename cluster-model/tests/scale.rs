@@ -41,6 +41,7 @@ fn cluster() -> ClusterState {
     apply(Command::RegisterNode {
         node: NodeId(1),
         incarnation: Incarnation(1),
+        replaces: Incarnation(0),
         address: "x:1".into(),
         facts: NodeFacts {
             cpus: 128,

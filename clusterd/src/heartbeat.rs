@@ -36,21 +36,23 @@ pub async fn register(member: Arc<Member>) {
     loop {
         let due = {
             let state = state.borrow_and_update();
-            state.nodes.get(&member.node).is_some_and(|known| {
+            let known = state.nodes.get(&member.node).filter(|known| {
                 member.session_since.borrow().is_none()
                     || known.incarnation != member.incarnation
                     || matches!(known.liveness, Liveness::Joining | Liveness::Lost)
-            })
+            });
+            known.map(|known| known.incarnation)
         };
-        if !due {
+        let Some(replaces) = due else {
             if state.changed().await.is_err() {
                 return;
             }
             continue;
-        }
+        };
         let command = Command::RegisterNode {
             node: member.node,
             incarnation: member.incarnation,
+            replaces,
             address: member.config.advertise.clone(),
             facts: member.config.facts(),
         };

@@ -161,11 +161,14 @@ impl ClusterState {
         &mut self,
         entry: &mut Entry<'_>,
         node: NodeId,
-        incarnation: Incarnation,
+        (incarnation, replaces): (Incarnation, Incarnation),
         address: &str,
         facts: &NodeFacts,
     ) -> Applied {
         let known = self.node(node)?;
+        if known.incarnation != incarnation && known.incarnation != replaces {
+            return Err(Rejection::OtherIncarnation { node });
+        }
         let rebooted = known.incarnation != Incarnation(0) && known.incarnation != incarnation;
         let before = known.liveness;
         let name = known.name.clone();

@@ -166,6 +166,11 @@ fn command(world: &World, (kind, a, b, c): Step) -> Command {
             } else {
                 incarnation
             },
+            replaces: if c % 11 == 0 {
+                Incarnation(incarnation.0 + 7)
+            } else {
+                incarnation
+            },
             address: "x:1".into(),
             facts: facts(NODE_MIB),
         },
@@ -507,6 +512,26 @@ fn a_rekey_of_the_source_lifts_the_reserved_token_above_it() {
     ));
     world.cutover(migration);
     assert!(world.token(vm) > rekeyed);
+}
+
+#[test]
+fn a_registration_of_an_earlier_life_that_comes_late_changes_nothing() {
+    let mut world = World::new(2, 1_024);
+    let (first, second, third) = (Incarnation(1), Incarnation(2), Incarnation(3));
+    let late = Command::RegisterNode {
+        node: NodeId(2),
+        incarnation: second,
+        replaces: first,
+        address: "127.0.0.1:1".into(),
+        facts: facts(1_024),
+    };
+    // The second life asked, and died before its question arrived.
+    world.register(NodeId(2), third, 1_024);
+    let vm = world.running("vm-a", 64, NodeId(2));
+    let refused = world.refused(late);
+    assert_eq!(refused, Rejection::OtherIncarnation { node: NodeId(2) });
+    assert_eq!(world.state.nodes[&NodeId(2)].incarnation, third);
+    assert_eq!(world.state.vms[&vm].ownership.owner, Some(NodeId(2)));
 }
 
 #[test]

@@ -144,6 +144,7 @@ fn every_hard_constraint_keeps_a_machine_off_and_says_why() {
                 world.done(Command::RegisterNode {
                     node: NodeId(2),
                     incarnation: Incarnation(1),
+                    replaces: Incarnation(1),
                     address: "x:1".into(),
                     facts: crate::NodeFacts {
                         cpu_vendor: "GenuineIntel".into(),
@@ -159,6 +160,7 @@ fn every_hard_constraint_keeps_a_machine_off_and_says_why() {
                 world.done(Command::RegisterNode {
                     node: NodeId(2),
                     incarnation: Incarnation(1),
+                    replaces: Incarnation(1),
                     address: "x:1".into(),
                     facts: crate::NodeFacts {
                         stream_versions: (0, 0),
@@ -202,6 +204,7 @@ fn a_newer_destination_reads_the_older_stream() {
     world.done(Command::RegisterNode {
         node: NodeId(2),
         incarnation: Incarnation(1),
+        replaces: Incarnation(1),
         address: "x:1".into(),
         facts: crate::NodeFacts {
             stream_versions: (1, 2),

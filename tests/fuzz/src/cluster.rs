@@ -58,6 +58,7 @@ pub fn history() -> Vec<Command> {
         commands.push(Command::RegisterNode {
             node: NodeId(node),
             incarnation: Incarnation(1),
+            replaces: Incarnation(0),
             address: format!("127.0.0.{node}:1"),
             facts: NodeFacts {
                 cpus: 8,

@@ -420,12 +420,15 @@ impl World {
         let Some(daemon) = self.daemon(node) else {
             return;
         };
-        let due = daemon.state.nodes.get(&node_id(node)).is_some_and(|known| {
+        let known = daemon.state.nodes.get(&node_id(node)).filter(|known| {
             daemon.session_since.is_none()
                 || known.incarnation != Incarnation(incarnation)
                 || matches!(known.liveness, Liveness::Joining | Liveness::Lost)
         });
-        if !due || now < daemon.registering {
+        let Some(replaces) = known.map(|known| known.incarnation) else {
+            return;
+        };
+        if now < daemon.registering {
             return;
         }
         daemon.registering = now + REGISTER_PAUSE;
@@ -436,6 +439,7 @@ impl World {
             command: Command::RegisterNode {
                 node: node_id(node),
                 incarnation: Incarnation(incarnation),
+                replaces,
                 address: format!("127.0.0.{}:1", node + 1),
                 facts: setup::facts(),
             },

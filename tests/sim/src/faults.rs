@@ -10,6 +10,9 @@ use rand::Rng;
 
 use crate::world::{Event, MS, Message, Place, S, World, node_id};
 
+/// How long a host stands still, seldom.
+const HOUR: u64 = 3_600 * S;
+
 impl World {
     /// Something breaks.
     pub fn fault(&mut self) {
@@ -19,7 +22,7 @@ impl World {
         self.counts.faults += 1;
         let node = self.rng.random_range(0..self.hosts.len());
         let long = self.rng.random_range(200 * MS..15 * S);
-        match self.rng.random_range(0..18) {
+        match self.rng.random_range(0..20) {
             0 => {
                 self.kill_daemon(node);
                 self.at(self.now + long, Event::StartDaemon { node });
@@ -99,6 +102,17 @@ impl World {
                 self.congested = Some((node, late));
                 self.at(self.now + long, Event::Heal);
             }
+            17 => {
+                self.say(|| format!("the storage is full for {} ms", long / MS));
+                self.server_full_until = self.now + long;
+            }
+            18 if self.rng.random_ratio(1, 80) => self.sleep_for_an_hour(node),
+            18 => {
+                // The Raft log cannot be written: the daemon stops, and is started again when there is room.
+                self.say(|| format!("the disk of n{} is full for {} ms", node + 1, long / MS));
+                self.kill_daemon(node);
+                self.at(self.now + long, Event::StartDaemon { node });
+            }
             _ => {
                 let off = self.rng.random_range(-7_200_000..7_200_000);
                 self.say(|| format!("the wall clock of n{} jumps to {off} ms off", node + 1));
@@ -107,6 +121,28 @@ impl World {
         }
         let next = self.now + self.rng.random_range(200 * MS..5 * S);
         self.at(next, Event::Fault);
+    }
+
+    /// A host stands still for an hour, and then goes on as if nothing had been; everybody else is calm by then.
+    fn sleep_for_an_hour(&mut self, node: usize) {
+        if self.asleep.is_some() || self.now + S >= self.calm_at {
+            return;
+        }
+        self.say(|| format!("n{} stands still for an hour", node + 1));
+        let until = self.now + HOUR;
+        self.asleep = Some((node, until));
+        self.end_at += HOUR;
+        self.hosts[node].paused_until = until;
+        for monitor in self.hosts[node].monitors.values_mut() {
+            monitor.paused_until = until;
+        }
+        self.at(until + S, Event::Calm);
+    }
+
+    /// Whether that host stands still for an hour, and has not gone on.
+    fn is_asleep(&self, node: usize) -> bool {
+        self.asleep
+            .is_some_and(|(asleep, until)| asleep == node && self.now < until)
     }
 
     fn kill_daemon(&mut self, node: usize) {
@@ -176,7 +212,11 @@ impl World {
         if !self.server.up {
             self.server.start();
         }
+        self.server_full_until = 0;
         for node in 0..self.hosts.len() {
+            if self.is_asleep(node) {
+                continue;
+            }
             self.hosts[node].paused_until = 0;
             for monitor in self.hosts[node].monitors.values_mut() {
                 monitor.paused_until = 0;
@@ -201,7 +241,9 @@ impl World {
         }
         // Once more, if nobody led just then.
         if self.now < self.end_at.saturating_sub(50 * S) {
-            self.at(self.now + 5 * S, Event::Calm);
+            let waits = self.asleep.is_some_and(|(_, until)| self.now < until);
+            let next = self.now + if waits { 60 * S } else { 5 * S };
+            self.at(next, Event::Calm);
         }
     }
 

@@ -25,7 +25,7 @@ struct Args {
     #[arg(long, num_args = 0..=1, default_missing_value = "all")]
     mutants: Option<String>,
     /// Seeds within which each mutant must be caught.
-    #[arg(long, default_value_t = 1_000)]
+    #[arg(long, default_value_t = 10_000)]
     within: u64,
     /// Print one JSON object.
     #[arg(long)]

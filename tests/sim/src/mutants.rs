@@ -99,7 +99,7 @@ pub fn on_work(mutant: Option<Mutant>, work: &mut Work) {
         }
         Some(Mutant::RekeyWithoutSettle) => {
             for act in &mut work.acts {
-                if let Act::Rekey { settle, .. } = act {
+                if let Act::Rekey { settle, .. } | Act::TakeUpToken { settle, .. } = act {
                     *settle = false;
                 }
             }

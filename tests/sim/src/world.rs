@@ -153,6 +153,10 @@ pub struct World {
     pub violation: Option<String>,
     /// Trouble goes on until then.
     pub calm_at: u64,
+    /// A host that stands still for an hour, and until when.
+    pub asleep: Option<(usize, u64)>,
+    /// Until then the storage server has no room for a WRITE.
+    pub server_full_until: u64,
     /// The run ends then.
     pub end_at: u64,
     number: u64,
@@ -186,6 +190,8 @@ impl World {
             verbose,
             violation: None,
             calm_at: 0,
+            asleep: None,
+            server_full_until: 0,
             end_at: 0,
             number: 1_000,
             rng,
@@ -478,6 +484,20 @@ impl World {
                     },
                 );
             }
+            return;
+        }
+        if self.now < self.server_full_until && matches!(call, Call::Write { .. }) {
+            // The client holds the WRITE and tries it again.
+            let late = self.now + self.rng.random_range(200 * MS..S);
+            let message = Message::Call { rpc, call };
+            self.at(
+                late,
+                Event::Arrive {
+                    from,
+                    to: Place::Server,
+                    message,
+                },
+            );
             return;
         }
         match self.server.process(&call) {
