@@ -329,6 +329,22 @@ impl World {
             }
             return;
         }
+        // A network that loses messages also makes callers ask twice; streams and storage calls are not doubled.
+        let call = matches!(
+            message,
+            Message::Raft(_)
+                | Message::Propose { .. }
+                | Message::Proposed { .. }
+                | Message::Confirm { .. }
+                | Message::Confirmed { .. }
+                | Message::Heartbeat { .. }
+                | Message::Granted { .. }
+        );
+        if !local && call && self.rng.random_ratio(self.loss_permille / 2, 1_000) {
+            let again = self.now + delay + self.rng.random_range(0..6 * S);
+            let message = message.clone();
+            self.at(again, Event::Arrive { from, to, message });
+        }
         self.at(self.now + delay, Event::Arrive { from, to, message });
     }
 
