@@ -1,32 +1,46 @@
-//! A model of the cutover and of *claim, confirm, run*, checked in every order of its steps within bounds.
+//! The protocol that passes a machine and its disk from node to node, checked in every order of its steps.
 //!
 //! ```text
-//!  nodes S, D, T ── proposals ──► log (compare and set; early, late, never, in any order)
-//!        │ SETATTR (executed late, answered or not)     │ owner, token, migration, reserved token
-//!        └─ WRITE  sent ─► checked ─► landed ─► storage server (group = token)
+//!             log.rs            one record: owner, token, migration; entries that commit late or never
+//!            ╱   │   ╲
+//!     Source  Destination  Third     host.rs   lease, monitor, and the flow claim ► settle ► confirm ► run
+//!            ╲   │   ╱
+//!           storage.rs          the file's group; SETATTRs and WRITEs under way
 //! ```
-//! S runs one machine with one disk and migrates it to D; any node may crash, be cut off, come back, be
-//! declared lost; either side may abort at any moment; S may re-key at any moment. The storage server checks a
-//! WRITE when it processes it and may let it land later, after the group has changed.
 //!
-//! Two worlds are checked. With [`Bounds::clocks`] a node's lease runs out before it is declared lost: at most
-//! one copy runs. Without, nodes may be declared lost while they run, as with clocks that are wrong by any
-//! amount: the disk must hold all the same.
+//! [`protocol`] says what may happen next, [`properties`] what must hold whatever happens, [`bounds`] how much
+//! happens, and [`mutants`] what breaks when a rule is left out. The checker is breadth first and exhaustive:
+//! a result is a fact about all histories within its bounds, and about no longer ones.
 //!
-//! What is not modelled: several disks, COMMIT and write verifiers, the content of memory, the Raft protocol
-//! below the log (it is openraft's), and the settle time's length: *settle* here ends when nothing of older
-//! tokens is between check and landing.
+//! **What is modelled.** One machine with one file. Migrations from the source to the destination, with re-keys
+//! and renewed tokens at any moment, abort or cutover. Loss of a node, and takeover by any node that is up, the
+//! old owner included. At every step a host, a monitor or a `clusterd` may die, a lease may run out. SETATTRs may
+//! be executed late, more than once, or never; their answers may be lost. WRITEs may be checked and may land at
+//! any later time. Messages between the two sides need no channel of their own: all that they carry (*quiet*)
+//! is true for ever once it is said, and whoever hears it late is whoever acts late.
+//!
+//! **What time is.** Only its consequences: a lease is valid or not, and the leader proposes a loss only when it is
+//! not; a settle step comes after the landing of what the server had let in. [`Bounds::leases_hold`] takes the
+//! first away: then two copies may execute, and the disk must still be safe.
+//!
+//! **What is not.** The contents of memory, several files of one machine, COMMIT and write verifiers, restarts of the
+//! storage server, planned stops, import and export, queued migrations, and whether anything ever
+//! happens: nothing here says that a protocol makes progress, except that what should be reached is.
 
 #![forbid(unsafe_code)]
 
-mod catch;
-mod log;
-mod protocol;
-mod state;
-mod step;
+pub mod bounds;
+pub mod check;
+pub mod host;
+pub mod log;
+pub mod mutants;
+pub mod properties;
+pub mod protocol;
+pub mod state;
+pub mod step;
+pub mod storage;
 
-pub use catch::{catch, places};
-pub use log::{Command, Log, Migration};
-pub use protocol::{Bounds, Mutant, Protocol, SMALL, Verdict, worlds};
-pub use state::{NodeId, Phase, State};
-pub use step::Step;
+pub use bounds::{Bounds, DEEP, SMALL, USUAL};
+pub use check::{Counterexample, Outcome, count_out, exhaust, hunt};
+pub use mutants::Mutant;
+pub use protocol::Protocol;

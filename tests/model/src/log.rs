@@ -1,185 +1,145 @@
-//! The replicated log as the nodes see it: commands that compare and set, each applied whole or not at all.
+//! The replicated log, as the sum of what was applied: who owns the machine, and how its migration stands.
+//!
+//! Proposals may be lost, stay pending, commit late, or be refused when they commit. Most commands compare
+//! and set: what they compare is true only while their reason to be proposed stands or stood. Such a command is
+//! modelled as an entry that may commit at any step at which its comparison holds, or never. That is every delay
+//! (it commits later), every loss (it never does) and every refusal (its comparison failed), and more: an
+//! entry may also commit that nobody would have proposed. Two proposals carry what the log cannot compare, and
+//! are kept as pending ones from when they are sent: the cutover (*every file has acknowledged*) and the loss of
+//! a node (*its lease has run out*).
+//!
+//! A pending cutover under a token that is no longer reserved can never apply, since tokens are not reserved
+//! twice; it is forgotten at once, and so `expects` need not be kept.
 
-use crate::protocol::Mutant;
-use crate::state::{NodeId, Token};
+use crate::host::Node;
 
-/// A migration that is under way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// A token; 0 is none.
+pub type Token = u8;
+
+/// How the migration stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Phase {
+    /// There was none.
+    None,
+    /// `StartMigration` is applied.
+    Active,
+    /// `Cutover` is applied: `reserved` became the machine's token.
+    CutOver,
+    /// `AbortMigration` is applied, or a party was lost.
+    Aborted,
+}
+
+/// The latest migration, from the source to the destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Migration {
-    /// The token that the destination will own the machine under.
+    /// How it stands.
+    pub phase: Phase,
+    /// The token reserved for the destination.
     pub reserved: Token,
-    /// The destination's registration when it was reserved: one that came back may have claimed it before.
-    pub session: u8,
-    /// How often it was replaced because the destination had burnt it.
+    /// The source's promise, in the words of the protocol *quiet*: what is sent counts as said.
+    pub quiet: bool,
+    /// A `Rekey` was applied since the abort: what a quiet source waits for.
+    pub rekeyed: bool,
+    /// A `Cutover` under `reserved` was proposed.
+    pub cutover_pending: bool,
+    /// Its cutover took effect. Kept beside the phase so that a broken log can show both.
+    pub cutover_applied: bool,
+    /// Its abort took effect.
+    pub abort_applied: bool,
+}
+
+/// What the log says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Log {
+    /// The owner.
+    pub owner: Option<Node>,
+    /// The owner's token.
+    pub token: Token,
+    /// The grant that began the present image of the machine's memory; a re-key keeps it.
+    pub image: Token,
+    /// The last token taken from the counter.
+    pub token_last: Token,
+    /// The latest migration.
+    pub migration: Migration,
+    /// Nodes that are declared lost, by [`Node`].
+    pub lost: [bool; 3],
+    /// Nodes whose loss is proposed: the leader grants them no lease until it knows the outcome.
+    pub condemned: [bool; 3],
+    /// An owner got a token that was not above the last owner's.
+    pub token_fell: bool,
+    /// Migrations begun.
+    pub migrations: u8,
+    /// `Rekey` entries applied.
+    pub rekeys: u8,
+    /// `RenewMigrationToken` entries applied.
     pub renewals: u8,
 }
 
-/// The state that the log's entries add up to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Log {
-    /// Who owns the machine.
-    pub owner: NodeId,
-    /// The owner's registration when it became that.
-    pub session: u8,
-    /// The owner boots the machine afresh: it became owner by a loss.
-    pub boot: bool,
-    /// The token.
-    pub token: Token,
-    /// The next token.
-    pub next: Token,
-    /// The migration, while it is under way.
-    pub migration: Option<Migration>,
-    /// Each node's registration.
-    pub sessions: [u8; 3],
-    /// A cutover was applied.
-    pub cut: bool,
-    /// An abort was applied.
-    pub aborted: bool,
-    /// A token was set that was not above the one before.
-    pub fell: bool,
-}
-
-/// A command.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Command {
-    /// The destination has everything and has claimed.
-    Cutover {
-        /// The source's token.
-        expects: Token,
-        /// The token that was claimed.
-        claimed: Token,
-        /// The destination's registration.
-        session: u8,
-    },
-    /// Ends the migration.
-    Abort,
-    /// The owner wants a fresh token.
-    Rekey {
-        /// Who.
-        node: NodeId,
-        /// Its token.
-        expects: Token,
-    },
-    /// The destination burnt the reserved token.
-    Renew {
-        /// Which.
-        burnt: Token,
-    },
-    /// A node is declared lost and its machine goes to another.
-    Lost {
-        /// Which registration of which node.
-        node: NodeId,
-        /// See `node`.
-        session: u8,
-        /// Where the machine goes if it was the owner.
-        to: NodeId,
-    },
-}
-
-/// A reserved token is replaced so often.
-const RENEWALS_MAX: u8 = 2;
-
 impl Log {
-    fn take(&mut self) -> Token {
-        let token = self.next;
-        self.next += 1;
-        token
+    /// The source owns the machine under token 1.
+    pub fn new() -> Log {
+        Log {
+            owner: Some(Node::Source),
+            token: 1,
+            image: 1,
+            token_last: 1,
+            migration: Migration {
+                phase: Phase::None,
+                reserved: 0,
+                quiet: false,
+                rekeyed: false,
+                cutover_pending: false,
+                cutover_applied: false,
+                abort_applied: false,
+            },
+            lost: [false; 3],
+            condemned: [false; 3],
+            token_fell: false,
+            migrations: 0,
+            rekeys: 0,
+            renewals: 0,
+        }
     }
 
-    fn set_token(&mut self, token: Token) {
-        self.fell |= token <= self.token;
+    /// Whether a migration is under way.
+    pub fn migrating(&self) -> bool {
+        self.migration.phase == Phase::Active
+    }
+
+    /// Takes the next token from the counter.
+    pub fn take_token(&mut self) -> Token {
+        self.token_last += 1;
+        self.token_last
+    }
+
+    /// Writes an ownership record; `image` is kept by a re-key only.
+    pub fn grant(&mut self, owner: Option<Node>, token: Token, image: Token) {
+        self.token_fell |= token <= self.token;
+        self.owner = owner;
         self.token = token;
+        self.image = image;
     }
 
-    /// Applies a command; false if its conditions do not hold.
-    pub(crate) fn apply(&mut self, command: Command, mutant: Option<Mutant>) -> bool {
-        let is = |which: Mutant| mutant == Some(which);
-        match command {
-            Command::Cutover {
-                expects,
-                claimed,
-                session,
-            } => {
-                let Some(migration) = self.migration else {
-                    return false;
-                };
-                if self.token != expects
-                    || migration.reserved != claimed
-                    || self.sessions[NodeId::D as usize] != session
-                {
-                    return false;
-                }
-                self.owner = NodeId::D;
-                self.session = session;
-                self.boot = false;
-                self.set_token(claimed);
-                self.next = self.next.max(claimed + 1);
-                self.migration = None;
-                self.cut = true;
-                true
-            }
-            Command::Abort => {
-                if self.migration.is_none() && !(is(Mutant::LateAbortApplies) && self.cut) {
-                    return false;
-                }
-                self.migration = None;
-                self.aborted = true;
-                if self.cut {
-                    self.owner = NodeId::S;
-                }
-                true
-            }
-            Command::Rekey { node, expects } => {
-                if self.owner != node || self.token != expects {
-                    return false;
-                }
-                let token = self.take();
-                self.set_token(token);
-                if !is(Mutant::RekeyLeavesReserved) {
-                    self.reserve_again();
-                }
-                true
-            }
-            Command::Renew { burnt } => {
-                let renewed = self.migration.is_some_and(|migration| {
-                    migration.reserved == burnt && migration.renewals < RENEWALS_MAX
-                });
-                if renewed {
-                    self.reserve_again();
-                    if let Some(migration) = &mut self.migration {
-                        migration.renewals += 1;
-                    }
-                }
-                renewed
-            }
-            Command::Lost { node, session, to } => {
-                if self.sessions[node as usize] != session {
-                    return false;
-                }
-                if self.migration.is_some() && node != NodeId::T {
-                    self.migration = None;
-                    self.aborted = true;
-                }
-                if self.owner == node {
-                    let token = self.take();
-                    self.set_token(token);
-                    self.owner = to;
-                    self.session = self.sessions[to as usize];
-                    self.boot = true;
-                }
-                true
-            }
-        }
+    /// The active migration ends by an abort; no token changes.
+    pub fn abort(&mut self) {
+        self.migration.phase = Phase::Aborted;
+        self.migration.abort_applied = true;
     }
 
-    fn reserve_again(&mut self) {
-        if self.migration.is_some() {
-            let reserved = self.take();
-            let session = self.sessions[NodeId::D as usize];
-            if let Some(migration) = &mut self.migration {
-                migration.reserved = reserved;
-                migration.session = session;
-            }
+    /// Takes the machine from a node that is lost or began anew, and ends what it had a part in.
+    pub fn take_from(&mut self, node: Node) {
+        if self.owner == Some(node) {
+            let token = self.take_token();
+            self.grant(None, token, token);
         }
+        if self.migrating() && node != Node::Third {
+            self.abort();
+        }
+    }
+}
+
+impl Default for Log {
+    fn default() -> Log {
+        Log::new()
     }
 }

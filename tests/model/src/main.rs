@@ -1,166 +1,198 @@
-//! Checks the model and prints what was explored; with `--mutants` what is broken on purpose and must be found.
+//! `protocol-model`: counts out every history within bounds, or shows what each rule is for.
+
+use std::process::ExitCode;
 
 use clap::Parser;
-use protocol_model::{Bounds, Mutant, Protocol, SMALL, Verdict, worlds};
-use serde_json::json;
+use protocol_model::{Bounds, Counterexample, DEEP, Mutant, Outcome, USUAL, exhaust, hunt};
+use serde_json::{Value, json};
 
-/// Checks the protocol of ownership, leases and cutover in every order of its steps, within bounds.
+/// Checks the cutover and the storage fence in every order of their steps.
 #[derive(Parser)]
+#[command(version)]
 struct Args {
-    /// Break the protocol on purpose, in each way there is, and show the shortest history that proves it.
-    #[arg(long)]
-    mutants: bool,
-    /// Larger bounds; takes tens of minutes and several GiB.
-    #[arg(long)]
+    /// Larger bounds, for minutes instead of seconds.
+    #[arg(long, conflicts_with = "mutants")]
     deep: bool,
-    /// States to look at in each world at most.
-    #[arg(long, default_value_t = 60_000_000, value_parser = clap::value_parser!(u64).range(1..))]
-    states: u64,
-    /// Print one JSON object on stdout.
+    /// Leave out one rule after the other and find the shortest history that breaks; or one, with its history.
+    #[arg(long, value_name = "MUTANT", num_args = 0..=1, ignore_case = true)]
+    mutants: Option<Option<Mutant>>,
+    /// Print one JSON object instead of a table.
     #[arg(long)]
     json: bool,
 }
 
-fn main() -> std::process::ExitCode {
+fn main() -> ExitCode {
     let args = Args::parse();
-    let most = usize::try_from(args.states).unwrap_or(usize::MAX);
-    let good = match args.mutants {
-        true => mutants(&args, most),
-        false => check(&args, most),
+    let holds = match args.mutants {
+        Some(Some(mutant)) => history(mutant, args.json),
+        Some(None) => mutants(args.json),
+        None => bounds(if args.deep { &DEEP } else { &USUAL }, args.json),
     };
-    match good {
-        true => std::process::ExitCode::SUCCESS,
-        false => std::process::ExitCode::FAILURE,
+    if holds {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
     }
 }
 
-fn words(bounds: &Bounds) -> String {
-    format!(
-        "{} clocks, {} writes, {} re-keys, {} losses, {} crashes, {} aborts, {} lapses",
-        if bounds.clocks { "right" } else { "wrong" },
-        bounds.writes,
-        bounds.rekeys,
-        bounds.losses,
-        bounds.crashes,
-        bounds.aborts,
-        bounds.lapses
-    )
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-fn tell(violation: &(&'static str, Vec<protocol_model::Step>)) {
-    eprintln!("  violated: {}", violation.0);
-    for (nth, step) in violation.1.iter().enumerate() {
-        eprintln!("  {:3}  {step:?}", nth + 1);
-    }
-}
-
-fn check(args: &Args, most: usize) -> bool {
-    let (mut states, mut seconds, mut violations, mut all) = (0, 0.0, 0, Vec::new());
-    let mut exhaustive = true;
-    for bounds in worlds(args.deep) {
-        let verdict = Protocol {
-            bounds,
-            mutant: None,
-        }
-        .check(most);
-        states += verdict.states;
-        seconds += verdict.took.as_secs_f64();
-        exhaustive &= verdict.exhaustive;
-        eprintln!(
-            "{:>10} states, {} steps deep, {:6.1} s{}  {}",
-            verdict.states,
-            verdict.depth,
-            verdict.took.as_secs_f64(),
-            if verdict.exhaustive {
-                ""
-            } else {
-                " (cut short)"
-            },
-            words(&bounds)
+fn bounds(all: &[Bounds], json: bool) -> bool {
+    if !json {
+        println!(
+            "{:<32} {:>4} {:>6} {:>6} {:>6} {:>6} {:>11} {:>11} {:>5} {:>7}  result",
+            "bounds",
+            "migr",
+            "re-key",
+            "renew",
+            "faults",
+            "writes",
+            "states",
+            "steps",
+            "depth",
+            "seconds"
         );
-        if let Some(violation) = &verdict.violation {
-            violations += 1;
-            tell(violation);
-        } else if !verdict.never.is_empty() {
-            violations += 1;
-            eprintln!("  never reached: {}", verdict.never.join("; "));
-        }
-        all.push(world(&bounds, &verdict));
     }
-    if args.json {
-        let object = json!({ "worlds": all, "states": states, "seconds": seconds, "violations": violations, "exhaustive": exhaustive });
-        println!("{object}");
+    let mut outcomes = Vec::new();
+    for &bounds in all {
+        let outcome = exhaust(bounds, threads());
+        if !json {
+            row(&outcome);
+        }
+        outcomes.push(outcome);
+    }
+    let held = outcomes.iter().filter(|outcome| outcome.holds()).count();
+    let states: usize = outcomes.iter().map(|outcome| outcome.states).sum();
+    let seconds: f64 = outcomes.iter().map(|outcome| outcome.seconds).sum();
+    if json {
+        let of = format!("{} processors", threads());
+        let checks: Vec<Value> = outcomes.iter().map(object).collect();
+        let figures = json!([
+            { "name": "states", "value": states, "unit": "1" },
+            { "name": "seconds", "value": seconds, "unit": "s" },
+            { "name": "bounds", "value": outcomes.len(), "unit": "1" },
+            { "name": "violations", "value": outcomes.len() - held, "unit": "1" },
+        ]);
+        let all = json!({ "bench": "protocol-model", "machine": of, "figures": figures, "checks": checks });
+        println!("{all}");
     } else {
         println!(
-            "{states} states in {seconds:.1} s, {}: {violations} violations",
-            if exhaustive {
-                "every one within the bounds"
-            } else {
-                "cut short"
-            }
+            "{held} of {} bounds hold: {states} states in {seconds:.1} s",
+            outcomes.len()
         );
     }
-    violations == 0
+    held == outcomes.len()
 }
 
-fn world(bounds: &Bounds, verdict: &Verdict) -> serde_json::Value {
+fn row(outcome: &Outcome) {
+    let bounds = outcome.bounds;
+    let result = if outcome.holds() {
+        format!("holds, reached {}", outcome.reached)
+    } else {
+        "BROKEN".to_owned()
+    };
+    println!(
+        "{:<32} {:>4} {:>6} {:>6} {:>6} {:>6} {:>11} {:>11} {:>5} {:>7.1}  {result}",
+        bounds.name,
+        bounds.migrations,
+        bounds.rekeys,
+        bounds.renewals,
+        bounds.faults,
+        bounds.writes,
+        outcome.states,
+        outcome.steps,
+        outcome.depth,
+        outcome.seconds,
+    );
+    for broken in &outcome.broken {
+        println!("{broken}");
+    }
+    for name in &outcome.unreached {
+        println!("     never reached: {name}");
+    }
+}
+
+fn object(outcome: &Outcome) -> Value {
+    let bounds = outcome.bounds;
+    let broken: Vec<Value> = outcome.broken.iter().map(counterexample).collect();
     json!({
-        "bounds": words(bounds),
-        "states": verdict.states,
-        "depth": verdict.depth,
-        "seconds": verdict.took.as_secs_f64(),
-        "exhaustive": verdict.exhaustive,
-        "violated": verdict.violation.as_ref().map(|violation| violation.0),
-        "never": verdict.never,
+        "bounds": bounds.name,
+        "migrations": bounds.migrations,
+        "rekeys": bounds.rekeys,
+        "renewals": bounds.renewals,
+        "faults": bounds.faults,
+        "writes": bounds.writes,
+        "leases_hold": bounds.leases_hold,
+        "states": outcome.states,
+        "steps": outcome.steps,
+        "depth": outcome.depth,
+        "seconds": outcome.seconds,
+        "holds": outcome.holds(),
+        "broken": broken,
+        "reached": outcome.reached,
+        "unreached": outcome.unreached,
     })
 }
 
-fn mutants(args: &Args, most: usize) -> bool {
-    let mut found = Vec::new();
-    for mutant in Mutant::ALL {
-        let caught = protocol_model::catch(mutant, most);
-        match &caught {
-            Some((bounds, verdict, violation)) => eprintln!(
-                "{mutant:?}: {} after {} steps ({} states; {})",
-                violation.0,
-                violation.1.len(),
-                verdict.states,
-                words(bounds)
-            ),
-            None => eprintln!("{mutant:?}: NOT FOUND"),
-        }
-        found.push((mutant, caught));
-    }
-    let caught = found.iter().filter(|(_, caught)| caught.is_some()).count();
-    if args.json {
-        let mutants: Vec<_> = found
-            .iter()
-            .map(|(mutant, caught)| {
-                json!({
-                    "mutant": format!("{mutant:?}"),
-                    "violated": caught.as_ref().map(|(.., violation)| violation.0),
-                    "steps": caught.as_ref().map(|(.., violation)| violation.1.len()),
-                })
-            })
-            .collect();
-        println!("{}", json!({ "mutants": mutants, "caught": caught }));
-    } else {
-        println!("{caught} of {} mutants found", found.len());
-    }
-    // The protocol itself stands in the same bounds.
-    let stands = [SMALL, wrong(SMALL)].into_iter().all(|bounds| {
-        let whole = Protocol {
-            bounds,
-            mutant: None,
-        };
-        whole.check(most).violation.is_none()
-    });
-    stands && caught == found.len()
+fn counterexample(found: &Counterexample) -> Value {
+    let steps: Vec<String> = found.steps.iter().map(ToString::to_string).collect();
+    json!({ "property": found.property, "length": steps.len(), "steps": steps })
 }
 
-fn wrong(bounds: Bounds) -> Bounds {
-    Bounds {
-        clocks: false,
-        ..bounds
+fn mutants(json: bool) -> bool {
+    let all: Vec<(Mutant, Option<Counterexample>)> = Mutant::ALL
+        .into_iter()
+        .map(|mutant| (mutant, hunt(mutant)))
+        .collect();
+    let caught = all.iter().filter(|(_, found)| found.is_some()).count();
+    if json {
+        let mutants: Vec<Value> = all.iter().map(|(mutant, found)| {
+            json!({ "mutant": format!("{mutant:?}"), "counterexample": found.as_ref().map(counterexample) })
+        }).collect();
+        let of = format!("{} processors", threads());
+        let figures = json!([
+            { "name": "mutants", "value": all.len(), "unit": "1" },
+            { "name": "mutants_caught", "value": caught, "unit": "1" },
+        ]);
+        let all = json!({ "bench": "protocol-model mutants", "machine": of, "figures": figures, "mutants": mutants });
+        println!("{all}");
+    } else {
+        println!("{:<30} {:>5}  what breaks", "mutant", "steps");
+        for (mutant, found) in &all {
+            match found {
+                Some(found) => {
+                    let name = format!("{mutant:?}");
+                    println!("{name:<30} {:>5}  {}", found.steps.len(), found.property);
+                }
+                None => println!("{mutant:?}: MISSED"),
+            }
+        }
+        println!("{caught} of {} mutants caught", all.len());
     }
+    caught == all.len()
+}
+
+fn history(mutant: Mutant, json: bool) -> bool {
+    let found = hunt(mutant);
+    match &found {
+        Some(found) if json => {
+            let name = format!("{mutant:?}");
+            println!(
+                "{}",
+                json!({ "mutant": name, "counterexample": counterexample(found) })
+            );
+        }
+        Some(found) => println!(
+            "{found}\n{mutant:?} is caught in {} steps",
+            found.steps.len()
+        ),
+        None if Mutant::SPARE.contains(&mutant) => {
+            println!("{mutant:?} breaks nothing: the other rules make up for it");
+            return true;
+        }
+        None => eprintln!("{mutant:?}: MISSED"),
+    }
+    found.is_some()
 }

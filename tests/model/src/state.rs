@@ -1,174 +1,103 @@
-//! What the world is like at one moment.
+//! One state of the whole: the log, the three nodes and the storage server.
 
-use crate::log::{Command, Log};
+use crate::host::{Guest, Host, Node};
+use crate::log::{Log, Phase, Token};
+use crate::storage::{Group, Storage};
 
-/// A node: the source, the destination, and one that only takes over.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum NodeId {
-    /// Where the machine runs at the beginning.
-    S,
-    /// Where it migrates to.
-    D,
-    /// The third.
-    T,
-}
-
-impl NodeId {
-    /// All of them.
-    pub const ALL: [NodeId; 3] = [NodeId::S, NodeId::D, NodeId::T];
-}
-
-/// A fencing token.
-pub type Token = u8;
-
-/// What a node's monitor of the machine is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Phase {
-    /// There is none.
-    Idle,
-    /// It runs the guest.
-    Running(Token),
-    /// Its lease ran out while it ran.
-    Frozen(Token),
-    /// A source that has said *quiet*: it runs again only by an applied abort.
-    Quiet(Token),
-    /// Its I/O is held: it has asked for a fresh token in place of this one.
-    Rekeying {
-        /// The token it had.
-        old: Token,
-        /// A WRITE of the old token is unanswered: settle before running.
-        settle: bool,
-    },
-    /// A SETATTR of this token is out.
-    Claiming {
-        /// The token.
-        token: Token,
-        /// The server has executed it.
-        executed: bool,
-        /// It must settle before it runs.
-        settle: bool,
-    },
-    /// The claim was acknowledged.
-    Claimed {
-        /// The token.
-        token: Token,
-        /// It must still settle.
-        settle: bool,
-    },
-    /// A read that began after the acknowledgement showed the token current (or, in a destination, the cutover
-    /// applied): it may run.
-    Confirmed(Token),
-}
-
-/// A node.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Node {
-    /// Its monitor.
-    pub phase: Phase,
-    /// It is there at all.
-    pub alive: bool,
-    /// It holds its lease.
-    pub lease: bool,
-    /// Declared lost, and not registered since.
-    pub lost: bool,
-    /// Counts its registrations.
-    pub session: u8,
-    /// The newest token that it has begun to claim in this life.
-    pub begun: Token,
-    /// Its monitor has the guest's memory of before the migration, or a copy of it.
-    pub image: bool,
-}
-
-/// Where a WRITE is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum WriteAt {
-    /// On its way to the server.
-    Sent,
-    /// The server has let it through; it lands later.
-    Checked,
-}
-
-/// A WRITE that has not landed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Write {
-    /// Whose.
-    pub node: NodeId,
-    /// The token under which its guest ran.
-    pub token: Token,
-    /// Where it is.
-    pub at: WriteAt,
-}
-
-/// Everything.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+/// Everything that a step may depend on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct State {
-    /// The log.
+    /// What was applied.
     pub log: Log,
-    /// Commands that were proposed and not yet committed, in order (their order does not matter).
-    pub proposals: Vec<Command>,
-    /// The nodes, S, D, T.
-    pub nodes: [Node; 3],
-    /// The disk file's group.
-    pub group: u8,
-    /// SETATTRs on their way, by the group they set.
-    pub setattrs: Vec<u8>,
-    /// WRITEs on their way.
-    pub writes: Vec<Write>,
-    /// The newest token under which a guest has run.
-    pub activated: Token,
-    /// A WRITE of an older activation landed after a newer one had begun.
+    /// The nodes, by [`Node`].
+    pub hosts: [Host; 3],
+    /// The server.
+    pub storage: Storage,
+    /// The newest token that a guest began to run under.
+    pub newest_run: Token,
+    /// A WRITE landed after a guest had begun to run under a newer token.
     pub landed_late: bool,
-    /// What has been used of the bounds.
-    pub used: Used,
-}
-
-/// What has been used of the bounds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Used {
-    /// WRITEs sent.
-    pub writes: u8,
-    /// Tokens asked for without need, or because a claim was burnt.
-    pub rekeys: u8,
-    /// Nodes declared lost.
-    pub losses: u8,
-    /// Crashes.
-    pub crashes: u8,
-    /// Aborts proposed.
-    pub aborts: u8,
-    /// Leases run out.
-    pub lapses: u8,
+    /// Faults so far.
+    pub faults: u8,
 }
 
 impl State {
-    /// That node.
-    pub fn node(&self, id: NodeId) -> &Node {
-        &self.nodes[id as usize]
-    }
-
-    /// That node.
-    pub(crate) fn node_mut(&mut self, id: NodeId) -> &mut Node {
-        &mut self.nodes[id as usize]
-    }
-
-    /// Who runs the guest.
-    pub fn running(&self) -> impl Iterator<Item = (NodeId, Token)> + '_ {
-        NodeId::ALL
-            .into_iter()
-            .filter_map(|id| match self.node(id).phase {
-                Phase::Running(token) => Some((id, token)),
-                _ => None,
-            })
-    }
-
-    /// Whether a node has WRITEs without an answer.
-    pub(crate) fn unanswered(&self, id: NodeId) -> bool {
-        self.writes.iter().any(|write| write.node == id)
-    }
-
-    /// Proposes a command, unless the same one is on its way.
-    pub(crate) fn propose(&mut self, command: Command) {
-        if let Err(at) = self.proposals.binary_search(&command) {
-            self.proposals.insert(at, command);
+    /// The machine runs on the source under token 1, which the file bears.
+    pub fn new(group: Group) -> State {
+        let mut hosts = [Host::IDLE; 3];
+        hosts[Node::Source as usize] = Host {
+            guest: Guest::Running,
+            token: 1,
+            image: 1,
+            begun: 1,
+            ..Host::IDLE
+        };
+        State {
+            log: Log::new(),
+            hosts,
+            storage: Storage::new(group),
+            newest_run: 1,
+            landed_late: false,
+            faults: 0,
         }
+    }
+
+    /// One node.
+    pub fn host(&self, node: Node) -> &Host {
+        &self.hosts[node as usize]
+    }
+
+    /// One node, to be changed.
+    pub fn host_mut(&mut self, node: Node) -> &mut Host {
+        &mut self.hosts[node as usize]
+    }
+
+    /// Whether the guest on `node` executes.
+    pub fn runs(&self, node: Node) -> bool {
+        self.host(node).guest == Guest::Running
+    }
+
+    /// How many copies execute.
+    pub fn running(&self) -> usize {
+        Node::ALL
+            .into_iter()
+            .filter(|&node| self.runs(node))
+            .count()
+    }
+
+    /// Whether the machine is `node`'s, with the image that its monitor holds.
+    pub fn is_live(&self, node: Node) -> bool {
+        let host = self.host(node);
+        let ours = self.log.owner == Some(node);
+        match host.guest {
+            Guest::None => false,
+            Guest::Receiving => {
+                ours && self.log.migration.phase == Phase::CutOver
+                    && self.log.image == self.log.migration.reserved
+            }
+            Guest::Running | Guest::Frozen | Guest::Held | Guest::Quiet => {
+                ours && self.log.image == host.image
+            }
+        }
+    }
+
+    /// Whether the monitor on `node` may never run again, as whoever has applied everything knows.
+    pub fn is_void(&self, node: Node) -> bool {
+        let receives = self.host(node).guest == Guest::Receiving && self.log.migrating();
+        self.host(node).guest != Guest::None && !receives && !self.is_live(node)
+    }
+
+    /// Whether a WRITE of the guest on `node`, under its present token, has no answer.
+    pub fn unanswered(&self, node: Node) -> bool {
+        let token = self.host(node).token;
+        self.storage
+            .writes()
+            .any(|write| write.node == node && write.token == token)
+    }
+
+    /// Whether `node` has a part in the machine: a fault of any other changes nothing.
+    pub fn has_part(&self, node: Node) -> bool {
+        let host = self.host(node);
+        host.guest != Guest::None || host.claim != 0 || self.log.owner == Some(node)
     }
 }
