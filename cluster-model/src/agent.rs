@@ -379,10 +379,20 @@ impl Owned<'_> {
     fn without_monitor(&self) -> Option<Act> {
         let record = self.record();
         let vm = self.vm.id;
-        if let Some(migration) = self.state.active_migration(vm)
-            && self.view.quiet_lost.contains(&migration.id)
-        {
+        let migration = self.state.active_migration(vm);
+        if migration.is_some_and(|migration| self.view.quiet_lost.contains(&migration.id)) {
             return None;
+        }
+        if let Some(migration) = migration
+            && !record.activated
+        {
+            // Re-keyed on the way, and gone before it ran again. It may have said quiet, and then the destination
+            // may cut over: nothing starts here before that is decided.
+            return Some(Act::ProposeAbort {
+                vm,
+                migration: migration.id,
+                reason: "the source's monitor is gone".to_owned(),
+            });
         }
         if record.activated {
             return Some(self.release(ReleaseReason::MonitorEnded(

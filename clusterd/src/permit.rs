@@ -14,9 +14,9 @@ use cluster_model::{ClusterState, LogIndex, MigrationState, NodeId, OwnershipCau
 use proto::monitor as wire;
 
 use crate::broker::ClaimAck;
-use crate::clock::Clock;
+use crate::member::Member;
 use crate::monitors::{Monitor, MonitorError};
-use crate::raft::{RaftHandle, ReadError};
+use crate::raft::ReadError;
 
 /// What the log says now, linearizably.
 #[derive(Debug)]
@@ -25,6 +25,9 @@ pub struct Confirm {
     /// When it was asked for, CLOCK_BOOTTIME; `None`: it stands by a cutover entry, which came after the
     /// acknowledged claim that it names.
     begun_boottime_ns: Option<u64>,
+    /// The end of the lease that was held before the log was looked at: what was read is good that long. A later
+    /// lease may have been granted after the machine went to another node.
+    lease_deadline_ns: u64,
 }
 
 impl Confirm {
@@ -32,23 +35,27 @@ impl Confirm {
     ///
     /// # Errors
     /// When no quorum confirms it in time.
-    pub async fn read(raft: &RaftHandle, clock: &Clock) -> Result<Confirm, ReadError> {
+    pub async fn read(member: &Member) -> Result<Confirm, ReadError> {
+        let (raft, clock) = (&member.raft, &member.clock);
+        let lease_deadline_ns = member.lease.borrow().deadline_ns;
         let begun = clock.boottime_ns();
         raft.read_index().await?;
         let state = raft.state().borrow().clone();
         Ok(Confirm {
             state,
             begun_boottime_ns: Some(begun),
+            lease_deadline_ns,
         })
     }
 
     /// The applied cutover of `vm` to `node`, with the claim that it names: the destination proposes it
     /// only when every file has acknowledged that token, and `apply` compares the token. `None` when the
-    /// machine is not owned by such an entry.
+    /// machine is not owned by such an entry. `lease_deadline_ns` was read before `state`.
     pub fn by_cutover(
         state: &Arc<ClusterState>,
         vm: VmId,
         node: NodeId,
+        lease_deadline_ns: u64,
     ) -> Option<(ClaimAck, Confirm)> {
         let record = &state.vms.get(&vm)?.ownership;
         let cut_over = record.cause == OwnershipCause::Cutover && record.owner == Some(node);
@@ -57,6 +64,7 @@ impl Confirm {
             let confirm = Confirm {
                 state: state.clone(),
                 begun_boottime_ns: None,
+                lease_deadline_ns,
             };
             (claim, confirm)
         })
@@ -136,10 +144,10 @@ impl RunPermit {
         claim: ClaimAck,
         confirm: &Confirm,
         monitor: &wire::MonitorStatus,
-        lease_deadline_ns: u64,
         now_boottime_ns: u64,
     ) -> Result<RunPermit, PermitError> {
         let (vm, token) = (claim.vm(), claim.token());
+        let lease_deadline_ns = confirm.lease_deadline_ns;
         if monitor.vm_id != vm.0 {
             return Err(PermitError::OtherMachine {
                 claimed: vm,

@@ -717,6 +717,26 @@ fn a_machine_whose_quiet_source_died_waits_for_its_destination() {
 }
 
 #[test]
+fn a_source_whose_monitor_is_gone_starts_nothing_while_its_migration_is_open() {
+    let mut world = world();
+    let vm = world.running("a", 64, S);
+    let (migration, _) = world.migrate(vm, D);
+    // Re-keyed on the way; the entry that it runs under the fresh token was never committed.
+    world.rekey(vm, false);
+    let acts = decide(&world.state, &view(&world, S, vec![]));
+    assert!(
+        matches!(acts[..], [Act::ProposeAbort { migration: asked, .. }] if asked == migration),
+        "{acts:?}"
+    );
+    world.abort(migration);
+    let acts = decide(&world.state, &view(&world, S, vec![]));
+    assert!(
+        matches!(acts[..], [Act::Start { .. } | Act::Rekey { .. }]),
+        "{acts:?}"
+    );
+}
+
+#[test]
 fn before_its_registration_is_applied_a_life_begins_nothing() {
     let mut world = world();
     let vm = world.create("a", 64);

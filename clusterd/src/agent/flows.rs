@@ -233,7 +233,7 @@ impl Flow {
                 return monitor.map(drop);
             }
         };
-        let confirm = Confirm::read(&self.member.raft, &self.member.clock).await?;
+        let confirm = Confirm::read(&self.member).await?;
         self.permit(claim, &confirm, &monitor).await?;
         self.activated(id, token).await
     }
@@ -295,13 +295,11 @@ impl Flow {
         monitor: &Monitor,
     ) -> Result<wire::RunReply, ActError> {
         failpoint::reach("agent.before_permit").await?;
-        let deadline_ns = self.member.lease.borrow().deadline_ns;
         let permit = RunPermit::new(
             self.member.node,
             claim,
             confirm,
             &monitor.status,
-            deadline_ns,
             self.member.clock.boottime_ns(),
         )?;
         let ran = permit.send(monitor).await;
@@ -346,7 +344,7 @@ impl Flow {
             }
             Err(error) => return Err(error),
         };
-        let confirm = Confirm::read(&self.member.raft, &self.member.clock).await?;
+        let confirm = Confirm::read(&self.member).await?;
         // The monitor is told a token only after the log said that it is current.
         cluster_model::agent::permit_allowed(confirm.state(), id, self.member.node, token)
             .map_err(PermitError::from)?;
@@ -366,7 +364,7 @@ impl Flow {
     async fn thaw(&self, vm: VmId, nonce: u64) -> Result<(), ActError> {
         let monitor = self.member.monitors.get(nonce)?;
         let claim = ClaimAck::of_a_machine_that_ran(&monitor.status).ok_or(ActError::NoClaim)?;
-        let confirm = Confirm::read(&self.member.raft, &self.member.clock).await?;
+        let confirm = Confirm::read(&self.member).await?;
         self.permit(claim, &confirm, &monitor).await?;
         tracing::info!(%vm, "thawed: the lease is back and the token has not moved");
         metrics::counter!("clusterd_lease_thaws_total").increment(1);

@@ -294,7 +294,10 @@ impl Flow {
         nonce: u64,
     ) -> Result<(), ActError> {
         let mut monitor = self.member.monitors.get(nonce)?;
-        let (claim, confirm) = Confirm::by_cutover(&self.state, vm, self.member.node)
+        let lease_deadline_ns = self.member.lease.borrow().deadline_ns;
+        let state = self.member.state();
+        let node = self.member.node;
+        let (claim, confirm) = Confirm::by_cutover(&state, vm, node, lease_deadline_ns)
             .filter(|(claim, _)| claim.token() == token)
             .ok_or(ActError::NoCutover)?;
         if monitor.token() != token {

@@ -36,6 +36,7 @@ fn confirm(state: ClusterState, begun_ns: u64) -> Confirm {
     Confirm {
         state: Arc::new(state),
         begun_boottime_ns: Some(begun_ns),
+        lease_deadline_ns: DEADLINE_NS,
     }
 }
 
@@ -54,7 +55,7 @@ fn permit(
     confirm: &Confirm,
     monitor: &wire::MonitorStatus,
 ) -> Result<RunPermit, PermitError> {
-    RunPermit::new(ME, claim, confirm, monitor, DEADLINE_NS, 1_000)
+    RunPermit::new(ME, claim, confirm, monitor, 1_000)
 }
 
 fn claim() -> ClaimAck {
@@ -129,7 +130,7 @@ fn a_claim_of_another_machine_or_token_is_refused() {
 fn a_lease_that_ran_out_is_refused() {
     let confirm = confirm(state(OwnershipCause::Start), 600);
     for now_ns in [DEADLINE_NS, DEADLINE_NS + 1] {
-        let refused = RunPermit::new(ME, claim(), &confirm, &monitor(), DEADLINE_NS, now_ns);
+        let refused = RunPermit::new(ME, claim(), &confirm, &monitor(), now_ns);
         assert!(matches!(refused, Err(PermitError::LeasePassed { .. })));
     }
 }
@@ -159,11 +160,11 @@ fn a_monitor_that_never_ran_proves_no_claim() {
 #[test]
 fn only_a_cutover_to_this_node_stands_for_claim_and_confirm() {
     let cut_over = Arc::new(state(OwnershipCause::Cutover));
-    let (claim, confirm) = Confirm::by_cutover(&cut_over, VM, ME).unwrap();
+    let (claim, confirm) = Confirm::by_cutover(&cut_over, VM, ME, DEADLINE_NS).unwrap();
     assert!(permit(claim, &confirm, &monitor()).is_ok());
-    assert!(Confirm::by_cutover(&cut_over, VM, NodeId(4)).is_none());
+    assert!(Confirm::by_cutover(&cut_over, VM, NodeId(4), DEADLINE_NS).is_none());
     let started = Arc::new(state(OwnershipCause::Start));
-    assert!(Confirm::by_cutover(&started, VM, ME).is_none());
+    assert!(Confirm::by_cutover(&started, VM, ME, DEADLINE_NS).is_none());
 }
 
 #[test]
