@@ -437,9 +437,16 @@ impl Owned<'_> {
                         .unwrap_or_else(|| "it gave no reason".to_owned()),
                 )),
             ],
+            // The record settles after a forced stop; any other that left something behind is as good as a crash.
+            MonitorPhase::Stopped if monitor.undrained && !self.vm.stop_forced => {
+                vec![self.release(ReleaseReason::MonitorEnded(
+                    "it stopped before its disks were drained".to_owned(),
+                ))]
+            }
+            // One that was told to stop did not do so of its own will: if it is to run again by now, it will.
             MonitorPhase::Stopped => vec![self.release(match self.vm.desired {
-                Desired::Stopped => ReleaseReason::Stopped,
-                Desired::Running => ReleaseReason::GuestShutDown,
+                Desired::Running if !monitor.stop_asked => ReleaseReason::GuestShutDown,
+                Desired::Running | Desired::Stopped => ReleaseReason::Stopped,
             })],
             // Its status is behind the log by a moment, or it lies about it; both wait.
             MonitorPhase::Incoming => Vec::new(),
@@ -548,7 +555,8 @@ impl Owned<'_> {
                 token: record.token,
             }];
         }
-        if self.vm.desired == Desired::Stopped {
+        // A stop that has begun is finished, whatever was asked since: its vCPUs may stand still already.
+        if self.vm.desired == Desired::Stopped || monitor.stop_asked {
             return vec![Act::StopGuest {
                 vm,
                 token: record.token,

@@ -31,7 +31,8 @@ pub struct Envelope {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ReleaseReason {
-    /// It was stopped as asked; its disks are flushed and nothing is outstanding.
+    /// It was stopped as asked; its disks are flushed and nothing is outstanding. What is asked for now stands: a
+    /// machine that was told to start while it stopped is started again.
     Stopped,
     /// The guest shut itself down; disks flushed, nothing outstanding. It should not run any more.
     GuestShutDown,

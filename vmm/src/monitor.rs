@@ -73,6 +73,10 @@ struct State {
     cutover_permit: Option<RunPermit>,
     incoming_addresses: Vec<String>,
     migration: Option<migration::Migration>,
+    /// It was told to stop.
+    stop_asked: bool,
+    /// It stopped without its disks drained.
+    undrained: bool,
 }
 
 /// Something that happened to the machine by itself.
@@ -197,6 +201,8 @@ impl Monitor {
             cutover_permit: None,
             incoming_addresses: Vec::new(),
             migration: None,
+            stop_asked: false,
+            undrained: false,
         };
         let monitor = Arc::new(Monitor {
             nonce: draw_nonce(),
@@ -439,6 +445,7 @@ impl Monitor {
         let _operation = self.operation.lock().await;
         let phase = self.lock().phase;
         phase.after(Event::ShutDown)?;
+        self.lock().stop_asked = true;
         self.shut_down(phase, force).await?;
         self.step(Event::ShutDown)?;
         Ok(())
@@ -449,6 +456,7 @@ impl Monitor {
         let gate = self.platform.machine.gate().clone();
         let drains = phase.is_running() && !force;
         if !drains {
+            self.lock().undrained = true;
             blocking(move || gate.close()).await?;
             return Ok(());
         }

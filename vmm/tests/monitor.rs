@@ -156,7 +156,9 @@ async fn a_stop_flushes_and_a_quit_with_an_old_token_is_refused() {
         })
         .await
         .unwrap();
-    assert_eq!(monitor.status().await.phase(), Phase::Stopped);
+    let status = monitor.status().await;
+    assert_eq!(status.phase(), Phase::Stopped);
+    assert!(status.stop_asked && !status.undrained, "{status:?}");
     assert_eq!(
         monitor.run(5, LEASE).await.unwrap_err().code(),
         Code::FailedPrecondition

@@ -166,13 +166,16 @@ impl Memory {
         for nonce in &ended.nonces {
             self.ending.remove(nonce);
         }
-        if ended.is_flow {
-            self.flows.remove(&ended.vm);
-        }
+        let kind = ended
+            .is_flow
+            .then(|| self.flows.remove(&ended.vm))
+            .flatten();
         if ended.failed {
             let failures = self.failures.entry(ended.vm).or_default();
             *failures = failures.saturating_add(1);
-        } else {
+        } else if kind != Some(FlowKind::Propose) {
+            // A re-key between two claims that fail is no success: while a storage server is away, tokens are burnt
+            // ever more slowly.
             self.failures.remove(&ended.vm);
         }
         for learnt in ended.learnt {

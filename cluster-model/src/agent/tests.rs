@@ -28,6 +28,8 @@ fn monitor(vm: VmId, token: Token, phase: MonitorPhase) -> MonitorView {
         phase,
         said_quiet: phase == MonitorPhase::Quiet,
         writes_unanswered: false,
+        stop_asked: false,
+        undrained: false,
         migration: None,
         failure: None,
         lease_deadline_passed: false,
@@ -701,6 +703,99 @@ fn after_the_cutover_a_complete_image_runs_and_a_lost_one_boots_anew_with_settle
         decide(&world.state, &view(&world, D, vec![complete])),
         vec![Act::ReportMigration { vm, migration }]
     );
+}
+
+#[test]
+fn a_stop_that_has_begun_is_finished_and_a_start_asked_for_meanwhile_stands() {
+    let mut world = world();
+    let vm = world.running("a", 64, S);
+    let token = world.vm(vm).ownership.token;
+    let told = |phase, undrained| MonitorView {
+        stop_asked: true,
+        undrained,
+        ..monitor(vm, token, phase)
+    };
+    // Stop, and start again before the disks were drained: the record says that it should run.
+    world.desire(vm, Desired::Stopped);
+    world.desire(vm, Desired::Running);
+    let seen = view(&world, S, vec![told(MonitorPhase::Running, false)]);
+    let acts = decide(&world.state, &seen);
+    assert!(matches!(acts[..], [Act::StopGuest { .. }]), "{acts:?}");
+
+    let seen = view(&world, S, vec![told(MonitorPhase::Stopped, false)]);
+    let acts = decide(&world.state, &seen);
+    let [Act::Release { reason, .. }] = &acts[..] else {
+        panic!("{acts:?}");
+    };
+    assert_eq!(*reason, ReleaseReason::Stopped);
+    world.done(Command::Release {
+        vm,
+        node: S,
+        expects: token,
+        reason: reason.clone(),
+    });
+    assert_eq!(world.vm(vm).desired, Desired::Running);
+    assert!(!world.vm(vm).ownership.settle);
+}
+
+#[test]
+fn a_machine_that_stopped_with_writes_under_way_has_its_next_owner_settle() {
+    let mut world = world();
+    let vm = world.running("a", 64, S);
+    let token = world.vm(vm).ownership.token;
+    for stop_asked in [false, true] {
+        let stopped = MonitorView {
+            stop_asked,
+            undrained: true,
+            ..monitor(vm, token, MonitorPhase::Stopped)
+        };
+        let acts = decide(&world.state, &view(&world, S, vec![stopped]));
+        assert!(
+            matches!(
+                &acts[..],
+                [Act::Release {
+                    reason: ReleaseReason::MonitorEnded(_),
+                    ..
+                }]
+            ),
+            "{acts:?}"
+        );
+    }
+}
+
+#[test]
+fn claims_that_fail_are_tried_ever_more_slowly_though_the_re_keys_between_them_succeed() {
+    let mut world = world();
+    let vm = world.create("a", 64);
+    world.start(vm, S);
+    let mut memory = Memory::default();
+    let mut pauses = Vec::new();
+    for _ in 0..4 {
+        let sight = Sight {
+            me: S,
+            incarnation: Incarnation(1),
+            session_since: Some(LogIndex(6)),
+            lease_valid: true,
+            ..Sight::default()
+        };
+        let [work] = &memory.look(&world.state, sight)[..] else {
+            panic!("one act");
+        };
+        let claims = matches!(work.acts[..], [Act::Start { .. }]);
+        if claims {
+            pauses.push(work.failures);
+        } else {
+            world.rekey(vm, true);
+        }
+        memory.take_in(Ended {
+            vm,
+            nonces: Vec::new(),
+            is_flow: true,
+            failed: claims,
+            learnt: Vec::new(),
+        });
+    }
+    assert_eq!(pauses, [0, 1]);
 }
 
 #[test]

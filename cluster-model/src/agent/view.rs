@@ -81,6 +81,10 @@ pub struct MonitorView {
     pub said_quiet: bool,
     /// A WRITE of its present token has no answer.
     pub writes_unanswered: bool,
+    /// It was told to stop: when it ends, that is why.
+    pub stop_asked: bool,
+    /// It stopped without its disks drained: writes may be under way.
+    pub undrained: bool,
     /// The migration that it has, or last had, a part in.
     pub migration: Option<MonitorMigration>,
     /// Why it failed.

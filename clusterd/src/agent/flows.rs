@@ -188,7 +188,7 @@ impl Flow {
             // The next decision re-keys: the token counts as begun.
             Err(ActError::Broker(error @ BrokerError::Burnt { .. })) => {
                 tracing::warn!(%vm, %error, "the token is burnt");
-                Ok(())
+                Err(error.into())
             }
             // Neither is the machine's fault; it is decided anew under a fresh token.
             Err(
@@ -340,7 +340,7 @@ impl Flow {
                 error @ (BrokerError::Burnt { .. } | BrokerError::ClaimRefused { .. }),
             )) => {
                 tracing::warn!(vm = %id, %error, "the token is burnt");
-                return Ok(());
+                return Err(error.into());
             }
             Err(error) => return Err(error),
         };

@@ -31,6 +31,8 @@ fn monitor_view(me: NodeId, state: &ClusterState, monitor: &Monitor, now_ns: u64
         phase: phase(status.phase()),
         said_quiet: status.said_quiet,
         writes_unanswered: status.writes_unanswered,
+        stop_asked: status.stop_asked,
+        undrained: status.undrained,
         migration: monitor.migration().map(|id| MonitorMigration {
             id,
             side: side(me, state, monitor, id),

@@ -61,7 +61,7 @@ pub enum Step {
 
 /// Why a step went wrong.
 enum Trouble {
-    /// The token is burnt; the next decision knows what to do.
+    /// The token is burnt; the next decision, after a pause, knows what to do.
     Burnt,
     /// The start failed for another reason.
     Start(String),
@@ -234,6 +234,7 @@ impl World {
                 if starts && let Some(nonce) = flow.nonce {
                     self.end_monitor(node, nonce, "its token was not claimed");
                 }
+                flow.failed = true;
             }
             Trouble::Start(why) => {
                 if let Some(Act::Start { vm, token, .. }) = act {

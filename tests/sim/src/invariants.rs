@@ -1,6 +1,7 @@
 //! What must hold in every history, checked after every event; each in a file of its own.
 
 mod all_end;
+mod asked;
 mod claimed;
 mod fit;
 mod leases;
@@ -95,6 +96,7 @@ pub fn commit(world: &mut World, entry: Entry) {
     one_end::check(world, &before);
     fit::check(world, &before, &envelope.command, reply.as_ref());
     reasons::check(world, &before, &envelope);
+    asked::check(world, &before, &envelope.command);
 }
 
 /// A replica applied an entry.

@@ -129,6 +129,8 @@ impl Monitor {
             phase: self.phase,
             said_quiet: self.said_quiet,
             writes_unanswered: self.in_doubt || self.writes_unanswered(),
+            stop_asked: self.stop_asked,
+            undrained: false,
             migration: self.part.as_ref().map(|part| MonitorMigration {
                 id: part.id,
                 side: part.side,

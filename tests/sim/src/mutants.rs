@@ -48,11 +48,13 @@ pub enum Mutant {
     VoidMonitorsStay,
     /// A re-key never settles.
     RekeyWithoutSettle,
+    /// A machine that stopped because it was told to is taken for one that shut itself down.
+    StopTakenForShutDown,
 }
 
 impl Mutant {
     /// Every one of them.
-    pub const ALL: [Mutant; 21] = [
+    pub const ALL: [Mutant; 22] = [
         Mutant::NoConfirm,
         Mutant::ConfirmIsLocal,
         Mutant::LeaseWithoutQuorum,
@@ -74,6 +76,7 @@ impl Mutant {
         Mutant::NoCompareAndSet,
         Mutant::VoidMonitorsStay,
         Mutant::RekeyWithoutSettle,
+        Mutant::StopTakenForShutDown,
     ];
 }
 
@@ -82,6 +85,9 @@ pub fn as_seen(mutant: Option<Mutant>, mut view: MonitorView) -> MonitorView {
     if mutant == Some(Mutant::QuietSourceThaws) && view.phase == MonitorPhase::Quiet {
         view.phase = MonitorPhase::Frozen;
         view.said_quiet = false;
+    }
+    if mutant == Some(Mutant::StopTakenForShutDown) {
+        view.stop_asked = false;
     }
     view
 }

@@ -37,6 +37,8 @@ impl Monitor {
             incoming_addresses: state.incoming_addresses.clone(),
             said_quiet: state.said_quiet,
             writes_unanswered: machine.disks().iter().any(|disk| disk.writes_unanswered()),
+            stop_asked: state.stop_asked,
+            undrained: state.undrained,
         }
     }
 
