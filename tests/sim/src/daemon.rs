@@ -112,11 +112,11 @@ impl World {
             Message::Raft(message) => {
                 let Place::Daemon(peer) = from else { return };
                 let heard = matches!(message, crate::raft::RaftMessage::Append { .. });
-                let (term, commit) = (self.hosts[node].raft.term, self.hosts[node].raft.commit);
+                let (vote, commit) = (self.hosts[node].raft.vote, self.hosts[node].raft.commit);
                 let out = self.hosts[node].raft.take_in(peer, message);
                 let raft = &self.hosts[node].raft;
-                if raft.term < term || raft.commit < commit || raft.log.len() < raft.commit {
-                    let what = format!("term, commit or log of n{} fell back", node + 1);
+                if raft.vote < vote || raft.commit < commit || raft.log.len() < raft.commit {
+                    let what = format!("vote, commit or log of n{} fell back", node + 1);
                     self.violate("log only grows", what);
                 }
                 if heard && self.hosts[node].raft.leader == Some(peer) {
@@ -194,7 +194,7 @@ impl World {
     /// The leader writes a command down, and tells whoever asked what came of it.
     pub fn leader_propose(&mut self, node: usize, from: Place, rpc: u64, envelope: Arc<Envelope>) {
         let raft = &mut self.hosts[node].raft;
-        let term = raft.term;
+        let asked_in = raft.vote;
         let Some(index) = raft.propose(Some(envelope)) else {
             self.send(
                 Place::Daemon(node),
@@ -209,7 +209,7 @@ impl World {
                 .waiting
                 .entry(index)
                 .or_default()
-                .push((from, rpc, term));
+                .push((from, rpc, asked_in));
         }
         self.raft_out(node, out);
     }
@@ -272,7 +272,7 @@ impl World {
                 received,
             } => {
                 let now_ns = self.clock(node) * 1_000;
-                let term = self.hosts[node].raft.term;
+                let term = self.hosts[node].raft.vote.term;
                 let early = self.mutant == Some(Mutant::LostTooEarly);
                 let Some(daemon) = self.daemon(node) else {
                     return;
@@ -377,9 +377,9 @@ impl World {
     /// Applies what is committed.
     pub fn apply(&mut self, node: usize) {
         self.learn_commits(node);
-        let (commit, term, leads) = {
+        let (commit, vote, leads) = {
             let raft = &self.hosts[node].raft;
-            (raft.commit, raft.term, raft.role == Role::Leader)
+            (raft.commit, raft.vote, raft.role == Role::Leader)
         };
         let mut applied_any = false;
         loop {
@@ -399,7 +399,7 @@ impl World {
             applied_any = true;
             let digest_of = daemon.state.clone();
             for (to, rpc, asked_in) in daemon.waiting.remove(&index).unwrap_or_default() {
-                let answer = (leads && asked_in == term && entry.term == term)
+                let answer = (leads && asked_in == vote && entry.leader == vote.leader())
                     .then(|| reply.clone().map(|reply| (index, reply)))
                     .flatten();
                 let message = Message::Proposed { rpc, answer };

@@ -10,7 +10,6 @@ use cluster_model::{
 };
 
 use crate::mutants::Mutant;
-use crate::raft::Role;
 use crate::world::{MS, Place, S, World, name, node_id};
 
 /// The leader's table is made anew after it stood still for this long.
@@ -20,13 +19,10 @@ impl World {
     /// The leader's table and plans.
     pub fn lead(&mut self, node: usize) {
         let clock = self.clock(node);
-        let (term, role) = {
-            let raft = &self.hosts[node].raft;
-            (raft.term, raft.role.clone())
-        };
         let raft = &self.hosts[node].raft;
+        let term = raft.vote.term;
         // A leader that has not committed in its term does not know what its predecessors did.
-        let knows = role == Role::Leader && raft.log[raft.commit - 1].term == term;
+        let knows = raft.knows();
         let early = self.mutant == Some(Mutant::LostTooEarly);
         let now = self.now;
         let wall_ms = self.wall_ms(node);

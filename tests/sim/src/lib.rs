@@ -23,7 +23,7 @@ mod leader;
 mod machines;
 mod monitor;
 mod mutants;
-mod raft;
+pub mod raft;
 mod setup;
 mod storage;
 mod world;

@@ -74,7 +74,7 @@ pub fn log(nodes: usize, machines: usize) -> Vec<Entry> {
         .into_iter()
         .enumerate()
         .map(|(at, command)| Entry {
-            term: 1,
+            leader: (1, 0),
             command: Some(Arc::new(Envelope {
                 request: RequestId(format!("setup/{at}")),
                 actor: "admin".into(),

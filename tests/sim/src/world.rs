@@ -13,7 +13,7 @@ use crate::flows::Flow;
 use crate::invariants::{self, Truth};
 use crate::monitor::Monitor;
 use crate::mutants::Mutant;
-use crate::raft::{Entry, Raft};
+use crate::raft::{Entry, Raft, Vote};
 use crate::setup;
 use crate::storage::{Call, Server};
 
@@ -68,8 +68,8 @@ pub struct Daemon {
     pub flows: BTreeMap<u64, Flow>,
     /// Which flow waits for which answer.
     pub rpcs: BTreeMap<u64, u64>,
-    /// Leader: who waits for which entry, and its term.
-    pub waiting: BTreeMap<usize, Vec<(Place, u64, u64)>>,
+    /// Leader: who waits for which entry, and the vote it led under.
+    pub waiting: BTreeMap<usize, Vec<(Place, u64, Vote)>>,
     /// Leader: what each confirm round is for.
     pub confirms: BTreeMap<u64, ConfirmFor>,
     /// Leader: the lease table of a term.
