@@ -3,10 +3,12 @@
 //! Deterministic and total: no clock, no failure, no panic. A refused command changes nothing but the
 //! memory of its answer, so a repeated request is answered as it was the first time.
 
+mod audit;
 mod cluster;
 mod migrations;
 #[cfg(test)]
 mod tests;
+mod trust;
 mod vms;
 
 pub use vms::parse_mac;
@@ -26,6 +28,15 @@ pub(crate) struct Entry<'e> {
     sequence: u32,
 }
 
+impl Entry<'_> {
+    /// Who asks, as a record keeps it.
+    fn maker(&self) -> String {
+        clip(self.actor.to_owned(), ACTOR_BYTES_MAX)
+    }
+}
+
+/// The longest name of an asker that a record keeps, bytes.
+const ACTOR_BYTES_MAX: usize = 256;
 /// From this token on the cluster warns that the counter nears its end: a sixteenth of it is left.
 const TOKENS_WARN_AT: u32 = Token::LIMIT - Token::LIMIT / 16;
 /// The longest detail of an event, bytes: it may quote what a monitor or a guest said.
@@ -59,11 +70,16 @@ impl ClusterState {
             sequence: 0,
         };
         let tokens_before = self.token_last;
+        let object = match &envelope.asked {
+            Some(_) => envelope.command.object(self),
+            None => String::new(),
+        };
         let reply = match self.carry_out(&mut entry, &envelope.command) {
             Ok(outcome) => Reply::Done { index, outcome },
             Err(rejection) => Reply::Rejected(rejection),
         };
         self.warn_of_the_last_tokens(&mut entry, tokens_before);
+        self.record_asked(index, envelope, object, &reply);
         self.remember(envelope, reply.clone());
         reply
     }
@@ -105,11 +121,13 @@ impl ClusterState {
                 node_name,
                 address,
             } => self.init_cluster(entry, id, name, *broker_uid, node_name, address),
-            Command::AddNode {
+            Command::JoinNode {
+                token,
+                secret_hash,
                 name,
                 address,
-                role,
-            } => self.add_node(entry, name, address, *role),
+                key,
+            } => self.join_node(entry, (token, secret_hash), name, address, *key),
             Command::RemoveNode { node } => self.remove_node(entry, *node),
             Command::RegisterNode {
                 node,
@@ -220,6 +238,55 @@ impl ClusterState {
             }
             Command::SetSettings { settings } => self.set_settings(entry, settings),
             Command::SetRule { name, rule } => self.set_rule(entry, name, rule.as_ref()),
+            Command::FoundTrust {
+                authority,
+                first_node_key,
+            } => self.found_trust(entry, authority, *first_node_key),
+            Command::CreateJoinToken {
+                id,
+                node,
+                role,
+                secret_hash,
+                expires_at_ms,
+            } => {
+                let token = crate::trust::JoinToken {
+                    node: node.clone(),
+                    role: *role,
+                    secret_hash: *secret_hash,
+                    expires_at_ms: *expires_at_ms,
+                    made_by: entry.maker(),
+                    used_by: None,
+                };
+                self.create_join_token(entry, id, token)
+            }
+            Command::RevokeJoinToken { id } => self.revoke_join_token(entry, id),
+            Command::CreateAccessToken {
+                id,
+                user,
+                role,
+                tags,
+                secret_hash,
+                expires_at_ms,
+            } => {
+                let token = crate::trust::AccessToken {
+                    user: user.clone(),
+                    role: *role,
+                    tags: tags.clone(),
+                    secret_hash: *secret_hash,
+                    expires_at_ms: *expires_at_ms,
+                    made_by: entry.maker(),
+                };
+                self.create_access_token(entry, id, token)
+            }
+            Command::RevokeAccessToken { id } => self.revoke_access_token(entry, id),
+            Command::RotateAuthority {
+                expects,
+                roots,
+                issuing,
+            } => self.rotate_authority(entry, *expects, roots, issuing),
+            Command::RetireRoot { fingerprint } => self.retire_root(entry, fingerprint),
+            Command::TrustCluster { name, cluster } => self.trust_cluster(entry, name, cluster),
+            Command::DistrustCluster { name } => self.distrust_cluster(entry, name),
             Command::Note {
                 objects,
                 severity,

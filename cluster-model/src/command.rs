@@ -1,5 +1,7 @@
 //! What can be asked of the replicated state, and what it answers.
 
+mod object;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
@@ -13,6 +15,7 @@ use crate::settings::Settings;
 use crate::state::{
     Desired, FenceClass, MigrationCause, MigrationOptions, NodeFacts, NodeRole, Rule, VmSpec,
 };
+use crate::trust::{Asked, Authority, Issuing, Role, Root, Sha256, TrustedCluster};
 
 /// One entry of the log: a command, who asks, and the id under which it is done once.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -23,6 +26,9 @@ pub struct Envelope {
     pub actor: String,
     /// The proposer's wall clock, ms since the Unix epoch. Shown to people; decides nothing of safety.
     pub at_ms: u64,
+    /// From where, why and by which call, when a person or a program asks: then the audit keeps it.
+    #[serde(default)]
+    pub asked: Option<Asked>,
     /// What is asked.
     pub command: Command,
 }
@@ -59,14 +65,18 @@ pub enum Command {
         /// The first node's address.
         address: String,
     },
-    /// Lets a node in; its number is this entry's index.
-    AddNode {
-        /// Name.
+    /// Lets a node in by its join token; its number is this entry's index.
+    JoinNode {
+        /// The token's id.
+        token: String,
+        /// Of the secret that the node showed.
+        secret_hash: Sha256,
+        /// The node's name: the one the token was made for.
         name: Name,
         /// `host:port`.
         address: String,
-        /// Vote and duty.
-        role: NodeRole,
+        /// Of its public key, which its certificates will carry.
+        key: Sha256,
     },
     /// Takes a node out; it must own nothing.
     RemoveNode {
@@ -295,6 +305,77 @@ pub enum Command {
         name: Name,
         /// The rule; `None` removes it.
         rule: Option<Rule>,
+    },
+    /// Gives the cluster its certificate authority, once, right after it was made.
+    FoundTrust {
+        /// As the first node made it: one root, one issuing CA.
+        authority: Authority,
+        /// Of the public key of [`crate::FIRST_NODE`], which let itself in.
+        first_node_key: Sha256,
+    },
+    /// Makes a token that lets one node in, once.
+    CreateJoinToken {
+        /// Drawn by the proposer.
+        id: String,
+        /// The node's name.
+        node: Name,
+        /// What it will be.
+        role: NodeRole,
+        /// Of its secret.
+        secret_hash: Sha256,
+        /// From then on it lets nobody in, ms since the Unix epoch.
+        expires_at_ms: u64,
+    },
+    /// Forgets a join token.
+    RevokeJoinToken {
+        /// Which.
+        id: String,
+    },
+    /// Makes a token that a person or a program shows.
+    CreateAccessToken {
+        /// Drawn by the proposer.
+        id: String,
+        /// Whose it is.
+        user: Name,
+        /// What they may do.
+        role: Role,
+        /// Machines they may do it to; empty: all, and the cluster too.
+        tags: BTreeSet<Name>,
+        /// Of its secret.
+        secret_hash: Sha256,
+        /// From then on it is worth nothing, ms since the Unix epoch.
+        expires_at_ms: u64,
+    },
+    /// Forgets an access token: from this entry on it is worth nothing.
+    RevokeAccessToken {
+        /// Which.
+        id: String,
+    },
+    /// Replaces the issuing CA, or begins to trust a second root.
+    RotateAuthority {
+        /// The generation of the issuing CA that the caller believes to be the present one.
+        expects: u64,
+        /// The roots from now on; one of them at least is trusted now.
+        roots: Vec<Root>,
+        /// The next generation; or, where a second root is added, unchanged.
+        issuing: Issuing,
+    },
+    /// Ends the rotation of a root: the old one is not trusted any more.
+    RetireRoot {
+        /// Of the root's certificate.
+        fingerprint: Sha256,
+    },
+    /// Trusts another cluster: its machines may come here.
+    TrustCluster {
+        /// What it is called here.
+        name: Name,
+        /// Its root.
+        cluster: TrustedCluster,
+    },
+    /// Trusts another cluster no more.
+    DistrustCluster {
+        /// Which.
+        name: Name,
     },
     /// Records an automatic act or refusal that changes nothing else.
     Note {

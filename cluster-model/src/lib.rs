@@ -25,6 +25,7 @@ pub mod state;
 pub mod supervise;
 #[cfg(test)]
 mod testing;
+pub mod trust;
 
 pub use agent::{
     Act, FlowKind, MonitorMigration, MonitorPhase, MonitorView, NodeView, PermitRefusal, Side,
@@ -45,6 +46,11 @@ pub use state::{
     Boot, ClusterInfo, ClusterState, Desired, DiskSpec, Drain, Duty, FenceClass, Lease, Liveness,
     Migration, MigrationCause, MigrationOptions, MigrationState, NicSpec, Node, NodeFacts,
     NodeRole, OnIsolation, Ownership, OwnershipCause, Rule, Vm, VmSpec, Volume,
+};
+pub use trust::{
+    AccessToken, Asked, AuditRecord, Authority, Bearer, Call, Denied, Issuing, JoinToken, JoinedAs,
+    NotYours, Role, Root, Sha256, Standing, TokenRefusal, Trust, TrustRefusal, TrustedCluster, Who,
+    authorise, authorise_new,
 };
 
 /// The node that makes the cluster; every later one is numbered by the entry that added it.

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::event::Why;
 use crate::ids::NodeId;
-use crate::state::{ClusterState, Liveness, Node, NodeRole};
+use crate::state::{ClusterState, Liveness};
 
 /// Votes at most: more make every commit slower and protect little more.
 pub const VOTERS_MAX: usize = 5;
@@ -43,10 +43,6 @@ pub struct VoterChange {
 /// It is safe when most of the present voters follow (or nothing could be committed) and most of the new
 /// ones do (or nothing could be committed after it).
 pub fn plan(state: &ClusterState, raft: &RaftView) -> Option<VoterChange> {
-    let may_vote = |node: &Node| match node.role {
-        NodeRole::Voter | NodeRole::Witness => true,
-        NodeRole::Learner => false,
-    };
     let healthy = |id: &NodeId| {
         *id == raft.leader
             || raft.following.contains(id)
@@ -58,7 +54,7 @@ pub fn plan(state: &ClusterState, raft: &RaftView) -> Option<VoterChange> {
     let eligible: BTreeSet<NodeId> = state
         .nodes
         .values()
-        .filter(|node| may_vote(node))
+        .filter(|node| node.role.may_lead())
         .map(|node| node.id)
         .collect();
     let target = odd_at_most(eligible.len().min(VOTERS_MAX)).max(1);

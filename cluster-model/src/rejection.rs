@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::ids::{MigrationId, Name, NodeId, Token, VmId};
 use crate::settings::SettingsError;
 use crate::state::ClusterState;
+use crate::trust::TrustRefusal;
 
 /// Why a command was refused. The text says what to try.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, thiserror::Error)]
@@ -246,6 +247,9 @@ pub enum Rejection {
     /// The counter's end.
     #[error("all 2^30 fencing tokens were granted; restore into a new cluster")]
     TokensUsedUp,
+    /// Certificates and tokens.
+    #[error(transparent)]
+    Trust(TrustRefusal),
     /// A text or list is too long, or another bound was passed.
     #[error("{what} is over its bound of {max}")]
     TooLarge {
@@ -316,6 +320,7 @@ impl Rejection {
             | Rejection::RenewalsUsedUp { .. }
             | Rejection::VolumeInUse { .. }
             | Rejection::TokensUsedUp
+            | Rejection::Trust(_)
             | Rejection::TooLarge { .. } => (None, [None, None]),
         }
     }

@@ -14,6 +14,7 @@ use crate::ids::{
     Incarnation, LogIndex, MigrationId, Name, NodeId, RequestId, Token, VmId, VolumeId,
 };
 use crate::settings::Settings;
+use crate::trust::{Sha256, Trust};
 
 /// Events kept in the state; older ones are in the nodes' own logs. Enough for `why` to reach back
 /// over some hundred moves, small enough for a snapshot.
@@ -51,6 +52,9 @@ pub struct ClusterState {
     /// The longest `lost_ms` that was ever set: a new leader does not know under which setting an earlier
     /// one granted the leases that still run, so it gives every node this long at first.
     pub lost_ms_longest: u32,
+    /// Whom the cluster trusts, and what they did.
+    #[serde(default)]
+    pub trust: Trust,
     /// Answers by request id.
     pub answers: BTreeMap<RequestId, Reply>,
     /// Request ids in the order of their entries, for forgetting the oldest.
@@ -80,6 +84,25 @@ pub enum NodeRole {
     Learner,
     /// Has a vote; runs no machines.
     Witness,
+}
+
+impl NodeRole {
+    /// The role's name, as users see it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            NodeRole::Voter => "voter",
+            NodeRole::Learner => "learner",
+            NodeRole::Witness => "witness",
+        }
+    }
+
+    /// Whether such a node may have a vote, and so may lead.
+    pub fn may_lead(self) -> bool {
+        match self {
+            NodeRole::Voter | NodeRole::Witness => true,
+            NodeRole::Learner => false,
+        }
+    }
 }
 
 /// Whether the log counts a node among the living.
@@ -157,6 +180,9 @@ pub struct Node {
     pub absent_ms: Option<u32>,
     /// When it was lost, the last few times (`at_ms`).
     pub losses: Vec<u64>,
+    /// Of the public key that its certificates carry; the first node has none until trust was founded.
+    #[serde(default)]
+    pub key: Option<Sha256>,
 }
 
 /// How a volume's server enforces the fence, strongest first.
@@ -311,6 +337,9 @@ pub struct VmSpec {
     /// A host file to which the self-checking guest's flushed numbers are appended (tests).
     #[serde(default)]
     pub witness: Option<String>,
+    /// What access tokens are narrowed by: who may only touch one of these tags may touch this machine.
+    #[serde(default)]
+    pub tags: BTreeSet<Name>,
 }
 
 fn default_priority() -> u16 {

@@ -10,6 +10,7 @@ use crate::state::{
     Boot, ClusterState, Desired, DiskSpec, FenceClass, MigrationCause, MigrationOptions, NodeFacts,
     NodeRole, OnIsolation, Vm, VmSpec,
 };
+use crate::trust::Sha256;
 
 /// The minimum time between two entries of a test's log, ms.
 const STEP_MS: u64 = 10;
@@ -47,6 +48,38 @@ pub(crate) fn spec(disk: &str, memory_mib: u64) -> VmSpec {
         on_isolation: OnIsolation::Freeze,
         downtime_max_ms: None,
         witness: None,
+        tags: BTreeSet::new(),
+    }
+}
+
+/// The hash of a text's bytes, as far as tests tell texts apart.
+pub(crate) fn hash(text: &str) -> Sha256 {
+    let mut hash = [0x5a_u8; 32];
+    for (at, byte) in text.bytes().enumerate() {
+        hash[at % 32] = hash[at % 32].wrapping_mul(31).wrapping_add(byte);
+    }
+    Sha256(hash)
+}
+
+/// Makes the join token `join-<name>` with the secret `secret-<name>`, which never expires.
+pub(crate) fn join_token(label: &str, role: NodeRole) -> Command {
+    Command::CreateJoinToken {
+        id: format!("join-{label}"),
+        node: name(label),
+        role,
+        secret_hash: hash(&format!("secret-{label}")),
+        expires_at_ms: u64::MAX,
+    }
+}
+
+/// Joins by that token with the key `key-<name>`.
+pub(crate) fn join(label: &str) -> Command {
+    Command::JoinNode {
+        token: format!("join-{label}"),
+        secret_hash: hash(&format!("secret-{label}")),
+        name: name(label),
+        address: format!("{label}:1"),
+        key: hash(&format!("key-{label}")),
     }
 }
 
@@ -84,12 +117,7 @@ impl World {
             address: "127.0.0.1:1".into(),
         });
         for number in 2..=nodes {
-            // Node n has number n: its entry is the next one.
-            world.done(Command::AddNode {
-                name: name(&format!("n{number}")),
-                address: format!("127.0.0.{number}:1"),
-                role: NodeRole::Voter,
-            });
+            world.let_in(&format!("n{number}"), NodeRole::Voter);
         }
         for number in 1..=nodes {
             world.register(NodeId(number), Incarnation(1), memory_mib);
@@ -109,16 +137,48 @@ impl World {
     /// Applies a command as the next entry.
     pub(crate) fn ask(&mut self, command: Command) -> Reply {
         let index = LogIndex(self.state.applied.0 + 1);
+        self.ask_at(index, format!("r{}", index.0), command)
+    }
+
+    fn ask_at(&mut self, index: LogIndex, request: String, command: Command) -> Reply {
         self.now_ms += STEP_MS;
         let envelope = Envelope {
-            request: RequestId(format!("r{}", index.0)),
+            request: RequestId(request),
+            ..self.envelope(command)
+        };
+        self.apply_at(index, envelope)
+    }
+
+    /// A command as the next entry would carry it.
+    pub(crate) fn envelope(&self, command: Command) -> Envelope {
+        Envelope {
+            request: RequestId(format!("r{}", self.state.applied.0 + 1)),
             actor: "test".into(),
             at_ms: self.now_ms,
+            asked: None,
             command,
-        };
+        }
+    }
+
+    /// Applies an entry at that index.
+    pub(crate) fn apply_at(&mut self, index: LogIndex, envelope: Envelope) -> Reply {
         let reply = self.state.apply(index, &envelope);
         self.log.push((index, envelope));
         reply
+    }
+
+    /// Lets a node in: its join token, then itself by it.
+    ///
+    /// The token's entry stands at the number of the one before it, so that the nodes of a new world are
+    /// numbered 1, 2, 3, …: nothing but the order of entries matters to what is made of them.
+    pub(crate) fn let_in(&mut self, label: &str, role: NodeRole) -> NodeId {
+        let (index, number) = (self.state.applied, self.state.applied.0 + 1);
+        let made = self.ask_at(index, format!("r{number}/token"), join_token(label, role));
+        assert!(matches!(made, Reply::Done { .. }), "{label}: {made:?}");
+        match self.done(join(label)) {
+            Outcome::Node(node) => node,
+            other => panic!("{other:?}"),
+        }
     }
 
     /// Applies a command that must be done.

@@ -25,6 +25,7 @@ fn cluster() -> ClusterState {
             request: RequestId(index.to_string()),
             actor: "test".into(),
             at_ms: index,
+            asked: None,
             command,
         };
         seed.apply(LogIndex(index), &envelope)
@@ -78,6 +79,7 @@ fn cluster() -> ClusterState {
         on_isolation: OnIsolation::Freeze,
         downtime_max_ms: None,
         witness: None,
+        tags: BTreeSet::new(),
     };
     apply(Command::CreateVm {
         name: name("first".into()),
@@ -132,6 +134,7 @@ fn every_planner_is_fast_at_the_design_size() {
             request: RequestId(format!("s{}", index.0)),
             actor: "test".into(),
             at_ms: index.0,
+            asked: None,
             command,
         };
         state.apply(index, &envelope).into_result().expect("done")

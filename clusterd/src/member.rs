@@ -141,6 +141,7 @@ impl Member {
             request,
             actor: actor.to_owned(),
             at_ms: self.clock.wall_ms(),
+            asked: None,
             command,
         };
         let applied = self

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use cluster_model::{Command, MigrationId, MigrationState, Name, NodeRole, Outcome, RequestId};
+use cluster_model::{Command, MigrationId, MigrationState, Name, NodeRole, Outcome, Sha256};
 use proto::peer::peer_server::{Peer, PeerServer};
 use proto::peer::{
     HeartbeatReply, HeartbeatRequest, JoinReply, JoinRequest, ObservedReply, ObservedRequest,
@@ -195,17 +195,37 @@ async fn let_in(member: &Arc<Member>, request: &JoinRequest) -> Result<JoinReply
         .cluster
         .clone()
         .ok_or("there is no cluster yet; try: clusterctl cluster init")?;
-    // Asking again after a lost answer names the same node: `apply` lets it in as who it is.
-    let command = Command::AddNode {
+    let propose = async |command: Command| {
+        member
+            .propose_own(command)
+            .await
+            .map(|(_, outcome)| outcome)
+            .map_err(|error| error.to_string())
+    };
+    // Asking again after a lost answer names the same node: the token's secret, and the key that it is
+    // known by, follow from what it says of itself.
+    let said = format!("{name}/{}", request.address);
+    let id = format!(
+        "first-sight-{:016x}",
+        xxhash_rust::xxh3::xxh3_64(said.as_bytes())
+    );
+    let hash = Sha256(first_sight(&said));
+    propose(Command::CreateJoinToken {
+        id: id.clone(),
+        node: name.clone(),
+        role,
+        secret_hash: hash,
+        expires_at_ms: u64::MAX,
+    })
+    .await?;
+    let outcome = propose(Command::JoinNode {
+        token: id,
+        secret_hash: hash,
         name,
         address: request.address.clone(),
-        role,
-    };
-    let request = RequestId(format!("join/{}", uuid::Uuid::new_v4()));
-    let (_, outcome) = member
-        .propose(&format!("node/{}", member.config.name), request, command)
-        .await
-        .map_err(|error| error.to_string())?;
+        key: hash,
+    })
+    .await?;
     match outcome {
         Outcome::Node(node) => Ok(JoinReply {
             node_id: node.0,
@@ -214,4 +234,11 @@ async fn let_in(member: &Arc<Member>, request: &JoinRequest) -> Result<JoinReply
         }),
         other => Err(format!("letting a node in gave {other:?}")),
     }
+}
+
+/// What stands for a secret and a key where a newcomer shows neither.
+fn first_sight(said: &str) -> [u8; 32] {
+    let low = xxhash_rust::xxh3::xxh3_128(said.as_bytes()).to_be_bytes();
+    let high = xxhash_rust::xxh3::xxh3_128_with_seed(said.as_bytes(), 1).to_be_bytes();
+    std::array::from_fn(|at| if at < 16 { low[at] } else { high[at - 16] })
 }

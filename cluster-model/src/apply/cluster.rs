@@ -11,10 +11,11 @@ use crate::state::{
     ClusterInfo, ClusterState, Drain, Duty, LOSSES_MAX, Liveness, MigrationCause, MigrationState,
     Node, NodeFacts, NodeRole, OwnershipCause, Rule, Volume,
 };
+use crate::trust::Sha256;
 use crate::{ABSENT_MS_MAX, FIRST_NODE};
 
 /// Nodes in a cluster at most.
-const NODES_MAX: usize = 1_000;
+pub(super) const NODES_MAX: usize = 1_000;
 /// Placement rules at most.
 const RULES_MAX: usize = 10_000;
 /// The longest text that a person may give as a reason, bytes.
@@ -45,7 +46,7 @@ impl ClusterState {
             broker_uid,
         });
         self.lost_ms_longest = self.settings.lost_ms;
-        self.insert_node(FIRST_NODE, node_name, address, NodeRole::Voter);
+        self.insert_node(FIRST_NODE, node_name, address, NodeRole::Voter, None);
         self.note(
             entry,
             Severity::Info,
@@ -57,7 +58,14 @@ impl ClusterState {
         Ok(Outcome::Node(FIRST_NODE))
     }
 
-    fn insert_node(&mut self, id: NodeId, name: &Name, address: &str, role: NodeRole) {
+    pub(super) fn insert_node(
+        &mut self,
+        id: NodeId,
+        name: &Name,
+        address: &str,
+        role: NodeRole,
+        key: Option<Sha256>,
+    ) {
         let broker_uid = self
             .cluster
             .as_ref()
@@ -79,41 +87,9 @@ impl ClusterState {
                 uid: broker_uid.saturating_add(spread),
                 absent_ms: None,
                 losses: Vec::new(),
+                key,
             },
         );
-    }
-
-    pub(super) fn add_node(
-        &mut self,
-        entry: &mut Entry<'_>,
-        name: &Name,
-        address: &str,
-        role: NodeRole,
-    ) -> Applied {
-        if let Some(known) = self.node_named(name) {
-            // The same node asking again (its first answer was lost) is let in as who it is.
-            if known.address == address && known.liveness == Liveness::Joining {
-                return Ok(Outcome::Node(known.id));
-            }
-            return Err(name_taken("node", name));
-        }
-        if self.nodes.len() >= NODES_MAX {
-            return Err(Rejection::TooLarge {
-                what: "nodes".into(),
-                max: NODES_MAX as u64,
-            });
-        }
-        let id = NodeId(entry.index.0);
-        self.insert_node(id, name, address, role);
-        self.note(
-            entry,
-            Severity::Info,
-            vec![Object::Node(id)],
-            "node.added",
-            format!("{name} at {address}"),
-            None,
-        );
-        Ok(Outcome::Node(id))
     }
 
     pub(super) fn remove_node(&mut self, entry: &mut Entry<'_>, node: NodeId) -> Applied {
@@ -146,6 +122,7 @@ impl ClusterState {
         }
         self.nodes.remove(&node);
         self.drains.remove(&node);
+        self.trust.join_tokens.retain(|_, token| token.node != name);
         self.note(
             entry,
             Severity::Info,

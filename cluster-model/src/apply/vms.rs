@@ -10,6 +10,7 @@ use crate::placement;
 use crate::state::{
     Boot, ClusterState, Desired, MigrationState, Ownership, OwnershipCause, Vm, VmSpec,
 };
+use crate::trust::TAGS_MAX;
 
 /// Machines in a cluster at most.
 const VMS_MAX: usize = 100_000;
@@ -154,6 +155,12 @@ impl ClusterState {
                     );
                 }
             }
+        }
+        if spec.tags.len() > TAGS_MAX {
+            return bad(
+                "tags",
+                format!("{}; use at most {TAGS_MAX}", spec.tags.len()),
+            );
         }
         if spec.disks.len() > DEVICES_MAX || spec.nics.len() > DEVICES_MAX {
             return bad(

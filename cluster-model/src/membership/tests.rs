@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::command::Command;
-use crate::testing::{World, name};
+use crate::state::NodeRole;
+use crate::testing::World;
 
 fn set(ids: &[u64]) -> BTreeSet<NodeId> {
     ids.iter().copied().map(NodeId).collect()
@@ -68,20 +69,10 @@ fn a_node_that_left_loses_its_vote_and_a_learner_never_gets_one() {
     let mut world = World::new(3, 64);
     world.done(Command::RemoveNode { node: NodeId(3) });
     assert_eq!(planned(&world, &[1, 2, 3], &[1, 2]), Some(vec![1]));
-    let index = world.state.applied.0 + 1;
-    world.done(Command::AddNode {
-        name: name("learner"),
-        address: "x:1".into(),
-        role: NodeRole::Learner,
-    });
+    let NodeId(index) = world.let_in("learner", NodeRole::Learner);
     world.register(NodeId(index), crate::Incarnation(1), 64);
     assert_eq!(planned(&world, &[1], &[1, 2, index]), None);
-    let index = world.state.applied.0 + 1;
-    world.done(Command::AddNode {
-        name: name("witness"),
-        address: "x:1".into(),
-        role: NodeRole::Witness,
-    });
+    let NodeId(index) = world.let_in("witness", NodeRole::Witness);
     world.register(NodeId(index), crate::Incarnation(1), 0);
     assert_eq!(
         planned(&world, &[1], &[1, 2, index]),

@@ -1,6 +1,6 @@
 //! From refusals to gRPC status and stable codes.
 
-use cluster_model::{ClusterState, NameError, Rejection};
+use cluster_model::{ClusterState, NameError, Rejection, TrustRefusal};
 use tonic::{Code, Status};
 
 use super::backend::BackendError;
@@ -122,6 +122,7 @@ pub fn rejected(state: &ClusterState, rejection: &Rejection) -> Status {
         Rejection::RuleForbids { .. } => (Code::FailedPrecondition, "E-RULE"),
         Rejection::NoFence { .. } => (Code::FailedPrecondition, "E-FENCE"),
         Rejection::TokensUsedUp => (Code::ResourceExhausted, "E-TOKENS"),
+        Rejection::Trust(refusal) => trust(refusal),
         Rejection::TooLarge { .. } => (Code::InvalidArgument, "E-LARGE"),
     };
     let mut words = rejection.in_words(state);
@@ -129,6 +130,30 @@ pub fn rejected(state: &ClusterState, rejection: &Rejection) -> Status {
         words.push_str("; choose another node, or make room: clusterctl node list");
     }
     status(code, stable, words)
+}
+
+fn trust(refusal: &TrustRefusal) -> (Code, &'static str) {
+    match refusal {
+        TrustRefusal::JoinTokenWrong
+        | TrustRefusal::JoinTokenExpired { .. }
+        | TrustRefusal::JoinTokenUsed { .. }
+        | TrustRefusal::JoinTokenForOther { .. } => (Code::PermissionDenied, "E-JOINTOKEN"),
+        TrustRefusal::UnknownRoot { .. }
+        | TrustRefusal::UnknownJoinToken { .. }
+        | TrustRefusal::UnknownAccessToken { .. }
+        | TrustRefusal::UnknownCluster { .. } => (Code::NotFound, "E-NOTFOUND"),
+        TrustRefusal::AlreadyFounded
+        | TrustRefusal::TokenIdTaken { .. }
+        | TrustRefusal::JoinTokenStands { .. }
+        | TrustRefusal::KeyTaken { .. }
+        | TrustRefusal::ClusterNameTaken { .. }
+        | TrustRefusal::RootTrustedAs { .. } => (Code::AlreadyExists, "E-EXISTS"),
+        TrustRefusal::BadAuthority { .. }
+        | TrustRefusal::BadTokenId { .. }
+        | TrustRefusal::ExpiredAtOnce => (Code::InvalidArgument, "E-INVALID"),
+        TrustRefusal::AuthorityMoved { .. } => (Code::Aborted, "E-STALE"),
+        TrustRefusal::NotFounded | TrustRefusal::OnlyRoot => (Code::FailedPrecondition, "E-CA"),
+    }
 }
 
 impl From<BackendError> for Status {

@@ -86,6 +86,7 @@ impl AdminService {
             request: RequestId(request.to_owned()),
             actor: change.actor.clone(),
             at_ms: self.backend.wall_ms(),
+            asked: None,
             command,
         };
         self.backend

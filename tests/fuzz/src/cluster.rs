@@ -6,8 +6,8 @@ use cluster_model::membership::RaftView;
 use cluster_model::{
     Boot, ClusterState, Command, Desired, DiskSpec, Envelope, FIRST_NODE, FenceClass, Incarnation,
     LeaseTable, LogIndex, MigrationCause, MigrationOptions, Name, NicSpec, NodeFacts, NodeId,
-    NodeLoad, NodeRole, NodeView, Observed, OnIsolation, RequestId, Token, VmId, VmSpec, Why,
-    balance, best_node, decide, drain, failover, membership, queue,
+    NodeLoad, NodeRole, NodeView, Observed, OnIsolation, RequestId, Sha256, Token, VmId, VmSpec,
+    Why, balance, best_node, decide, drain, failover, membership, queue,
 };
 
 /// A name that is known to be one.
@@ -38,23 +38,22 @@ pub fn spec(disk: &str) -> VmSpec {
         on_isolation: OnIsolation::Freeze,
         downtime_max_ms: None,
         witness: None,
+        tags: BTreeSet::new(),
     }
 }
 
 /// The commands of a small cluster: three nodes, a volume, a machine that runs and is being moved, one that waits.
 pub fn history() -> Vec<Command> {
-    let mut commands = vec![
-        Command::InitCluster {
-            id: "c".into(),
-            name: name("test"),
-            broker_uid: 5_000,
-            node_name: name("n1"),
-            address: "127.0.0.1:1".into(),
-        },
-        add_node("n2"),
-        add_node("n3"),
-    ];
-    for node in 1..=3 {
+    let mut commands = vec![Command::InitCluster {
+        id: "c".into(),
+        name: name("test"),
+        broker_uid: 5_000,
+        node_name: name("n1"),
+        address: "127.0.0.1:1".into(),
+    }];
+    commands.extend(join("n2"));
+    commands.extend(join("n3"));
+    for node in [1, 3, 5] {
         commands.push(Command::RegisterNode {
             node: NodeId(node),
             incarnation: Incarnation(1),
@@ -100,7 +99,7 @@ pub fn history() -> Vec<Command> {
         },
         Command::QueueMigration {
             vm: first,
-            to: NodeId(2),
+            to: NodeId(3),
             options: MigrationOptions::default(),
             cause: MigrationCause::Asked,
             why,
@@ -109,12 +108,25 @@ pub fn history() -> Vec<Command> {
     commands
 }
 
-fn add_node(text: &str) -> Command {
-    Command::AddNode {
-        name: name(text),
-        address: format!("{text}:1"),
-        role: NodeRole::Voter,
-    }
+/// Lets a node in: its token, then itself by it.
+fn join(text: &str) -> [Command; 2] {
+    let hash = Sha256([text.as_bytes()[1]; 32]);
+    [
+        Command::CreateJoinToken {
+            id: format!("join-{text}"),
+            node: name(text),
+            role: NodeRole::Voter,
+            secret_hash: hash,
+            expires_at_ms: u64::MAX,
+        },
+        Command::JoinNode {
+            token: format!("join-{text}"),
+            secret_hash: hash,
+            name: name(text),
+            address: format!("{text}:1"),
+            key: hash,
+        },
+    ]
 }
 
 fn create(text: &str, disk: &str) -> Command {
@@ -132,6 +144,7 @@ pub fn envelope(number: u64, command: Command) -> Envelope {
         request: RequestId(format!("r{number}")),
         actor: "fuzz".into(),
         at_ms: 1_000_000 + number * 10,
+        asked: None,
         command,
     }
 }

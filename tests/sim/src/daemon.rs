@@ -436,6 +436,7 @@ impl World {
             request: RequestId(format!("n{}/{number}", node + 1)),
             actor: format!("node/n{}", node + 1),
             at_ms,
+            asked: None,
             command: Command::RegisterNode {
                 node: node_id(node),
                 incarnation: Incarnation(incarnation),

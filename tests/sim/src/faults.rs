@@ -310,6 +310,7 @@ impl World {
             request: RequestId(format!("admin/{number}")),
             actor: "admin".into(),
             at_ms: self.wall_ms(leader),
+            asked: None,
             command,
         });
         let message = Message::Propose {

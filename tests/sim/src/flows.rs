@@ -15,7 +15,7 @@ use cluster_model::{
 use crate::monitor::{Monitor, Part};
 use crate::mutants::Mutant;
 use crate::storage::Call;
-use crate::world::{Event, MS, Message, Place, S, World, node_id};
+use crate::world::{Event, MS, Message, Place, S, World, node_id, node_of};
 
 /// A command waits for its answer this long.
 const PATIENCE: u64 = 5 * S;
@@ -260,6 +260,7 @@ impl World {
                     request: RequestId(format!("n{}/{number}", node + 1)),
                     actor: format!("node/n{}", node + 1),
                     at_ms: self.wall_ms(node),
+                    asked: None,
                     command: *command,
                 });
                 flow.envelope = Some((envelope, self.now + PATIENCE));
@@ -293,7 +294,7 @@ impl World {
                 monitor.part = Some(Part {
                     id: migration,
                     side: Side::Destination,
-                    peer: from.map_or(0, |from| from.0 as usize - 1),
+                    peer: from.map_or(0, node_of),
                     peer_nonce: None,
                     quiet_received: false,
                     failed: None,
@@ -461,7 +462,7 @@ impl World {
         if let Some(daemon) = self.daemon(node) {
             daemon.rpcs.insert(rpc, flow.id);
         }
-        let to = Place::Daemon(known.to.0 as usize - 1);
+        let to = Place::Daemon(node_of(known.to));
         self.send(
             Place::Daemon(node),
             to,

@@ -79,6 +79,7 @@ impl World {
                 request: RequestId(format!("controller/{what}/@{}/{life}", state.applied.0)),
                 actor: "controller/sim".into(),
                 at_ms: wall_ms,
+                asked: None,
                 command,
             });
             self.leader_propose(node, Place::Daemon(node), number, envelope);

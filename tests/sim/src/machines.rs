@@ -8,7 +8,7 @@ use rand::Rng;
 use crate::monitor::{Guest, Part, Pending};
 use crate::mutants::Mutant;
 use crate::storage::{Answer, BLOCKS, Call};
-use crate::world::{Event, MS, Message, Place, S, World};
+use crate::world::{Event, MS, Message, Place, S, World, node_of};
 
 /// A call that has no answer for this long will have none.
 const CALL_PATIENCE: u64 = 2 * S;
@@ -372,7 +372,7 @@ impl World {
         let Some(known) = state.migrations.get(&migration) else {
             return;
         };
-        let peer = known.to.0 as usize - 1;
+        let peer = node_of(known.to);
         let takes = self.rng.random_range(50 * MS..2 * S);
         let Some(monitor) = self.hosts[node]
             .monitors

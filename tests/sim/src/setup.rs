@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use cluster_model::{
     Boot, Command, Desired, DiskSpec, Envelope, FenceClass, NodeFacts, NodeRole, OnIsolation,
-    RequestId, Settings, VmSpec,
+    RequestId, Settings, Sha256, VmSpec,
 };
 
 use crate::raft::Entry;
@@ -38,11 +38,7 @@ pub fn log(nodes: usize, machines: usize) -> Vec<Entry> {
         address: "127.0.0.1:1".into(),
     }];
     for number in 2..=nodes {
-        commands.push(Command::AddNode {
-            name: name(&format!("n{number}")),
-            address: format!("127.0.0.{number}:1"),
-            role: NodeRole::Voter,
-        });
+        commands.extend(join(number));
     }
     commands.push(Command::AddVolume {
         name: name("shared"),
@@ -79,10 +75,33 @@ pub fn log(nodes: usize, machines: usize) -> Vec<Entry> {
                 request: RequestId(format!("setup/{at}")),
                 actor: "admin".into(),
                 at_ms: 1_700_000_000_000,
+                asked: None,
                 command,
             })),
         })
         .collect()
+}
+
+/// Lets a node in: its token, then itself by it.
+fn join(number: usize) -> [Command; 2] {
+    let node = name(&format!("n{number}"));
+    let hash = Sha256([number as u8; 32]);
+    [
+        Command::CreateJoinToken {
+            id: format!("join-{node}"),
+            node: node.clone(),
+            role: NodeRole::Voter,
+            secret_hash: hash,
+            expires_at_ms: u64::MAX,
+        },
+        Command::JoinNode {
+            token: format!("join-{node}"),
+            secret_hash: hash,
+            name: node,
+            address: format!("127.0.0.{number}:1"),
+            key: hash,
+        },
+    ]
 }
 
 fn spec(machine: usize) -> VmSpec {
@@ -104,5 +123,6 @@ fn spec(machine: usize) -> VmSpec {
         on_isolation: OnIsolation::Freeze,
         downtime_max_ms: None,
         witness: None,
+        tags: BTreeSet::new(),
     }
 }

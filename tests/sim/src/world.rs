@@ -613,7 +613,12 @@ pub fn name(text: &str) -> Name {
     Name::new(text).unwrap_or_else(|_| unreachable!("{text} is a name"))
 }
 
-/// The number of a node in the log.
+/// The number of a node in the log: that of the entry by which it joined, each behind its token's.
 pub fn node_id(node: usize) -> NodeId {
-    NodeId(node as u64 + 1)
+    NodeId(2 * node as u64 + 1)
+}
+
+/// Which node has that number.
+pub fn node_of(id: NodeId) -> usize {
+    (id.0 as usize - 1) / 2
 }

@@ -1,6 +1,6 @@
 //! The two copies of a state stay the same, whoever holds on to an old one.
 
-use cluster_model::{ClusterState, Command, Envelope, Name, RequestId};
+use cluster_model::{ClusterState, Command, Envelope, Name, RequestId, Sha256};
 
 use super::super::snapshot;
 use super::super::types::SnapshotMeta;
@@ -68,6 +68,13 @@ fn without_readers_the_copies_take_turns_and_nothing_is_cloned() {
 fn the_clusters_state_goes_through_a_snapshot_unchanged() {
     let mut state = ClusterState::default();
     let name = |text: &str| Name::new(text).unwrap();
+    let join = |address: &str| Command::JoinNode {
+        token: "t".into(),
+        secret_hash: Sha256([2; 32]),
+        name: name("n2"),
+        address: address.into(),
+        key: Sha256([3; 32]),
+    };
     let commands = [
         Command::InitCluster {
             id: "6a1f0f0e-0000-4000-8000-000000000001".into(),
@@ -76,23 +83,23 @@ fn the_clusters_state_goes_through_a_snapshot_unchanged() {
             node_name: name("n1"),
             address: "127.0.0.1:7000".into(),
         },
-        Command::AddNode {
-            name: name("n2"),
-            address: "127.0.0.2:7000".into(),
+        Command::CreateJoinToken {
+            id: "t".into(),
+            node: name("n2"),
             role: cluster_model::NodeRole::Voter,
+            secret_hash: Sha256([2; 32]),
+            expires_at_ms: 60_000,
         },
+        join("127.0.0.2:7000"),
         // Refused: the answer is part of the state, too.
-        Command::AddNode {
-            name: name("n2"),
-            address: "127.0.0.3:7000".into(),
-            role: cluster_model::NodeRole::Voter,
-        },
+        join("127.0.0.3:7000"),
     ];
     for (index, command) in commands.into_iter().enumerate() {
         let envelope = Envelope {
             request: RequestId(format!("r{index}")),
             actor: "test".into(),
             at_ms: 1_000 + index as u64,
+            asked: None,
             command,
         };
         // The command crosses the log as JSON.
