@@ -16,7 +16,7 @@ mod standing;
 pub use access::{Bearer, Denied, Needs, TokenRefusal, Who, authorise, authorise_new};
 pub use call::Call;
 pub use refusal::TrustRefusal;
-pub use standing::{NotYours, Standing};
+pub use standing::{NotYours, OWN_ENTRY_BYTES_MAX, OWN_REQUEST_BYTES_MAX, Standing};
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;

@@ -86,7 +86,11 @@ impl ClusterState {
         if self.trust.join_tokens.len() >= JOIN_TOKENS_MAX {
             self.forget_spent_join_tokens(entry.at_ms);
         }
-        room_for("join tokens", self.trust.join_tokens.len(), JOIN_TOKENS_MAX)?;
+        room_for(
+            "join tokens (revoke some: clusterctl join-tokens list)",
+            self.trust.join_tokens.len(),
+            JOIN_TOKENS_MAX,
+        )?;
         let detail = format!(
             "{} may join as {} by the token {id}",
             token.node,
@@ -214,7 +218,11 @@ impl ClusterState {
         if tokens.len() >= ACCESS_TOKENS_MAX {
             tokens.retain(|_, known| known.expires_at_ms > entry.at_ms);
         }
-        room_for("access tokens", tokens.len(), ACCESS_TOKENS_MAX)?;
+        room_for(
+            "access tokens (revoke some: clusterctl token list)",
+            tokens.len(),
+            ACCESS_TOKENS_MAX,
+        )?;
         let tags: Vec<&str> = token.tags.iter().map(Name::as_str).collect();
         let detail = format!(
             "{} is {} by the token {id}, for {}",
@@ -344,7 +352,7 @@ impl ClusterState {
             return Err(too_large("certificate (bytes)", PEM_BYTES_MAX));
         }
         room_for(
-            "trusted clusters",
+            "trusted clusters (remove some: clusterctl cluster trust list)",
             self.trust.clusters.len(),
             TRUSTED_CLUSTERS_MAX,
         )?;
@@ -385,11 +393,12 @@ fn too_large(what: &str, max: usize) -> Rejection {
     }
 }
 
+/// Whether there is room for one more; `what` names them and says how to make room.
 fn room_for(what: &str, count: usize, max: usize) -> Result<(), Rejection> {
     if count < max {
         Ok(())
     } else {
-        Err(too_large(what, max))
+        Err(too_large(&format!("the number of {what}"), max))
     }
 }
 

@@ -19,8 +19,8 @@ pub enum Who {
         /// The kernel's word for it.
         uid: u32,
     },
-    /// A member, by its certificate. On the admin API it only looks: what it wants done it proposes, and
-    /// [`ClusterState::may_propose`] decides.
+    /// A member, by its certificate. Of itself it only looks; [`ClusterState::may_call`] knows what it may
+    /// pass on, and [`ClusterState::may_propose`] what it may hand to the leader.
     Node(NodeId),
     /// Whoever showed an access token.
     Bearer(Bearer),

@@ -18,9 +18,15 @@ use std::collections::BTreeSet;
 
 use crate::command::{Command, Envelope};
 use crate::ids::{LogIndex, MigrationId, Name, NodeId, VmId};
-use crate::state::{ClusterState, Desired, MigrationCause, Node};
-use crate::trust::access::{Denied, Who, authorise_tagged};
+use crate::state::{ClusterState, Desired, MigrationCause, Node, Vm};
+use crate::trust::access::{Denied, Who, authorise, authorise_tagged};
 use crate::trust::call::Call;
+
+/// The largest entry that a learner hands on of its own, bytes of JSON: a migration's summary, the largest of
+/// them, has up to 16 KiB.
+pub const OWN_ENTRY_BYTES_MAX: usize = 32 * 1024;
+/// The longest request id of such an entry, bytes: a node's number and a UUID have under 60.
+pub const OWN_REQUEST_BYTES_MAX: usize = 256;
 
 /// What a node is to the cluster, as far as this replica knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,9 +78,33 @@ pub enum NotYours {
         /// In whose name.
         actor: String,
     },
+    /// A learner's own entry is larger than any that it has reason for.
+    #[error(
+        "{node} handed on an entry of more than {OWN_ENTRY_BYTES_MAX} bytes, or with a request id of more than {OWN_REQUEST_BYTES_MAX}; shorten it"
+    )]
+    TooLarge {
+        /// Who.
+        node: Name,
+    },
+    /// A person's change that would leave no trace in the audit.
+    #[error(
+        "{node} showed the token of {user} and did not say from where and by which call the change was asked for; upgrade clusterd there"
+    )]
+    Unrecorded {
+        /// Who.
+        node: Name,
+        /// Whose token.
+        user: Name,
+    },
 }
 
 impl ClusterState {
+    /// The largest entry that a learner hands on of its own, bytes of JSON: a migration's summary, the largest of
+    /// them, has up to 16 KiB.
+    pub const OWN_ENTRY_BYTES_MAX: usize = 32 * 1024;
+    /// The longest request id of such an entry, bytes: a node's number and a UUID have under 60.
+    pub const OWN_REQUEST_BYTES_MAX: usize = 256;
+
     /// What a node is to the cluster, as far as this replica knows: ids are log indices, so one that
     /// lies ahead of what is applied here may be a newcomer's.
     pub fn peer_standing(&self, id: NodeId) -> Standing {
@@ -110,7 +140,7 @@ impl ClusterState {
         let speaks_for_itself =
             envelope.asked.is_none() && envelope.actor == format!("node/{}", node.name);
         if speaks_for_itself && self.is_of(node, &envelope.command) {
-            return Ok(());
+            return small_enough(node, envelope);
         }
         let command = &envelope.command;
         let (Some(who @ Who::Bearer(bearer)), Some(call)) = (credential, call_of(command)) else {
@@ -132,7 +162,33 @@ impl ClusterState {
                 actor: envelope.actor.clone(),
             });
         }
+        if envelope.asked.is_none() {
+            return Err(NotYours::Unrecorded {
+                node: node.name.clone(),
+                user: bearer.user.clone(),
+            });
+        }
         Ok(())
+    }
+
+    /// Whether somebody may make a call of the admin API here, where [`authorise`] alone cannot tell: a
+    /// node that passes a person's call on to another (a console's, to the machine's owner) is let do what
+    /// it could propose anyway, that is, all if it may lead; a learner only looks, unless it passes on the
+    /// person's own token too, and one that is no member may nothing.
+    ///
+    /// # Errors
+    /// As [`authorise`].
+    pub fn may_call(&self, who: &Who, call: Call, on: Option<&Vm>) -> Result<(), Denied> {
+        match who {
+            Who::Node(id) => match self.peer_standing(*id) {
+                Standing::Member { may_lead: true } => Ok(()),
+                Standing::Member { may_lead: false } => authorise(who, call, on),
+                Standing::Removed | Standing::NotYetKnown => authorise(&Who::Nobody, call, on),
+            },
+            Who::Local { .. } | Who::Bearer(_) | Who::Foreign(_) | Who::Nobody => {
+                authorise(who, call, on)
+            }
+        }
     }
 
     /// Whether a command is about the node itself, a machine that it owns, or a migration that it is a side of.
@@ -242,6 +298,18 @@ impl ClusterState {
             | Command::DistrustCluster { .. }
             | Command::Note { .. } => None,
         }
+    }
+}
+
+/// The state keeps thousands of requests and events: one learner's entries must not fill every node's memory.
+fn small_enough(node: &Node, envelope: &Envelope) -> Result<(), NotYours> {
+    let bytes = serde_json::to_vec(envelope).map_or(usize::MAX, |json| json.len());
+    if envelope.request.0.len() <= OWN_REQUEST_BYTES_MAX && bytes <= OWN_ENTRY_BYTES_MAX {
+        Ok(())
+    } else {
+        Err(NotYours::TooLarge {
+            node: node.name.clone(),
+        })
     }
 }
 

@@ -7,7 +7,9 @@ use std::mem::{Discriminant, discriminant};
 
 use self::commands::every_command;
 use super::*;
-use crate::ids::Incarnation;
+use crate::SUMMARY_BYTES_MAX;
+use crate::event::{Severity, Why};
+use crate::ids::{Incarnation, RequestId};
 use crate::settings::Settings;
 use crate::state::NodeRole;
 use crate::testing::{World, name, spec};
@@ -135,6 +137,7 @@ impl Scene {
     ) -> Result<(), NotYours> {
         let envelope = Envelope {
             actor: actor.into(),
+            asked: credential.map(|_| Asked::default()),
             ..self.world.envelope(command.clone())
         };
         self.world.state.may_propose(from, credential, &envelope)
@@ -337,4 +340,68 @@ fn a_removed_node_is_told_from_one_that_this_replica_does_not_know_yet() {
     );
     let ahead = NodeId(state.applied.0 + 1);
     assert_eq!(state.peer_standing(ahead), Standing::NotYetKnown);
+}
+
+#[test]
+fn a_persons_change_that_would_leave_no_trace_is_not_taken() {
+    let scene = scene();
+    let (me, vm, _) = scene.sides[0];
+    let admin = bearer(Role::Admin, &[]);
+    let mut envelope = Envelope {
+        actor: "ann".into(),
+        ..scene.world.envelope(Command::DeleteVm { vm })
+    };
+    let propose = |envelope: &Envelope| scene.world.state.may_propose(me, Some(&admin), envelope);
+    assert_eq!(
+        propose(&envelope),
+        Err(NotYours::Unrecorded {
+            node: name("l1"),
+            user: name("ann"),
+        })
+    );
+    envelope.asked = Some(Asked::default());
+    assert_eq!(propose(&envelope), Ok(()));
+}
+
+#[test]
+fn a_voter_passes_calls_on_a_learner_looks_and_who_is_gone_may_nothing() {
+    let scene = scene();
+    let state = &scene.world.state;
+    let ann = bearer(Role::Operator, &[]);
+    let ahead = NodeId(state.applied.0 + 1);
+    for &call in Call::ALL {
+        let may = |who: &Who| state.may_call(who, call, None).is_ok();
+        assert!(may(&Who::Node(NodeId(1))) && may(&Who::Node(scene.witness)));
+        let looks = call.role() == Role::Viewer;
+        assert_eq!(may(&Who::Node(scene.sides[0].0)), looks, "{call}");
+        assert!(!may(&Who::Node(scene.removed)), "{call}");
+        assert!(!may(&Who::Node(ahead)), "{call}");
+        assert_eq!(may(&ann), call.role() <= Role::Operator, "{call}");
+        assert!(may(&Who::Local { uid: 0 }) && !may(&Who::Nobody), "{call}");
+    }
+}
+
+#[test]
+fn a_learners_own_entries_are_small() {
+    let scene = scene();
+    let me = scene.sides[0].0;
+    let note = |detail: usize, request: usize| {
+        let envelope = scene.world.envelope(Command::Note {
+            objects: Vec::new(),
+            severity: Severity::Info,
+            kind: "k".into(),
+            detail: "x".repeat(detail),
+            why: Why::default(),
+        });
+        let envelope = Envelope {
+            actor: "node/l1".into(),
+            request: RequestId("r".repeat(request)),
+            ..envelope
+        };
+        scene.world.state.may_propose(me, None, &envelope)
+    };
+    assert_eq!(note(SUMMARY_BYTES_MAX, OWN_REQUEST_BYTES_MAX), Ok(()));
+    let too_large = Err(NotYours::TooLarge { node: name("l1") });
+    assert_eq!(note(OWN_ENTRY_BYTES_MAX, 1), too_large);
+    assert_eq!(note(1, OWN_REQUEST_BYTES_MAX + 1), too_large);
 }
