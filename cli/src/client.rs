@@ -1,17 +1,22 @@
-//! Connecting to a node, and saying what went wrong in words a person can act on.
+//! Connecting to a node: TLS and an access token over the network, nothing of the kind on a node's own socket.
+
+mod credentials;
+mod error;
+mod tls;
 
 use std::time::Duration;
 
 use proto::admin::Change;
 use proto::admin::admin_client::AdminClient;
-use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Status};
+use proto::token::AccessToken;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::Channel;
 
-/// How long a connect may take.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
-/// An answer that is not under way: how often a silent node is asked for a sign of life, and how long it
-/// may take.
-const SILENCE: Duration = Duration::from_secs(5);
+pub use credentials::{Bearer, TOKEN_BYTES_MAX, token, token_file};
+pub use error::CliError;
+
+/// The socket of the node on this host, as its package sets it up.
+pub const LOCAL_SOCKET: &str = "/var/lib/baton/clusterd.sock";
 /// How long a watcher looks for another node when the one that it asked is gone.
 pub const OTHER_NODE_PATIENCE: Duration = Duration::from_secs(20);
 /// How often it tries.
@@ -19,121 +24,59 @@ const OTHER_NODE_PAUSE: Duration = Duration::from_millis(200);
 /// The largest answer read: a list of 100,000 machines fits.
 const MESSAGE_BYTES_MAX: usize = 64 * 1024 * 1024;
 
-/// Why a command did not do what was asked.
-#[derive(Debug, thiserror::Error)]
-pub enum CliError {
-    /// Nobody answers.
-    #[error(
-        "error E-CONNECT: nothing answers at {server}: {cause}\n  try: another node with --server HOST:PORT (or CLUSTERCTL_SERVER); on the node: systemctl status clusterd\n       to try Baton on this machine: clusterctl dev up"
-    )]
-    Connect {
-        /// Where.
-        server: String,
-        /// What the network said.
-        cause: String,
-    },
-    /// It answered, then no more.
-    #[error(
-        "error E-CONNECT: the node stopped answering: {0}\n  whether a change was made is not known; look: clusterctl status\n  try: another node with --server HOST:PORT, or several: --server HOST:PORT,HOST:PORT"
-    )]
-    Broken(String),
-    /// What listens there is something else.
-    #[error(
-        "error E-CONNECT: what answers there is not the API of a clusterd ({0}); its port is 7440 unless it was told otherwise"
-    )]
-    Stranger(String),
-    /// The address cannot be one.
-    #[error(
-        "error E-ADDRESS: `{0}` is neither host:port nor the path of a socket; write 10.0.0.11:7440, or several: 10.0.0.11:7440,10.0.0.12:7440"
-    )]
-    Address(String),
-    /// The node refused, or failed.
-    #[error("error {code}: {message}")]
-    Refused {
-        /// A stable code, such as E-CPU.
-        code: String,
-        /// What, why, and what to try.
-        message: String,
-    },
-    /// Something on this side.
-    #[error("error: {0}")]
-    Local(String),
-    /// Ctrl-C while something was being waited for; says what goes on without us.
-    #[error("interrupted: {0}")]
-    Interrupted(String),
-    /// Whoever read our output has read enough.
-    #[error("standard output is closed")]
-    OutputClosed,
+/// The generated client over a connection that shows the token with every call.
+pub type Api = AdminClient<InterceptedService<Channel, Bearer>>;
+
+/// Where a cluster answers, and what is shown there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    /// `host:port`, or the absolute path of a Unix socket; several with commas between them.
+    pub servers: String,
+    /// Who asks. A Unix socket needs none: whoever may open it is the local administrator.
+    pub token: Option<AccessToken>,
 }
 
-impl CliError {
-    /// An error of this side's own.
-    pub fn local(error: impl std::fmt::Display) -> CliError {
-        CliError::Local(error.to_string())
-    }
-
-    /// Whether another node may still answer.
-    pub fn is_about_the_connection(&self) -> bool {
-        matches!(self, CliError::Connect { .. } | CliError::Broken(_))
-    }
-}
-
-impl From<Status> for CliError {
-    fn from(status: Status) -> CliError {
-        let code = status
-            .metadata()
-            .get("baton-code")
-            .and_then(|code| code.to_str().ok());
-        if code.is_none() {
-            // No clusterd wrote this: it is the transport's.
-            if status.message().contains("grpc-status header missing") {
-                return CliError::Stranger("it speaks HTTP without gRPC".into());
-            }
-            if let Some(source) = std::error::Error::source(&status) {
-                let cause = innermost(source);
-                return if cause.contains("frame with invalid size") || cause.contains("PROTOCOL") {
-                    CliError::Stranger("it does not speak HTTP/2".into())
-                } else {
-                    CliError::Broken(cause)
-                };
-            }
-        }
-        CliError::Refused {
-            code: code.unwrap_or(default_code(status.code())).to_owned(),
-            message: status.message().to_owned(),
+impl Endpoint {
+    /// The Unix socket at an absolute path, without a token.
+    pub fn socket(path: impl Into<String>) -> Endpoint {
+        Endpoint {
+            servers: path.into(),
+            token: None,
         }
     }
 }
 
-impl From<std::io::Error> for CliError {
-    fn from(error: std::io::Error) -> CliError {
-        if error.kind() == std::io::ErrorKind::BrokenPipe {
-            return CliError::OutputClosed;
-        }
-        CliError::local(error)
-    }
+/// Where one server answers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Server {
+    /// A Unix socket.
+    Socket(String),
+    /// `host:port`.
+    Network(String),
 }
 
-impl From<serde_json::Error> for CliError {
-    fn from(error: serde_json::Error) -> CliError {
-        if error.io_error_kind() == Some(std::io::ErrorKind::BrokenPipe) {
-            return CliError::OutputClosed;
+impl Server {
+    /// Reads one.
+    ///
+    /// # Errors
+    /// When it is neither `host:port` nor an absolute path.
+    pub fn parse(text: &str) -> Result<Server, CliError> {
+        if text.starts_with('/') {
+            return Ok(Server::Socket(text.to_owned()));
         }
-        CliError::local(error)
+        text.rsplit_once(':')
+            .filter(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
+            .filter(|_| !text.contains(['/', '@', ' ']))
+            .map(|_| Server::Network(text.to_owned()))
+            .ok_or_else(|| CliError::Address(text.to_owned()))
     }
-}
 
-fn default_code(code: Code) -> &'static str {
-    match code {
-        Code::NotFound => "E-NOTFOUND",
-        Code::InvalidArgument => "E-INVALID",
-        Code::AlreadyExists => "E-EXISTS",
-        Code::FailedPrecondition => "E-REFUSED",
-        Code::Unavailable => "E-NOQUORUM",
-        Code::DeadlineExceeded => "E-TIMEOUT",
-        Code::PermissionDenied | Code::Unauthenticated => "E-DENIED",
-        Code::Unimplemented => "E-VERSION",
-        _ => "E-INTERNAL",
+    /// Reads several, with commas between them.
+    ///
+    /// # Errors
+    /// When one of them is none.
+    pub fn parse_all(text: &str) -> Result<Vec<Server>, CliError> {
+        text.split(',').map(str::trim).map(Server::parse).collect()
     }
 }
 
@@ -144,25 +87,29 @@ pub type Connection = Client;
 #[derive(Clone)]
 pub struct Client {
     /// The generated client; its methods are the API.
-    pub api: AdminClient<Channel>,
-    /// Every server that may be asked, as it was written.
-    servers: String,
+    pub api: Api,
+    /// Every server that may be asked, and the token.
+    endpoint: Endpoint,
 }
 
 impl Client {
-    /// Connects to `host:port`, or to the Unix socket at an absolute path; of several, with commas between
-    /// them, to the first that answers.
+    /// Connects to the endpoint's server; of several to the first that answers.
     ///
     /// # Errors
-    /// A malformed address; nothing answers.
-    pub async fn open(servers: &str) -> Result<Client, CliError> {
+    /// A malformed address; no token for a server on the network; nothing answers; what answers is not the
+    /// cluster that the token is of.
+    pub async fn open(endpoint: &Endpoint) -> Result<Client, CliError> {
+        let bearer = Bearer::of(endpoint.token.as_ref())?;
+        let servers = Server::parse_all(&endpoint.servers)?;
+        let several = servers.len() > 1;
         let mut first_error = None;
-        for server in servers.split(',').map(str::trim) {
-            match channel(server).await {
+        for server in servers {
+            match channel(&server, endpoint.token.as_ref()).await {
                 Ok(channel) => {
                     return Ok(Client {
-                        api: AdminClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX),
-                        servers: servers.to_owned(),
+                        api: AdminClient::with_interceptor(channel, bearer)
+                            .max_decoding_message_size(MESSAGE_BYTES_MAX),
+                        endpoint: endpoint.clone(),
                     });
                 }
                 Err(error @ CliError::Connect { .. }) => {
@@ -171,14 +118,13 @@ impl Client {
                 Err(other) => return Err(other),
             }
         }
-        let several = servers.contains(',');
         Err(match first_error {
             Some(CliError::Connect { cause, .. }) if several => CliError::Connect {
-                server: servers.to_owned(),
+                server: endpoint.servers.clone(),
                 cause,
             },
             Some(error) => error,
-            None => CliError::Address(servers.to_owned()),
+            None => CliError::Address(endpoint.servers.clone()),
         })
     }
 
@@ -186,16 +132,21 @@ impl Client {
     /// [`OTHER_NODE_PATIENCE`].
     ///
     /// # Errors
-    /// None does.
+    /// Nothing answers in that time, or what answers is not the cluster.
     pub async fn open_again(&mut self) -> Result<(), CliError> {
         let deadline = tokio::time::Instant::now() + OTHER_NODE_PATIENCE;
         loop {
-            match Client::open(&self.servers).await {
+            match Client::open(&self.endpoint).await {
                 Ok(client) => {
                     *self = client;
                     return Ok(());
                 }
-                Err(error) if tokio::time::Instant::now() > deadline => return Err(error),
+                Err(error)
+                    if !error.is_about_the_connection()
+                        || tokio::time::Instant::now() > deadline =>
+                {
+                    return Err(error);
+                }
                 Err(_) => tokio::time::sleep(OTHER_NODE_PAUSE).await,
             }
         }
@@ -203,41 +154,20 @@ impl Client {
 }
 
 /// A channel to one server.
-async fn channel(server: &str) -> Result<Channel, CliError> {
-    let refused = |cause: &dyn std::error::Error| CliError::Connect {
-        server: server.to_owned(),
-        cause: innermost(cause),
-    };
-    if server.starts_with('/') {
-        // A lazy channel connects at first use: ask now whether anybody is there.
-        if let Err(error) = tokio::net::UnixStream::connect(server).await {
-            return Err(refused(&error));
+async fn channel(server: &Server, token: Option<&AccessToken>) -> Result<Channel, CliError> {
+    match server {
+        Server::Socket(path) => {
+            // A lazy channel connects at first use: ask now whether anybody is there.
+            tokio::net::UnixStream::connect(path)
+                .await
+                .map_err(|error| CliError::socket(path, &error))?;
+            Ok(proto::unix::channel(path))
         }
-        return Ok(proto::unix::channel(server));
+        Server::Network(address) => {
+            let token = token.ok_or_else(|| CliError::NoToken(address.clone()))?;
+            tls::channel(address, token).await
+        }
     }
-    let host_and_port = server
-        .rsplit_once(':')
-        .filter(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
-    if host_and_port.is_none() {
-        return Err(CliError::Address(server.to_owned()));
-    }
-    Endpoint::from_shared(format!("http://{server}"))
-        .map_err(|_| CliError::Address(server.to_owned()))?
-        .connect_timeout(CONNECT_TIMEOUT)
-        .tcp_nodelay(true)
-        .http2_keep_alive_interval(SILENCE)
-        .keep_alive_timeout(SILENCE)
-        .connect()
-        .await
-        .map_err(|error| refused(&error))
-}
-
-fn innermost(error: &dyn std::error::Error) -> String {
-    let mut cause = error;
-    while let Some(deeper) = cause.source() {
-        cause = deeper;
-    }
-    cause.to_string()
 }
 
 /// What a changing request carries: an id of its own, the asker's words, the asker.
@@ -251,3 +181,6 @@ pub fn change(request_id: Option<String>, reason: &str) -> Change {
         actor: user,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -73,10 +73,14 @@ pub async fn run(c: &Context, args: Args) -> Result<ExitCode, CliError> {
         memory_mib: 2048,
         cpus: 4,
         fast: false,
+        nfs_tls: true,
         ..Plan::default()
     };
     say(
         "Baton: three nodes on this machine, real KVM machines, one NFS server. Nothing here is simulated.",
+    );
+    say(
+        "Every connection is TLS 1.3: nodes show certificates of the cluster's own authority, the demo shows an access token.",
     );
     let mut cluster = LocalCluster::up(plan, 3, |step| say(&format!("  {step}"))).await?;
     let outcome = tokio::select! {

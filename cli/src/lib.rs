@@ -6,17 +6,28 @@
 
 pub mod client;
 pub mod commands;
+pub mod contexts;
 pub mod demo;
 pub mod local;
 pub mod output;
+pub mod private_file;
+mod prompt;
+pub mod span;
 
+use std::convert::Infallible;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use client::Connection;
-use commands::{balance, cluster, dev, events, lease, migration, node, rule, vm, volume, why};
+use client::{CliError, Connection, Endpoint};
+use commands::{
+    audit, balance, cluster, context, dev, events, lease, migration, node, rule, token, vm, volume,
+    why,
+};
+use contexts::{Contexts, Given};
 use output::Format;
+use proto::token::Secret;
 
 /// What a shell gives for a program that Ctrl-C ended.
 const EXIT_INTERRUPTED: u8 = 130;
@@ -26,6 +37,9 @@ const AFTER_HELP: &str = "\
 Examples:
   clusterctl demo                                 see a migration, a drain and a failover on this machine
   clusterctl dev up                               a cluster of three on this machine, to try things
+  sudo clusterctl cluster init                    on its first node: make a cluster
+  clusterctl node add n2                          print the line that lets a node in
+  clusterctl context add prod n1:7440             on your own machine: know the cluster, with your token
   clusterctl vm create web-1 --disk vol-a:40GiB   make and start a machine
   clusterctl migrate web-1 --to n3                move it while it runs
   clusterctl drain n1 --dry-run                   what would leave n1, where to, and why
@@ -44,15 +58,26 @@ Exit codes: 0 done, 1 refused or failed, 2 misused, 5 done in part, 130 interrup
 )]
 pub struct Args {
     /// A node of the cluster, `host:port`, or the path of a node's Unix socket; of several with commas
-    /// between them the first that answers is asked.
+    /// between them the first that answers is asked. Else the context says where, else it is this host's own
+    /// socket, /var/lib/baton/clusterd.sock.
+    #[arg(long, short = 's', global = true, env = "CLUSTERCTL_SERVER")]
+    server: Option<String>,
+    /// The cluster to ask, as `context add` named it.
     #[arg(
         long,
-        short = 's',
+        short = 'C',
         global = true,
-        env = "CLUSTERCTL_SERVER",
-        default_value = "127.0.0.1:7440"
+        value_name = "NAME",
+        env = "CLUSTERCTL_CONTEXT"
     )]
-    server: String,
+    context: Option<String>,
+    /// The access token for --server (BT1.…). Others on this host can read arguments: prefer --token-file, or
+    /// CLUSTERCTL_TOKEN in the environment.
+    #[arg(long, global = true, value_parser = secret, conflicts_with = "token_file")]
+    token: Option<Secret>,
+    /// A file with the access token.
+    #[arg(long, global = true, value_name = "FILE")]
+    token_file: Option<PathBuf>,
     /// How to print results.
     #[arg(
         long,
@@ -82,12 +107,20 @@ pub struct Args {
     command: Command,
 }
 
+/// The variable that may hold the access token.
+const TOKEN_VARIABLE: &str = "CLUSTERCTL_TOKEN";
+
+/// Takes any text: what is wrong with it is told without repeating it.
+fn secret(text: &str) -> Result<Secret, Infallible> {
+    Ok(Secret::from_text(text))
+}
+
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// The cluster: init, status, settings.
+    /// The cluster: init, status, settings, ca, trust.
     #[command(subcommand)]
     Cluster(cluster::Command),
-    /// Nodes: list, show, add, remove, drain, uncordon.
+    /// Nodes: list, show, add, join-tokens, remove, drain, uncordon.
     #[command(subcommand)]
     Node(node::Command),
     /// Machines: create, list, show, start, stop, delete, console, migrate.
@@ -108,6 +141,14 @@ enum Command {
     /// The balancer: run, status.
     #[command(subcommand)]
     Balance(balance::Command),
+    /// Access tokens: create, list, revoke.
+    #[command(subcommand)]
+    Token(token::Command),
+    /// Clusters that you know: add, list, use, show, remove.
+    #[command(subcommand)]
+    Context(context::Command),
+    /// Who changed what, from where, why.
+    Audit(audit::Args),
     /// What happened.
     Events(events::Args),
     /// Why a machine, node or migration is where and as it is.
@@ -130,8 +171,8 @@ enum Command {
 
 /// What every command may use: the flags that stand above all of them.
 pub struct Context {
-    /// Where to connect.
-    pub server: String,
+    /// Where to connect and what to show there, as far as it was given.
+    pub given: Given,
     /// How to print.
     pub output: Format,
     /// `--reason`.
@@ -147,12 +188,25 @@ pub struct Context {
 }
 
 impl Context {
-    /// Connects to the node that `--server` names.
+    /// Where to connect and what to show there.
     ///
     /// # Errors
-    /// When nothing answers there.
-    pub async fn connect(&self) -> Result<Connection, client::CliError> {
-        Connection::open(&self.server).await
+    /// When the context that is meant is not there, or the file of contexts cannot be used.
+    pub fn endpoint(&self) -> Result<Endpoint, CliError> {
+        self.given.endpoint(|| match contexts::path() {
+            Ok(path) => Contexts::load(&path),
+            // A service without a home has no contexts, and needs none.
+            Err(_) if self.given.context.is_none() => Ok(Contexts::default()),
+            Err(error) => Err(error),
+        })
+    }
+
+    /// Connects to a node of the cluster that is meant.
+    ///
+    /// # Errors
+    /// When nothing answers there, or who answers is not of that cluster.
+    pub async fn connect(&self) -> Result<Connection, CliError> {
+        Connection::open(&self.endpoint()?).await
     }
 
     /// What a changing request carries.
@@ -179,8 +233,8 @@ pub fn main() -> ExitCode {
     match runtime.block_on(run(args)) {
         Ok(code) => code,
         // As `head` wants it: no word, no harm.
-        Err(client::CliError::OutputClosed) => ExitCode::SUCCESS,
-        Err(error @ client::CliError::Interrupted(_)) => {
+        Err(CliError::OutputClosed) => ExitCode::SUCCESS,
+        Err(error @ CliError::Interrupted(_)) => {
             eprintln!("{error}");
             ExitCode::from(EXIT_INTERRUPTED)
         }
@@ -191,9 +245,35 @@ pub fn main() -> ExitCode {
     }
 }
 
-async fn run(args: Args) -> Result<ExitCode, client::CliError> {
+/// What was given of server, token and context. The token's variable is read here: it must be no default that
+/// the help shows, and a flag wins over it.
+fn given(args: &Args) -> Result<Given, CliError> {
+    let token = match (&args.token, &args.token_file) {
+        (Some(text), _) => Some(client::token(text.expose())?),
+        (None, Some(path)) => Some(client::token_file(path)?),
+        (None, None) => match std::env::var(TOKEN_VARIABLE) {
+            Ok(text) if !text.trim().is_empty() => Some(client::token(&text)?),
+            _ => None,
+        },
+    };
+    // A variable that is set to nothing says nothing.
+    let said = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
+    let (server, context) = (said(&args.server), said(&args.context));
+    if let (Some(server), Some(context)) = (&server, &context) {
+        eprintln!(
+            "note: --server (or CLUSTERCTL_SERVER) says where: {server}; of context {context} only the token is used"
+        );
+    }
+    Ok(Given {
+        server,
+        token,
+        context,
+    })
+}
+
+async fn run(args: Args) -> Result<ExitCode, CliError> {
     let context = Context {
-        server: args.server,
+        given: given(&args)?,
         output: args.output,
         reason: args.reason,
         request_id: args.request_id,
@@ -215,6 +295,9 @@ async fn run(args: Args) -> Result<ExitCode, client::CliError> {
         Command::Migration(command) => migration::run(c, command).await,
         Command::Rule(command) => rule::run(c, command).await,
         Command::Balance(command) => balance::run(c, command).await,
+        Command::Token(command) => token::run(c, command).await,
+        Command::Context(command) => context::run(c, command).await,
+        Command::Audit(args) => audit::run(c, args).await,
         Command::Events(args) => events::run(c, args).await,
         Command::Why(args) => why::run(c, args).await,
         Command::Dev(command) => dev::run(c, command).await,
@@ -224,10 +307,70 @@ async fn run(args: Args) -> Result<ExitCode, client::CliError> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
+    use clap::{CommandFactory, Parser};
+
+    use super::*;
 
     #[test]
     fn the_command_tree_is_sound() {
-        super::Args::command().debug_assert();
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn the_trust_commands_are_read_as_they_are_documented() {
+        for line in [
+            "cluster init lab --fast",
+            "cluster ca show",
+            "cluster ca rotate --root --recovery-key-file /k",
+            "cluster trust add east --ca /ca.pem",
+            "cluster trust remove east",
+            "node add n2 --ttl 30m --role witness",
+            "node join-tokens list",
+            "node join-tokens revoke j1",
+            "token create ada --role operator --tag web --tag db --ttl 30d",
+            "token revoke t1 -y",
+            "audit --since 1h --actor ada --object vm/web-1 --limit 5",
+            "context add lab n1:7440,n2:7440 --token-file /t --no-check",
+            "context use lab",
+            "-C lab status",
+            "status -C lab",
+        ] {
+            let words = std::iter::once("clusterctl").chain(line.split(' '));
+            assert!(Args::try_parse_from(words).is_ok(), "{line}");
+        }
+        for line in [
+            "cluster ca rotate --recovery-key k",
+            "node add n2 --ttl soon",
+            "node add n2 --ttl 0m",
+            "token create ada",
+            "token create ada --role king",
+            "audit --limit 0",
+            "status --token a --token-file b",
+        ] {
+            let words = std::iter::once("clusterctl").chain(line.split(' '));
+            assert!(Args::try_parse_from(words).is_err(), "{line}");
+        }
+    }
+
+    #[test]
+    fn a_token_among_the_arguments_is_never_repeated() {
+        let words = ["clusterctl", "--token", "BT1.hidden", "status"];
+        let args = Args::try_parse_from(words).expect("a line");
+        assert!(!format!("{args:?}").contains("hidden"));
+        let error = given(&args).expect_err("no token").to_string();
+        assert!(
+            error.contains("E-TOKEN") && !error.contains("hidden"),
+            "{error}"
+        );
+        let words = [
+            "clusterctl",
+            "--token",
+            "BT1.hidden",
+            "--token-file",
+            "x",
+            "status",
+        ];
+        let error = Args::try_parse_from(words).expect_err("both").to_string();
+        assert!(!error.contains("hidden"), "{error}");
     }
 }

@@ -3,19 +3,26 @@
 //! What is running is written to `cluster.json` in the cluster's folder, so that a later command finds
 //! it. Programs are looked for beside this one, then in `PATH`.
 
+mod assemble;
+mod process;
+
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
-use std::os::unix::process::CommandExt;
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use proto::token::{AccessToken, Secret};
 use serde::{Deserialize, Serialize};
 
-use crate::client::{CliError, Connection};
+use crate::client::{self, CliError, Connection, Endpoint};
+use crate::private_file;
+use process::{STOP_TIMEOUT, reap, spawn};
+
+pub use process::{processes_of, program};
 
 /// The port of every node's API.
 pub const API_PORT: u16 = 7440;
@@ -27,8 +34,8 @@ pub const MIGRATION_PORTS: (u16, u16) = (7450, 7481);
 pub const NFS_PORT: u16 = 2049;
 /// How long a started program may take to answer.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
-/// How long a stopping program may take before it is killed.
-const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+/// The largest `cluster.json` read, bytes: the nodes and what tests say about them.
+const FILE_BYTES_MAX: u64 = 1024 * 1024;
 /// Nodes of a local cluster at most.
 pub const NODES_MAX: u8 = 9;
 
@@ -65,6 +72,9 @@ pub struct Plan {
     /// own (tests).
     #[serde(default)]
     pub enter: BTreeMap<String, Vec<String>>,
+    /// Whether the NFS server is reached under TLS only.
+    #[serde(default)]
+    pub nfs_tls: bool,
     /// The volume of a storage server that someone else runs; then none is started (tests).
     #[serde(default)]
     pub volume: Option<String>,
@@ -92,31 +102,12 @@ pub struct LocalCluster {
     pub nodes: Vec<Member>,
     /// Its NFS server.
     pub nfs: Member,
-}
-
-/// Finds one of Baton's programs.
-///
-/// # Errors
-/// When it is neither beside this program nor in `PATH`.
-pub fn program(name: &str) -> Result<PathBuf, CliError> {
-    let beside = std::env::var_os("BATON_PROGRAMS")
-        .map(PathBuf::from)
-        .or_else(|| {
-            std::env::current_exe()
-                .ok()
-                .and_then(|exe| exe.parent().map(Path::to_path_buf))
-        })
-        .map(|folder| folder.join(name));
-    if let Some(path) = beside.filter(|path| path.is_file()) {
-        return Ok(path);
-    }
-    std::env::var_os("PATH")
-        .and_then(|paths| std::env::split_paths(&paths).map(|folder| folder.join(name)).find(|path| path.is_file()))
-        .ok_or_else(|| {
-            CliError::Local(format!(
-                "{name} is neither beside clusterctl nor in PATH; in the source tree: cargo build --workspace"
-            ))
-        })
+    /// Its first administrator's token, once the cluster is made.
+    #[serde(default)]
+    pub access_token: Option<Secret>,
+    /// What opens its root's key.
+    #[serde(default)]
+    pub recovery_key: Option<Secret>,
 }
 
 impl Plan {
@@ -162,147 +153,6 @@ impl Plan {
 }
 
 impl LocalCluster {
-    /// Starts the NFS server and the nodes, makes the cluster, lets every node in and adds the volume
-    /// `vol-a`. `tell` is told each step.
-    ///
-    /// # Errors
-    /// When a program is missing, an address is taken, or a step is refused; what was started is stopped.
-    pub async fn up(
-        plan: Plan,
-        nodes: u8,
-        mut tell: impl FnMut(&str),
-    ) -> Result<LocalCluster, CliError> {
-        if !(1..=NODES_MAX).contains(&nodes) {
-            return Err(CliError::Local(format!(
-                "{nodes} nodes: use 1 to {NODES_MAX}"
-            )));
-        }
-        if plan.folder.join("cluster.json").exists() {
-            return Err(CliError::Local(format!(
-                "there is a local cluster in {} already; stop it first: clusterctl dev down",
-                plan.folder.display()
-            )));
-        }
-        fs::create_dir_all(&plan.folder)?;
-        let member = |name: String, number: u8, port: u16| Member {
-            folder: plan.folder.join(&name),
-            name,
-            address: SocketAddr::new(IpAddr::V4(plan.ip(number)), port),
-            pid: 0,
-        };
-        let mut cluster = LocalCluster {
-            nodes: (1..=nodes)
-                .map(|number| member(format!("n{number}"), number, API_PORT))
-                .collect(),
-            nfs: member("nfs".into(), 0, NFS_PORT),
-            plan,
-        };
-        let here = |member: &&Member| !cluster.plan.enter.contains_key(&member.name);
-        for member in cluster.nodes.iter().chain([&cluster.nfs]).filter(here) {
-            if let Err(error) = TcpListener::bind(member.address) {
-                return Err(CliError::Local(format!(
-                    "{} cannot be used: {error}; is another local cluster running? see: clusterctl dev --help",
-                    member.address
-                )));
-            }
-        }
-        match cluster.assemble(&mut tell).await {
-            Ok(()) => Ok(cluster),
-            Err(error) => {
-                let logs = cluster.plan.folder.clone();
-                cluster.kill_everything();
-                Err(CliError::Local(format!(
-                    "{error}\n  logs: {}",
-                    logs.display()
-                )))
-            }
-        }
-    }
-
-    async fn assemble(&mut self, tell: &mut impl FnMut(&str)) -> Result<(), CliError> {
-        if self.plan.volume.is_none() {
-            tell(&format!(
-                "NFS server on {} (embedded; keeps owner, group and mode itself)",
-                self.nfs.address
-            ));
-            self.start_nfs()?;
-        }
-        for at in 0..self.nodes.len() {
-            self.start_node(at)?;
-        }
-        self.save()?;
-        let mut connection = self.connect(0).await?;
-        let change = || Some(crate::client::change(None, "local cluster"));
-        connection
-            .api
-            .cluster_init(proto::admin::ClusterInitRequest {
-                change: change(),
-                name: "local".into(),
-                fast: self.plan.fast,
-            })
-            .await?;
-        tell(&format!(
-            "cluster `local` made on n1 ({})",
-            self.nodes[0].address
-        ));
-        for at in 1..self.nodes.len() {
-            let member = format!("{}:{API_PORT}", self.plan.told_ip(1));
-            let request = proto::admin::NodeJoinRequest {
-                change: change(),
-                member,
-                role: "voter".into(),
-                token: String::new(),
-            };
-            self.connect(at).await?.api.node_join(request).await?;
-            tell(&format!(
-                "{} joined ({})",
-                self.nodes[at].name, self.nodes[at].address
-            ));
-        }
-        self.wait_until_up(&mut connection).await?;
-        wait_tcp(self.nfs.address).await?;
-        let url = self.volume_url();
-        let request = proto::admin::VolumeAddRequest {
-            change: change(),
-            name: "vol-a".into(),
-            url: url.clone(),
-            nodes: Vec::new(),
-            dry_run: false,
-        };
-        let volume = connection.api.volume_add(request).await?.into_inner();
-        tell(&format!(
-            "volume vol-a at {url}, fence class {}",
-            volume.fence_class
-        ));
-        Ok(())
-    }
-
-    /// Waits until every node is up and up to five have a vote.
-    async fn wait_until_up(&self, connection: &mut Connection) -> Result<(), CliError> {
-        let deadline = Instant::now() + START_TIMEOUT;
-        loop {
-            let status = connection
-                .api
-                .cluster_status(proto::admin::ClusterStatusRequest {})
-                .await?
-                .into_inner();
-            let voters = self.nodes.len().min(5);
-            if status.nodes_up as usize == self.nodes.len() && status.voters.len() >= voters {
-                return Ok(());
-            }
-            if Instant::now() > deadline {
-                return Err(CliError::Local(format!(
-                    "after {} s only {} of {} nodes are up ({} voters)",
-                    START_TIMEOUT.as_secs(),
-                    status.nodes_up,
-                    self.nodes.len(),
-                    status.voters.len()
-                )));
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-    }
-
     /// The URL of the shared volume.
     pub fn volume_url(&self) -> String {
         if let Some(volume) = &self.plan.volume {
@@ -320,20 +170,66 @@ impl LocalCluster {
         self.nfs.folder.join("export")
     }
 
-    /// Connects to node `at`, waiting until it answers.
+    /// Where the NFS server keeps the certificates that it made for itself.
+    fn nfs_tls_folder(&self) -> PathBuf {
+        self.nfs.folder.join("tls")
+    }
+
+    /// The administrator's token.
+    ///
+    /// # Errors
+    /// When the cluster is not made yet.
+    pub fn token(&self) -> Result<AccessToken, CliError> {
+        let line = self.access_token.as_ref().ok_or_else(|| {
+            CliError::Local(
+                "this local cluster has no token; start another: clusterctl dev up".into(),
+            )
+        })?;
+        client::token(line.expose())
+    }
+
+    /// How to reach node `at` over the network.
+    ///
+    /// # Errors
+    /// When the cluster is not made yet.
+    pub fn endpoint(&self, at: usize) -> Result<Endpoint, CliError> {
+        Ok(Endpoint {
+            servers: self.nodes[at].address.to_string(),
+            token: Some(self.token()?),
+        })
+    }
+
+    /// How to reach whichever node lives.
+    ///
+    /// # Errors
+    /// When the cluster is not made yet.
+    pub fn endpoint_of_all(&self) -> Result<Endpoint, CliError> {
+        let addresses: Vec<String> = self
+            .nodes
+            .iter()
+            .map(|node| node.address.to_string())
+            .collect();
+        Ok(Endpoint {
+            servers: addresses.join(","),
+            token: Some(self.token()?),
+        })
+    }
+
+    /// Connects to node `at` over the network, waiting until it answers.
     ///
     /// # Errors
     /// When it does not answer in time.
     pub async fn connect(&self, at: usize) -> Result<Connection, CliError> {
-        let address = self.nodes[at].address.to_string();
-        let deadline = Instant::now() + START_TIMEOUT;
-        loop {
-            match Connection::open(&address).await {
-                Ok(connection) => return Ok(connection),
-                Err(error) if Instant::now() > deadline => return Err(error),
-                Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
-            }
-        }
+        open_within(START_TIMEOUT, &self.endpoint(at)?).await
+    }
+
+    /// Connects to node `at` on its own socket, waiting until it answers.
+    ///
+    /// # Errors
+    /// When it does not answer in time.
+    pub async fn connect_socket(&self, at: usize) -> Result<Connection, CliError> {
+        let path = self.nodes[at].folder.join("clusterd.sock");
+        open_within(START_TIMEOUT, &Endpoint::socket(path.display().to_string())).await
     }
 
     /// Connects to any node that is not down.
@@ -359,6 +255,9 @@ impl LocalCluster {
             .arg("--root")
             .arg(&root)
             .args(["--export", "/baton"]);
+        if self.plan.nfs_tls {
+            command.arg("--tls-self-signed").arg(self.nfs_tls_folder());
+        }
         self.nfs.pid = spawn(&mut command, &self.nfs.folder.join("log"))?;
         Ok(())
     }
@@ -435,12 +334,21 @@ impl LocalCluster {
 
     /// Kills everything that a host has, as a power cut does: clusterd, its broker, its monitors.
     pub fn kill_node(&mut self, at: usize) {
-        let node = &mut self.nodes[at];
-        for pid in processes_of(&node.folder) {
-            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        // Whoever starts others comes first, and by its number: a process that is just becoming another
+        // program has no command line to be found by.
+        self.kill_clusterd(at);
+        let deadline = Instant::now() + STOP_TIMEOUT;
+        loop {
+            let left = processes_of(&self.nodes[at].folder);
+            if left.is_empty() || Instant::now() > deadline {
+                return;
+            }
+            for pid in left {
+                // It may have ended already.
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+            std::thread::sleep(Duration::from_millis(5));
         }
-        reap(node.pid);
-        node.pid = 0;
     }
 
     /// Kills only the clusterd of a node.
@@ -480,7 +388,7 @@ impl LocalCluster {
     /// When the folder cannot be written.
     pub fn save(&self) -> Result<(), CliError> {
         let path = self.plan.folder.join("cluster.json");
-        fs::write(&path, serde_json::to_vec_pretty(self)?)?;
+        private_file::write(&path, &serde_json::to_vec_pretty(self)?)?;
         Ok(())
     }
 
@@ -490,91 +398,36 @@ impl LocalCluster {
     /// When nothing runs there.
     pub fn load(folder: &Path) -> Result<LocalCluster, CliError> {
         let path = folder.join("cluster.json");
-        let text = fs::read(&path).map_err(|error| {
+        let text = private_file::read(&path, FILE_BYTES_MAX)
+            .map_err(CliError::local)?
+            .ok_or_else(|| {
+                CliError::Local(format!(
+                    "there is no local cluster in {}; start one: clusterctl dev up",
+                    folder.display()
+                ))
+            })?;
+        // What the parser has to say may quote the token.
+        serde_json::from_str(&text).map_err(|_| {
             CliError::Local(format!(
-                "there is no local cluster in {} ({error}); start one: clusterctl dev up",
-                folder.display()
+                "{} is not as this clusterctl writes it",
+                path.display()
             ))
-        })?;
-        Ok(serde_json::from_slice(&text)?)
-    }
-}
-
-/// Starts a program that outlives this one, its output in `log`.
-fn spawn(command: &mut Command, log: &Path) -> Result<i32, CliError> {
-    if let Some(folder) = log.parent() {
-        fs::create_dir_all(folder)?;
-    }
-    let log: File = OpenOptions::new().create(true).append(true).open(log)?;
-    let child: Child = command
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        // A group of its own: Ctrl-C on the demo must not reach it before the demo's own clean-up.
-        .process_group(0)
-        .spawn()
-        .map_err(|error| {
-            CliError::Local(format!(
-                "cannot start {}: {error}",
-                command.get_program().display()
-            ))
-        })?;
-    i32::try_from(child.id()).map_err(CliError::local)
-}
-
-/// Waits, bounded, until a killed child is gone.
-fn reap(pid: i32) {
-    if pid == 0 {
-        return;
-    }
-    let deadline = Instant::now() + STOP_TIMEOUT;
-    let pid = Pid::from_raw(pid);
-    while Instant::now() < deadline {
-        match nix::sys::wait::waitpid(pid, Some(nix::sys::wait::WaitPidFlag::WNOHANG)) {
-            Ok(nix::sys::wait::WaitStatus::StillAlive) => {
-                std::thread::sleep(Duration::from_millis(5))
-            }
-            // Gone, or not a child of ours (a later command than the one that started it).
-            _ => return,
-        }
-    }
-}
-
-/// Every process whose command line names something inside `folder`.
-pub fn processes_of(folder: &Path) -> Vec<i32> {
-    let own = i32::try_from(std::process::id()).unwrap_or(0);
-    let needle = folder.as_os_str().as_encoded_bytes();
-    let inside = |argument: &[u8]| {
-        argument == needle
-            || (argument.starts_with(needle) && argument.get(needle.len()) == Some(&b'/'))
-    };
-    let Ok(entries) = fs::read_dir("/proc") else {
-        return Vec::new();
-    };
-    entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
-        .filter(|&pid| pid != own)
-        .filter(|pid| {
-            fs::read(format!("/proc/{pid}/cmdline"))
-                .is_ok_and(|line| line.split(|&byte| byte == 0).any(inside))
         })
-        .collect()
+    }
 }
 
-/// Waits until somebody listens at an address.
-async fn wait_tcp(address: SocketAddr) -> Result<(), CliError> {
-    let deadline = Instant::now() + START_TIMEOUT;
-    while tokio::net::TcpStream::connect(address).await.is_err() {
-        if Instant::now() > deadline {
-            return Err(CliError::Local(format!(
-                "nothing listens at {address} after {} s",
-                START_TIMEOUT.as_secs()
-            )));
+/// Connects once somebody answers.
+async fn open_within(patience: Duration, endpoint: &Endpoint) -> Result<Connection, CliError> {
+    let deadline = Instant::now() + patience;
+    loop {
+        match Connection::open(endpoint).await {
+            Ok(connection) => return Ok(connection),
+            Err(error) if Instant::now() > deadline || !error.is_about_the_connection() => {
+                return Err(error);
+            }
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
         }
-        tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -582,24 +435,44 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_process_belongs_to_a_folder_that_its_command_line_names() {
+    fn a_local_cluster_keeps_its_secrets_for_its_owner_and_shows_them_to_nobody() {
+        use std::os::unix::fs::PermissionsExt;
         let folder = tempfile::tempdir().expect("a folder");
-        let log = folder.path().join("log");
-        std::fs::write(&log, "x").expect("a file");
-        let mut child = Command::new("tail")
-            .arg("-f")
-            .arg(&log)
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("tail");
-        // Its command line is there some time after its process: what it prints shows that it runs.
-        let mut printed = [0];
-        let mut output = child.stdout.take().expect("a pipe");
-        std::io::Read::read_exact(&mut output, &mut printed).expect("its output");
-        let pid = i32::try_from(child.id()).expect("a pid");
-        assert!(processes_of(folder.path()).contains(&pid));
-        assert!(!processes_of(&folder.path().join("other")).contains(&pid));
-        child.kill().expect("kill");
-        child.wait().expect("wait");
+        let member = |name: &str| Member {
+            name: name.into(),
+            address: SocketAddr::from(([127, 0, 0, 1], API_PORT)),
+            folder: folder.path().join(name),
+            pid: 0,
+        };
+        let token = AccessToken {
+            ca_sha256: "ab".repeat(32),
+            id: "t1".into(),
+            secret: Secret::new(&[7; 32]),
+        };
+        let cluster = LocalCluster {
+            plan: Plan {
+                folder: folder.path().to_owned(),
+                ..Plan::default()
+            },
+            nodes: vec![member("n1"), member("n2")],
+            nfs: member("nfs"),
+            access_token: Some(Secret::from_text(&token.line())),
+            recovery_key: Some(Secret::from_text("RECOVER-ME")),
+        };
+        cluster.save().expect("written");
+        let path = folder.path().join("cluster.json");
+        let mode = fs::metadata(&path).expect("there").permissions().mode();
+        assert_eq!(mode & 0o7777, 0o600);
+        let read = LocalCluster::load(folder.path()).expect("read");
+        assert_eq!(read.token().expect("a token"), token);
+        assert_eq!(
+            read.endpoint_of_all().expect("an endpoint").servers,
+            "127.0.0.1:7440,127.0.0.1:7440"
+        );
+        let shown = format!("{read:?}");
+        assert!(
+            !shown.contains("RECOVER-ME") && !shown.contains("BT1."),
+            "{shown}"
+        );
     }
 }

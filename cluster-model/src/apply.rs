@@ -163,6 +163,7 @@ impl ClusterState {
                 settle_ms,
                 size_bytes,
                 nodes,
+                tls_ca,
             } => {
                 let volume = crate::state::Volume {
                     id: crate::ids::VolumeId(entry.index.0),
@@ -173,6 +174,7 @@ impl ClusterState {
                     settle_ms: *settle_ms,
                     nodes: nodes.clone(),
                     size_bytes: *size_bytes,
+                    tls_ca: tls_ca.clone(),
                 };
                 self.add_volume(entry, volume)
             }

@@ -159,6 +159,9 @@ pub enum Command {
         size_bytes: u64,
         /// Nodes that reach it; empty: all.
         nodes: BTreeSet<NodeId>,
+        /// The certificates (PEM) that vouch for its server; with them it is reached under TLS only.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        tls_ca: Option<String>,
     },
     /// Forgets a volume that no machine uses.
     RemoveVolume {

@@ -87,6 +87,13 @@ pub enum NodeRole {
 }
 
 impl NodeRole {
+    /// The role of that name.
+    pub fn parse(text: &str) -> Option<NodeRole> {
+        [NodeRole::Voter, NodeRole::Learner, NodeRole::Witness]
+            .into_iter()
+            .find(|role| role.as_str() == text)
+    }
+
     /// The role's name, as users see it.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -242,6 +249,10 @@ pub struct Volume {
     pub nodes: BTreeSet<NodeId>,
     /// Bytes in all, when it was added.
     pub size_bytes: u64,
+    /// The certificates (PEM) that vouch for its server. With them every connection to it is under TLS, or
+    /// there is none; without, none is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_ca: Option<String>,
 }
 
 impl Volume {

@@ -130,6 +130,7 @@ impl World {
             settle_ms: 0,
             size_bytes: 1 << 40,
             nodes: BTreeSet::new(),
+            tls_ca: None,
         });
         world
     }

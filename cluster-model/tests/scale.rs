@@ -59,6 +59,7 @@ fn cluster() -> ClusterState {
         settle_ms: 0,
         size_bytes: 1 << 50,
         nodes: BTreeSet::new(),
+        tls_ca: None,
     });
     let disk = |number: u64| DiskSpec {
         volume: name("shared".into()),

@@ -3,6 +3,8 @@
 //! Every request is parsed into the model's own types at this door. Whatever is refused says why and
 //! what to try, and carries a stable code in the metadata key `baton-code`.
 
+mod asker;
+mod authority;
 mod backend;
 mod cluster;
 mod error;
@@ -14,8 +16,10 @@ mod plans;
 mod predict;
 mod service;
 pub mod soft;
+mod tokens;
 pub mod views;
 mod vms;
+mod volume_security;
 mod volumes;
 
 pub use backend::{Backend, BackendError, ConsoleChunks};

@@ -486,6 +486,7 @@ pub fn volume(state: &ClusterState, volume: &cluster_model::Volume) -> wire::Vol
             .as_ref()
             .map_or(0, |cluster| cluster.broker_uid),
         fence_class: volume.fence.as_str().to_owned(),
+        tls_ca: volume.tls_ca.clone().unwrap_or_default(),
     }
 }
 

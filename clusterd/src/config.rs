@@ -30,6 +30,21 @@ pub struct Cli {
     pub config: Option<PathBuf>,
     #[command(flatten)]
     given: Given,
+    /// What to do instead of running the daemon.
+    #[command(subcommand)]
+    pub action: Option<Action>,
+}
+
+/// What `clusterd` does besides running.
+#[derive(Clone, Debug, clap::Subcommand)]
+pub enum Action {
+    /// Let the clusterd that runs on this host join a cluster; the token comes on standard input, as the line that
+    /// `clusterctl node add` prints has it.
+    Join {
+        /// A file with the token [standard input].
+        #[arg(long, value_name = "FILE")]
+        token_file: Option<PathBuf>,
+    },
 }
 
 /// What may be given by flag or in the file.
@@ -218,12 +233,12 @@ impl Cli {
     ///
     /// # Errors
     /// Says which flag or key cannot be, and what to try.
-    pub fn load(self) -> Result<Config, ConfigError> {
+    pub fn load(&self) -> Result<Config, ConfigError> {
         let file = match &self.config {
             Some(path) => read_file(path)?,
             None => Given::default(),
         };
-        self.given.over(file).check()
+        self.given.clone().over(file).check()
     }
 }
 

@@ -3,6 +3,7 @@
 //! ```text
 //!  node        uninitialised or member; what the admin API works with
 //!  ├ raft, net         the log; the one place where nodes connect
+//!  ├ trust             who is at the other end: certificates, the door, the issuing key
 //!  ├ heartbeat, leader the node's lease, from both sides
 //!  ├ agent             makes this host agree with the log
 //!  │  ├ monitors, broker, machine_file, process   its means
@@ -20,6 +21,7 @@ pub mod clock;
 pub mod config;
 pub mod controllers;
 pub mod heartbeat;
+pub mod join;
 mod late;
 pub mod leader;
 pub mod machine_file;
@@ -34,4 +36,5 @@ pub mod process;
 pub mod raft;
 pub mod report;
 pub mod telemetry;
+pub mod trust;
 pub mod volumes;

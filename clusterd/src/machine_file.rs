@@ -36,6 +36,9 @@ struct MachineDisk<'s> {
     broker_uid: u32,
     fence_class: String,
     size_bytes: u64,
+    /// Left out where there is none, so that monitors of an earlier version read the file.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    tls_ca: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -102,6 +105,7 @@ pub fn write(
                 broker_uid: volume.broker_uid,
                 fence_class: volume.fence_class,
                 size_bytes: disk.size_bytes,
+                tls_ca: volume.tls_ca,
             }
         })
         .collect();

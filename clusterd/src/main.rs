@@ -2,13 +2,27 @@
 
 use clap::Parser;
 use clusterd::admin::AdminService;
-use clusterd::config::Cli;
+use clusterd::config::{Action, Cli, Config};
 use clusterd::node::Node;
 use tokio::signal::unix::{SignalKind, signal};
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let config = Cli::parse().load()?;
+    let cli = Cli::parse();
+    let config = cli.load()?;
+    match cli.action {
+        Some(Action::Join { token_file }) => {
+            println!(
+                "{}",
+                clusterd::join::run(&config, token_file.as_deref()).await?
+            );
+            Ok(())
+        }
+        None => run(config).await,
+    }
+}
+
+async fn run(config: Config) -> anyhow::Result<()> {
     clusterd::telemetry::init();
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;

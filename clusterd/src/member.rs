@@ -18,6 +18,7 @@ use crate::leader::Leader;
 use crate::monitors::Monitors;
 use crate::net::Dialer;
 use crate::raft::{ProposeError, RaftHandle, WaitError};
+use crate::trust::Keeper;
 
 /// How long a proposal may take, over changes of the leader, before its outcome is called unknown.
 pub const PROPOSE_TIMEOUT: Duration = Duration::from_secs(8);
@@ -39,6 +40,8 @@ pub struct Member {
     pub clock: Clock,
     /// Its way to other nodes.
     pub dialer: Dialer,
+    /// Its certificate, and whom it believes.
+    pub keeper: Keeper,
     /// Its part in the log.
     pub raft: RaftHandle,
     /// Its storage broker.

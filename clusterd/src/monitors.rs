@@ -205,6 +205,26 @@ impl Monitor {
         .map(drop)
     }
 
+    /// Tells an incoming one which monitor will send; it lets in nobody else.
+    ///
+    /// # Errors
+    /// See [`MonitorError`].
+    pub async fn expect_source(
+        &self,
+        migration: MigrationId,
+        fingerprint: Vec<u8>,
+    ) -> Result<(), MonitorError> {
+        let request = wire::ExpectSourceRequest {
+            migration_id: migration.0,
+            fingerprint,
+        };
+        self.call("expect its source", CALL_TIMEOUT, |mut client| async move {
+            client.expect_source(request).await
+        })
+        .await
+        .map(drop)
+    }
+
     /// Begins to send the machine.
     ///
     /// # Errors

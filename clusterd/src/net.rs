@@ -1,7 +1,7 @@
 //! Every connection between nodes is made and accepted here, and nowhere else.
 //!
 //! [`Dialer`] connects, [`serve`] accepts. What holds for all connections (source address, time limits,
-//! keepalive, `TCP_NODELAY`, sizes; who is at the other end) is therefore said once.
+//! keepalive, `TCP_NODELAY`, sizes; TLS, and who is at the other end) is therefore said once.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -14,16 +14,20 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
+use proto::tls;
+use rustls::ClientConfig;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::Routes;
-use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Channel, Endpoint, Server, Uri};
+
+use crate::trust::{Door, Guard, Judge, Keeper, KeeperError};
 
 /// The largest message either side takes, bytes: a batch of log entries (1 MiB and one entry), a chunk
 /// of a snapshot, a node's report.
 pub const MESSAGE_BYTES_MAX: usize = 8 << 20;
-/// How long a connect may take.
+/// How long a connect may take, the handshake included.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(1_500);
 /// A silent connection is asked for a sign of life this often...
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
@@ -47,17 +51,19 @@ pub struct Dialer {
 #[derive(Debug)]
 struct DialerInner {
     local: IpAddr,
+    keeper: Keeper,
     shared: Mutex<HashMap<String, Channel>>,
     links: Links,
 }
 
 impl Dialer {
     /// A dialer whose connections come from `local`, the address this node listens on: peers and packet
-    /// filters then know the node by one address.
-    pub fn new(local: IpAddr) -> Dialer {
+    /// filters then know the node by one address. They show `keeper`'s papers.
+    pub fn new(local: IpAddr, keeper: Keeper) -> Dialer {
         Dialer {
             inner: Arc::new(DialerInner {
                 local,
+                keeper,
                 shared: Mutex::default(),
                 links: Links::default(),
             }),
@@ -86,6 +92,30 @@ impl Dialer {
     /// # Errors
     /// When `address` is not `host:port`.
     pub fn dedicated(&self, address: &str) -> Result<Channel, AddressError> {
+        let keeper = self.inner.keeper.clone();
+        let told = address.to_owned();
+        // Asked at each connect: papers are renewed, and the log learns of other nodes.
+        self.connecting(address, move || keeper.client_config(&told))
+    }
+
+    /// A channel with a connection of its own whose other end is checked by `config` alone: for a node that
+    /// has no papers yet.
+    ///
+    /// # Errors
+    /// When `address` is not `host:port`.
+    pub fn with_config(
+        &self,
+        address: &str,
+        config: Arc<ClientConfig>,
+    ) -> Result<Channel, AddressError> {
+        self.connecting(address, move || Ok(config.clone()))
+    }
+
+    fn connecting(
+        &self,
+        address: &str,
+        config: impl Fn() -> Result<Arc<ClientConfig>, KeeperError> + Clone + Send + Sync + 'static,
+    ) -> Result<Channel, AddressError> {
         let endpoint = Endpoint::from_shared(format!("http://{address}"))
             .ok()
             .filter(|endpoint| endpoint.uri().port_u16().is_some())
@@ -100,10 +130,13 @@ impl Dialer {
         let (local, links) = (self.inner.local, self.inner.links.clone());
         Ok(
             endpoint.connect_with_connector_lazy(tower::service_fn(move |uri: Uri| {
-                let links = links.clone();
+                let (links, config) = (links.clone(), config.clone());
                 async move {
-                    match tokio::time::timeout(CONNECT_TIMEOUT, connect(&uri, local, &links)).await
-                    {
+                    let connecting = async {
+                        let stream = connect(&uri, local, &links).await?;
+                        tls::connect(config().map_err(io::Error::other)?, stream).await
+                    };
+                    match tokio::time::timeout(CONNECT_TIMEOUT, connecting).await {
                         Ok(connected) => connected.map(TokioIo::new),
                         Err(_) => Err(io::Error::new(
                             io::ErrorKind::TimedOut,
@@ -171,13 +204,16 @@ async fn connect_to(address: SocketAddr, local: IpAddr, links: &Links) -> io::Re
     }
     let stream = socket.connect(address).await?;
     stream.set_nodelay(true)?;
-    socket2::SockRef::from(&stream).set_tcp_keepalive(
-        &socket2::TcpKeepalive::new()
-            .with_time(KEEPALIVE_INTERVAL)
-            .with_interval(KEEPALIVE_INTERVAL)
-            .with_retries(3),
-    )?;
+    socket2::SockRef::from(&stream).set_tcp_keepalive(&keepalive())?;
     Ok(LinkStream { stream, cut })
+}
+
+/// How a silent connection is found dead, on both sides.
+pub(crate) fn keepalive() -> socket2::TcpKeepalive {
+    socket2::TcpKeepalive::new()
+        .with_time(KEEPALIVE_INTERVAL)
+        .with_interval(KEEPALIVE_INTERVAL)
+        .with_retries(3)
 }
 
 /// Links that were cut on purpose: nothing is sent to or taken from these addresses.
@@ -281,22 +317,22 @@ pub struct ServeError {
     source: tonic::transport::Error,
 }
 
-/// Serves `routes` to other nodes on `listener` until `stop` resolves; requests under way then get one
-/// second to end.
+/// Serves `routes` on `listener` to whoever comes through `door` and whom `judge` lets pass, until `stop`
+/// resolves; requests under way then get one second to end.
 ///
 /// # Errors
 /// When the listener fails.
 pub async fn serve(
     listener: TcpListener,
+    door: &Door,
+    judge: Judge,
     routes: Routes,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), ServeError> {
     let address = listener
         .local_addr()
         .unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0)));
-    let incoming = TcpIncoming::from(listener)
-        .with_nodelay(Some(true))
-        .with_keepalive(Some(KEEPALIVE_INTERVAL));
+    let incoming = ReceiverStream::new(door.open(listener));
     let (stopping, mut stopped) = tokio::sync::watch::channel(false);
     let signal = async move {
         stop.await;
@@ -308,6 +344,7 @@ pub async fn serve(
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
         .max_concurrent_streams(STREAMS_MAX)
+        .layer(Guard::new(judge))
         .add_routes(routes)
         .serve_with_incoming_shutdown(incoming, signal);
     let overdue = async move {
@@ -337,7 +374,11 @@ mod tests {
 
     #[tokio::test]
     async fn an_address_without_a_port_is_refused() {
-        let dialer = Dialer::new(IpAddr::from([127, 0, 0, 1]));
+        let authority = crate::trust::ephemeral::Authority::new().unwrap();
+        let keeper = authority
+            .keeper(cluster_model::NodeId(1), cluster_model::NodeRole::Voter)
+            .unwrap();
+        let dialer = Dialer::new(IpAddr::from([127, 0, 0, 1]), keeper);
         for bad in ["", "127.0.0.1", "host name:7", "a/b"] {
             assert!(dialer.channel(bad).is_err(), "{bad}");
         }

@@ -11,14 +11,16 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use cluster_model::trust::{Authority, Role, Sha256};
 use cluster_model::{
     ClusterInfo, ClusterState, Command, FIRST_NODE, Incarnation, LogIndex, MigrationId, Name,
-    NodeId, Outcome, RequestId, Settings, VmId,
+    NodeId, NodeRole, Outcome, RequestId, Settings, VmId,
 };
 use proto::monitor::MigrationProgress;
 use proto::peer::peer_client::PeerClient;
 use proto::peer::raft_server::RaftServer;
-use proto::peer::{JoinRequest, ObservedRequest, SourceProgressRequest};
+use proto::peer::{ObservedRequest, SourceProgressRequest};
+use proto::token::{AccessToken, JoinToken, Secret};
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -36,6 +38,8 @@ use crate::monitors::{Monitor, Monitors};
 use crate::net::{self, Dialer};
 use crate::raft::{self, ProposeError, RaftService, StartError};
 use crate::report::{self, Reports};
+use crate::trust::authority::{self, RootKey};
+use crate::trust::{self, Door, Keeper, KeeperError, Papers, RecoveryKey};
 use crate::{agent, controllers, heartbeat, leader, peer_service, volumes};
 
 /// How long a node that makes or joins a cluster waits for itself to be in the log.
@@ -46,6 +50,8 @@ const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 const ABSENCE: Duration = Duration::from_millis(cluster_model::ABSENT_MS_MAX as u64);
 /// How long the steps of a planned stop may take together.
 const STOP_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long the first administrator's token is good, ms: 90 days.
+const FIRST_TOKEN_MS: u64 = 90 * 24 * 3_600 * 1_000;
 /// How long another node may take to take over the lead.
 const TRANSFER_TIMEOUT: Duration = Duration::from_secs(3);
 /// The uids that own disk files: above people and services, below the range of tokens' groups.
@@ -97,6 +103,9 @@ pub enum NodeError {
     /// Its log does not start.
     #[error(transparent)]
     Raft(#[from] StartError),
+    /// Its certificate or key cannot be used.
+    #[error(transparent)]
+    Trust(#[from] KeeperError),
     /// Metrics cannot be served.
     #[error(transparent)]
     Metrics(#[from] crate::metrics::MetricsError),
@@ -122,12 +131,16 @@ pub enum BeginError {
     /// The log did not take it.
     #[error(transparent)]
     Command(#[from] CommandError),
-    /// The member asked does not answer.
-    #[error("{member} did not let this node in: {why}")]
+    /// The line is not a join token, or one for another node.
+    #[error("{0}")]
+    Token(String),
+    /// No certificate could be made.
+    #[error(transparent)]
+    Authority(#[from] trust::authority::AuthorityError),
+    /// No member lets it in.
+    #[error("this node was not let in: {why}")]
     Refused {
-        /// Which member.
-        member: String,
-        /// What it says.
+        /// What each of them says.
         why: String,
     },
     /// The log did not come.
@@ -157,6 +170,23 @@ pub enum AskError {
     },
 }
 
+/// A cluster just made, with what is shown once.
+#[derive(Debug)]
+pub struct Founded {
+    /// The cluster.
+    pub cluster: ClusterInfo,
+    /// Opens its root's key.
+    pub recovery_key: RecoveryKey,
+    /// The first administrator's.
+    pub access_token: AccessToken,
+}
+
+/// Whose the first access token is.
+fn first_user() -> Name {
+    // A name by its form.
+    Name::new("admin").unwrap_or_else(|_| unreachable!("`admin` is a name"))
+}
+
 /// A running node.
 #[derive(Debug)]
 pub struct Node {
@@ -176,6 +206,8 @@ pub struct NodeHandle {
 struct Shared {
     config: Config,
     clock: Clock,
+    keeper: Keeper,
+    door: Door,
     dialer: Dialer,
     member: watch::Sender<Option<Arc<Member>>>,
     raft_service: Late<RaftServer<RaftService<ClusterState>>>,
@@ -205,6 +237,7 @@ impl Node {
             return Err(NodeError::Locked { path: data_dir });
         }
         let identity = read_identity(&data_dir)?;
+        let keeper = Keeper::open(&data_dir)?;
         let listener =
             TcpListener::bind(config.listen)
                 .await
@@ -214,7 +247,9 @@ impl Node {
                 })?;
         let handle = NodeHandle {
             shared: Arc::new(Shared {
-                dialer: Dialer::new(config.source_address()),
+                dialer: Dialer::new(config.source_address(), keeper.clone()),
+                door: Door::new(keeper.clone()),
+                keeper,
                 clock: Clock::default(),
                 member: watch::channel(None).0,
                 raft_service: Late::default(),
@@ -235,7 +270,7 @@ impl Node {
                 address: socket.display().to_string(),
                 source,
             })?;
-        let serving = serve(listener, local, routes, &stop_serving);
+        let serving = serve(&handle, listener, local, routes, &stop_serving);
         let node = Node {
             handle,
             serving,
@@ -333,7 +368,7 @@ impl NodeHandle {
         member.propose(actor, request, command).await
     }
 
-    /// Makes a cluster of this node alone.
+    /// Makes a cluster of this node alone, with a certificate authority of its own.
     ///
     /// # Errors
     /// See [`BeginError`].
@@ -342,15 +377,43 @@ impl NodeHandle {
         actor: &str,
         name: Name,
         settings: Settings,
-    ) -> Result<ClusterInfo, BeginError> {
+    ) -> Result<Founded, BeginError> {
         settings.validate()?;
         let _one = self.shared.beginning.lock().await;
         if let Some(member) = self.member() {
-            // An earlier try may have got this far.
-            if member.state().cluster.is_some() || member.node != FIRST_NODE {
+            // An earlier try may have got as far as a log without its trust; its certificate is then made anew.
+            if member.state().trust.authority.is_some() || member.node != FIRST_NODE {
                 return Err(BeginError::AlreadyMember { node: member.node });
             }
         }
+        let keeper = &self.shared.keeper;
+        let now_ms = self.shared.clock.wall_ms();
+        let earlier = keeper.papers().map(|papers| papers.cluster);
+        let id = earlier.unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
+        let recovery = RecoveryKey::new().map_err(authority::AuthorityError::from)?;
+        let root = RootKey::make(&recovery, now_ms)?;
+        let issuing = root.issue(1, FIRST_NODE, now_ms)?;
+        let key = keeper.public_key().map_err(NodeError::from)?;
+        let own = authority::identity(&id, FIRST_NODE, NodeRole::Voter);
+        let certified = issuing.certify(&own, &key, now_ms)?;
+        let founding = Command::FoundTrust {
+            authority: Authority {
+                roots: vec![root.root.clone()],
+                issuing: issuing.issuing.clone(),
+            },
+            first_node_key: key.hash(),
+        };
+        keeper.keep_issuing(issuing).map_err(NodeError::from)?;
+        keeper
+            .install(Papers {
+                cluster: id.clone(),
+                chain_pem: certified.chain_pem,
+                ends_at_ms: certified.ends_at_ms,
+                generation: certified.generation,
+                roots: vec![root.root.certificate_pem.clone()],
+                foreign: Default::default(),
+            })
+            .map_err(NodeError::from)?;
         let member = match self.member() {
             Some(member) => member,
             None => {
@@ -364,75 +427,73 @@ impl NodeHandle {
             .bootstrap(config.name.as_str(), &config.advertise)
             .await
             .map_err(CommandError::from)?;
-        let id = uuid::Uuid::new_v4().to_string();
-        let command = Command::InitCluster {
-            id: id.clone(),
-            name,
-            broker_uid: rand::random_range(BROKER_UIDS),
-            node_name: config.name.clone(),
-            address: config.advertise.clone(),
+        let propose = async |what: &str, command| {
+            let request = RequestId(format!("init/{id}/{what}"));
+            member.propose(actor, request, command).await
         };
-        member
-            .propose(actor, RequestId(format!("init/{id}")), command)
-            .await?;
-        if settings != Settings::default() {
-            let request = RequestId(format!("init/{id}/settings"));
-            member
-                .propose(actor, request, Command::SetSettings { settings })
-                .await?;
+        if member.state().cluster.is_none() {
+            let command = Command::InitCluster {
+                id: id.clone(),
+                name,
+                broker_uid: rand::random_range(BROKER_UIDS),
+                node_name: config.name.clone(),
+                address: config.advertise.clone(),
+            };
+            propose("cluster", command).await?;
         }
+        propose("trust", founding).await?;
+        if settings != Settings::default() {
+            propose("settings", Command::SetSettings { settings }).await?;
+        }
+        let secret = Secret::new(&trust::random().map_err(authority::AuthorityError::from)?);
+        let token = AccessToken {
+            ca_sha256: root.root.fingerprint.to_string(),
+            id: trust::new_id().map_err(authority::AuthorityError::from)?,
+            secret,
+        };
+        let first = Command::CreateAccessToken {
+            id: token.id.clone(),
+            user: first_user(),
+            role: Role::Admin,
+            tags: Default::default(),
+            secret_hash: Sha256(token.secret.hash()),
+            expires_at_ms: now_ms.saturating_add(FIRST_TOKEN_MS),
+        };
+        propose("token", first).await?;
         let state = member.state();
-        state
-            .cluster
-            .clone()
-            .ok_or_else(|| CommandError::Rejected(cluster_model::Rejection::NotInitialised).into())
+        let cluster = state.cluster.clone().ok_or(CommandError::Rejected(
+            cluster_model::Rejection::NotInitialised,
+        ))?;
+        Ok(Founded {
+            cluster,
+            recovery_key: recovery,
+            access_token: token,
+        })
     }
 
-    /// Joins the cluster that the node at `address` belongs to.
+    /// Joins the cluster that made `line`, a join token.
     ///
     /// # Errors
     /// See [`BeginError`].
-    pub async fn join(
-        &self,
-        address: &str,
-        role: &str,
-        secret: &str,
-    ) -> Result<(NodeId, ClusterInfo), BeginError> {
+    pub async fn join(&self, line: &str) -> Result<(NodeId, ClusterInfo), BeginError> {
+        let token = JoinToken::parse(line).map_err(|error| BeginError::Token(error.to_string()))?;
         let _one = self.shared.beginning.lock().await;
         if let Some(member) = self.member() {
             return Err(BeginError::AlreadyMember { node: member.node });
         }
         let config = &self.shared.config;
-        let refused = |why: String| BeginError::Refused {
-            member: address.to_owned(),
-            why,
-        };
-        let channel = self
-            .shared
-            .dialer
-            .channel(address)
-            .map_err(|error| refused(error.to_string()))?;
-        let request = JoinRequest {
-            name: config.name.to_string(),
-            address: config.advertise.clone(),
-            secret: secret.to_owned(),
-            role: role.to_owned(),
-            facts: Vec::new(),
-        };
-        let asked = tokio::time::timeout(
-            crate::member::PROPOSE_TIMEOUT + ASK_TIMEOUT,
-            PeerClient::new(channel).join(request),
-        )
-        .await;
-        let reply = match asked {
-            Ok(Ok(reply)) => reply.into_inner(),
-            Ok(Err(status)) => return Err(refused(status.message().to_owned())),
-            Err(_) => return Err(refused("it does not answer".to_owned())),
-        };
-        if !reply.refused.is_empty() {
-            return Err(refused(reply.refused));
+        if token.node != config.name.as_str() {
+            return Err(BeginError::Token(format!(
+                "this join token lets in a node named {}, and this one is {}; start it with --name {}, or make a token for {}: clusterctl node add {}",
+                token.node, config.name, token.node, config.name, config.name
+            )));
         }
-        let node = NodeId(reply.node_id);
+        let keeper = &self.shared.keeper;
+        let (node, papers) =
+            trust::ask_to_join(&self.shared.dialer, keeper, &token, &config.advertise)
+                .await
+                .map_err(|why| BeginError::Refused { why })?;
+        keeper.install(papers).map_err(NodeError::from)?;
         let member = self.become_member(self.identity(node)).await?;
         let mut state = member.raft.state();
         let there =
@@ -578,6 +639,7 @@ impl NodeHandle {
             config: config.clone(),
             clock: shared.clock.clone(),
             dialer: shared.dialer.clone(),
+            keeper: shared.keeper.clone(),
             raft,
             broker,
             monitors,
@@ -589,6 +651,11 @@ impl NodeHandle {
             measured: Mutex::default(),
         });
         tracing::info!(node = %member.node, name = %config.name, address = config.advertise, "this node is a member");
+        self.spawn(trust::keep_current(
+            self.clone(),
+            member.clone(),
+            shared.door.clone(),
+        ));
         self.spawn(heartbeat::register(member.clone()));
         self.spawn(heartbeat::renew(member.clone()));
         self.spawn(leader::declare_lost(member.clone()));
@@ -657,15 +724,25 @@ impl NodeHandle {
 
 /// Serves the same to peers on the network and to `clusterctl` on this host.
 fn serve(
+    node: &NodeHandle,
     listener: TcpListener,
     local: tokio_stream::wrappers::UnixListenerStream,
     routes: Routes,
     stop: &CancellationToken,
 ) -> tokio::task::JoinHandle<()> {
-    let for_peers = net::serve(listener, routes.clone(), stop.clone().cancelled_owned());
+    let judge: trust::Judge = {
+        let node = node.clone();
+        Arc::new(move |caller, path| trust::judge(&node.state(), caller, path))
+    };
+    let for_peers = {
+        let (door, judge) = (node.shared.door.clone(), judge.clone());
+        let (routes, stop) = (routes.clone(), stop.clone());
+        async move { net::serve(listener, &door, judge, routes, stop.cancelled_owned()).await }
+    };
     let for_host = tonic::transport::Server::builder()
+        .layer(trust::Guard::new(judge))
         .add_routes(routes)
-        .serve_with_incoming_shutdown(local, stop.clone().cancelled_owned());
+        .serve_with_incoming_shutdown(trust::local_guests(local), stop.clone().cancelled_owned());
     let stop = stop.clone();
     tokio::spawn(async move {
         let host = tokio::spawn(async move {

@@ -2,20 +2,24 @@
 
 use std::sync::Arc;
 
-use cluster_model::{Command, MigrationId, MigrationState, Name, NodeRole, Outcome, Sha256};
+use cluster_model::trust::Sha256;
+use cluster_model::{Envelope, MigrationId, MigrationState, NodeId};
 use proto::peer::peer_server::{Peer, PeerServer};
 use proto::peer::{
-    HeartbeatReply, HeartbeatRequest, JoinReply, JoinRequest, ObservedReply, ObservedRequest,
-    PrepareIncomingReply, PrepareIncomingRequest, ProposeReply, ProposeRequest, ReadIndexReply,
-    ReadIndexRequest, SourceProgressReply, SourceProgressRequest,
+    HeartbeatReply, HeartbeatRequest, IssuingKeyReply, IssuingKeyRequest, JoinReply, JoinRequest,
+    ObservedReply, ObservedRequest, PrepareIncomingReply, PrepareIncomingRequest, ProposeReply,
+    ProposeRequest, ReadIndexReply, ReadIndexRequest, RenewReply, RenewRequest,
+    SourceProgressReply, SourceProgressRequest,
 };
 use tonic::{Request, Response, Status};
 
 use crate::leader;
 use crate::member::Member;
+use crate::monitors::MonitorError;
 use crate::net::MESSAGE_BYTES_MAX;
 use crate::node::NodeHandle;
 use crate::report;
+use crate::trust::{self, Caller, Shown};
 
 /// The service, for the routes of [`crate::net::serve`].
 pub fn service(node: NodeHandle) -> PeerServer<PeerService> {
@@ -38,6 +42,33 @@ impl PeerService {
     }
 }
 
+/// Who calls; every connection says.
+fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
+    request
+        .extensions()
+        .get::<Caller>()
+        .cloned()
+        .ok_or_else(|| Status::unauthenticated("it is not known who calls"))
+}
+
+/// The node that calls, by its certificate, which must be the one that it says it is.
+fn node_of<T>(request: &Request<T>, says: u64) -> Result<NodeId, Status> {
+    match caller(request)?.shown {
+        Shown::Node(identity) if identity.node.0 == says => Ok(identity.node),
+        Shown::Node(identity) => {
+            tracing::warn!(node = %identity.node, says, "a node speaks for another");
+            Err(Status::permission_denied(format!(
+                "{} cannot speak for {}",
+                identity.node,
+                NodeId(says)
+            )))
+        }
+        Shown::Local { .. } | Shown::Foreign(_) | Shown::Nothing => Err(Status::unauthenticated(
+            "it takes a node's certificate to speak for a node",
+        )),
+    }
+}
+
 #[tonic::async_trait]
 impl Peer for PeerService {
     async fn heartbeat(
@@ -45,6 +76,7 @@ impl Peer for PeerService {
         request: Request<HeartbeatRequest>,
     ) -> Result<Response<HeartbeatReply>, Status> {
         let member = self.member()?;
+        node_of(&request, request.get_ref().node_id)?;
         Ok(Response::new(
             leader::answer(&member, request.into_inner()).await,
         ))
@@ -55,7 +87,10 @@ impl Peer for PeerService {
         request: Request<ProposeRequest>,
     ) -> Result<Response<ProposeReply>, Status> {
         let member = self.member()?;
-        let reply = member.raft.serve_propose(request.into_inner()).await?;
+        let from = node_of(&request, request.get_ref().from_node)?;
+        let request = request.into_inner();
+        may_propose(&member, from, &request)?;
+        let reply = member.raft.serve_propose(request).await?;
         Ok(Response::new(reply))
     }
 
@@ -73,8 +108,9 @@ impl Peer for PeerService {
         request: Request<PrepareIncomingRequest>,
     ) -> Result<Response<PrepareIncomingReply>, Status> {
         let member = self.member()?;
-        let migration = MigrationId(request.into_inner().migration_id);
-        Ok(Response::new(incoming(&member, migration)))
+        node_of(&request, request.get_ref().from_node)?;
+        let reply = incoming(&member, request.into_inner()).await;
+        Ok(Response::new(reply))
     }
 
     async fn source_progress(
@@ -100,15 +136,30 @@ impl Peer for PeerService {
 
     async fn join(&self, request: Request<JoinRequest>) -> Result<Response<JoinReply>, Status> {
         let member = self.member()?;
-        let request = request.into_inner();
-        let reply = match let_in(&member, &request).await {
-            Ok(reply) => reply,
-            Err(refused) => JoinReply {
-                refused,
-                ..JoinReply::default()
-            },
-        };
+        let from = caller(&request)?.from;
+        let reply = trust::answer_join(&member, request.into_inner(), &from).await;
         Ok(Response::new(reply))
+    }
+
+    async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<RenewReply>, Status> {
+        let member = self.member()?;
+        Ok(Response::new(trust::answer_renew(
+            &member,
+            request.get_ref(),
+        )))
+    }
+
+    async fn issuing_key(
+        &self,
+        request: Request<IssuingKeyRequest>,
+    ) -> Result<Response<IssuingKeyReply>, Status> {
+        let member = self.member()?;
+        let caller = caller(&request)?;
+        Ok(Response::new(trust::answer_issuing_key(
+            &member,
+            request.get_ref(),
+            &caller,
+        )))
     }
 
     async fn observed(
@@ -135,9 +186,33 @@ impl Peer for PeerService {
     }
 }
 
-/// Where the monitor of an incoming migration listens. The agent makes it as soon as the migration's start
-/// is applied here; until then, and while it is built, the answer is "not yet".
-fn incoming(member: &Member, id: MigrationId) -> PrepareIncomingReply {
+/// Whether a node may hand this command on; what it may is the log's own rule.
+fn may_propose(member: &Member, from: NodeId, request: &ProposeRequest) -> Result<(), Status> {
+    let envelope: Envelope = serde_json::from_slice(&request.command)
+        .map_err(|error| Status::invalid_argument(format!("the command is malformed: {error}")))?;
+    let state = member.state();
+    let shown = proto::token::parse_bearer(&request.credential);
+    let who = match shown {
+        None => None,
+        Some((id, secret)) => Some(
+            state
+                .bearer(id, &Sha256(secret.hash()), member.clock.wall_ms())
+                .map_err(|refusal| Status::unauthenticated(refusal.to_string()))?,
+        ),
+    };
+    state
+        .may_propose(from, who.as_ref(), &envelope)
+        .map_err(|refusal| {
+            tracing::warn!(node = %from, %refusal, "a node asks for what it may not");
+            // `InvalidArgument` says that nothing was written: asking again does not help.
+            Status::invalid_argument(refusal.to_string())
+        })
+}
+
+/// Where the monitor of an incoming migration listens, once it knows whom to let in. The agent makes it as soon as
+/// the migration's start is applied here; until then, and while it is built, the answer is "not yet".
+async fn incoming(member: &Member, request: PrepareIncomingRequest) -> PrepareIncomingReply {
+    let id = MigrationId(request.migration_id);
     let state = member.state();
     let refused = |why: String| PrepareIncomingReply {
         refused: why,
@@ -146,6 +221,10 @@ fn incoming(member: &Member, id: MigrationId) -> PrepareIncomingReply {
     match state.migrations.get(&id) {
         Some(migration) if migration.to != member.node => {
             return refused(format!("{id} does not come to {}", member.node));
+        }
+        // Only the node that has the machine may say which monitor sends it.
+        Some(migration) if migration.from.0 != request.from_node => {
+            return refused(format!("{id} comes from {}", migration.from));
         }
         Some(migration) => match &migration.state {
             MigrationState::Active { .. } | MigrationState::Queued => {}
@@ -159,86 +238,40 @@ fn incoming(member: &Member, id: MigrationId) -> PrepareIncomingReply {
         None => return PrepareIncomingReply::default(),
     }
     let table = member.monitors.table().borrow().clone();
-    let addresses = table
+    let Some(monitor) = table
         .values()
         .find(|monitor| monitor.migration() == Some(id))
-        .map(|monitor| monitor.status.incoming_addresses.clone())
-        .unwrap_or_default();
-    let advertised = match &member.config.migration_advertise {
-        None => addresses,
+        .filter(|monitor| !monitor.status.incoming_addresses.is_empty())
+    else {
+        return PrepareIncomingReply::default();
+    };
+    match monitor.expect_source(id, request.source_fingerprint).await {
+        Ok(()) => {}
+        Err(error) if is_final(&error) => return refused(error.to_string()),
+        Err(error) => {
+            // Busy, or on its way out: the source asks again.
+            tracing::debug!(%error, migration = %id, "the incoming monitor was not told of its source");
+            return PrepareIncomingReply::default();
+        }
+    }
+    let addresses = monitor.status.incoming_addresses.iter();
+    let addresses = match &member.config.migration_advertise {
+        None => addresses.cloned().collect(),
         Some(host) => addresses
-            .iter()
             .filter_map(|address| Some(format!("{host}:{}", address.rsplit_once(':')?.1)))
             .collect(),
     };
     PrepareIncomingReply {
-        ready: !advertised.is_empty(),
-        addresses: advertised,
+        ready: true,
+        addresses,
         refused: String::new(),
+        destination_fingerprint: monitor.status.channel_fingerprint.clone(),
     }
 }
 
-async fn let_in(member: &Arc<Member>, request: &JoinRequest) -> Result<JoinReply, String> {
-    let name = Name::new(request.name.clone()).map_err(|error| error.to_string())?;
-    let role = match request.role.as_str() {
-        "" | "voter" => NodeRole::Voter,
-        "learner" => NodeRole::Learner,
-        "witness" => NodeRole::Witness,
-        other => {
-            return Err(format!(
-                "`{other}` is no role; use voter, learner or witness"
-            ));
-        }
-    };
-    let cluster = member
-        .state()
-        .cluster
-        .clone()
-        .ok_or("there is no cluster yet; try: clusterctl cluster init")?;
-    let propose = async |command: Command| {
-        member
-            .propose_own(command)
-            .await
-            .map(|(_, outcome)| outcome)
-            .map_err(|error| error.to_string())
-    };
-    // Asking again after a lost answer names the same node: the token's secret, and the key that it is
-    // known by, follow from what it says of itself.
-    let said = format!("{name}/{}", request.address);
-    let id = format!(
-        "first-sight-{:016x}",
-        xxhash_rust::xxh3::xxh3_64(said.as_bytes())
-    );
-    let hash = Sha256(first_sight(&said));
-    propose(Command::CreateJoinToken {
-        id: id.clone(),
-        node: name.clone(),
-        role,
-        secret_hash: hash,
-        expires_at_ms: u64::MAX,
-    })
-    .await?;
-    let outcome = propose(Command::JoinNode {
-        token: id,
-        secret_hash: hash,
-        name,
-        address: request.address.clone(),
-        key: hash,
-    })
-    .await?;
-    match outcome {
-        Outcome::Node(node) => Ok(JoinReply {
-            node_id: node.0,
-            cluster_id: cluster.id,
-            refused: String::new(),
-        }),
-        other => Err(format!("letting a node in gave {other:?}")),
-    }
-}
-
-/// What stands for a secret and a key where a newcomer shows neither.
-fn first_sight(said: &str) -> [u8; 32] {
-    let low = xxhash_rust::xxh3::xxh3_128(said.as_bytes()).to_be_bytes();
-    let high = xxhash_rust::xxh3::xxh3_128_with_seed(said.as_bytes(), 1).to_be_bytes();
-    std::array::from_fn(|at| if at < 16 { low[at] } else { high[at - 16] })
+/// Whether the monitor would answer the same again.
+fn is_final(error: &MonitorError) -> bool {
+    use tonic::Code::{FailedPrecondition, InvalidArgument};
+    matches!(error, MonitorError::Refused { status, .. }
+        if matches!(status.code(), FailedPrecondition | InvalidArgument))
 }

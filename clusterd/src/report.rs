@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use cluster_model::trust::Sha256;
 use cluster_model::{Name, NodeId, NodeLoad, Observed, VmId};
 use proto::monitor::MonitorStatus;
 use serde::{Deserialize, Serialize};
@@ -33,6 +34,18 @@ pub struct NodeReport {
     pub vm_cpu_milli: BTreeMap<VmId, u32>,
     /// Its monitors.
     pub monitors: Vec<MonitorStatus>,
+    /// How far its trust is.
+    pub trust: TrustReport,
+}
+
+/// How far a node has followed a rotation of the certificate authority.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TrustReport {
+    /// Of the issuing CA that made its certificate.
+    pub generation: u64,
+    /// The fingerprint of the newest root that it believes.
+    pub newest_root: Option<Sha256>,
 }
 
 /// Every node's last report, as the leader has them.
@@ -99,6 +112,10 @@ impl Reporter {
                 .values()
                 .map(|monitor| (*monitor.status).clone())
                 .collect(),
+            trust: TrustReport {
+                generation: member.keeper.papers().map_or(0, |papers| papers.generation),
+                newest_root: crate::trust::newest_root_believed(member),
+            },
         }
     }
 

@@ -37,6 +37,8 @@ pub async fn watch(member: Arc<Member>) {
                         .cluster
                         .as_ref()
                         .map_or(0, |cluster| cluster.broker_uid),
+                    tls_ca: volume.tls_ca.clone().unwrap_or_default(),
+                    ..Default::default()
                 };
                 let member = &member;
                 async move {

@@ -4,7 +4,6 @@ mod raft_support;
 
 use std::time::Duration;
 
-use clusterd::net::Dialer;
 use clusterd::raft::{self, ProposeError, StartError, StoreError};
 use raft_support::{Cluster, Notes, PATIENCE, Settings, eventually, set};
 
@@ -165,7 +164,7 @@ async fn a_node_whose_log_is_gone_or_another_nodes_or_was_never_made_does_not_st
     cluster.leader().await.propose(&set(0)).await.unwrap();
     cluster.stop(3).await;
     let options = cluster.options(3, true);
-    let dialer = Dialer::new([127, 0, 0, 1].into());
+    let dialer = cluster.node(1).dialer.clone();
 
     let mut other = options.clone();
     other.node = cluster_model::NodeId(9);
@@ -224,7 +223,7 @@ async fn a_node_whose_snapshot_is_damaged_and_log_cut_does_not_start() {
         content[middle] ^= 1;
         std::fs::write(&path, content).unwrap();
     }
-    let dialer = Dialer::new([127, 0, 0, 1].into());
+    let dialer = cluster.node(1).dialer.clone();
     let refused = raft::start::<Notes>(cluster.options(1, false), dialer)
         .await
         .unwrap_err();

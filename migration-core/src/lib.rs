@@ -24,6 +24,9 @@
 //! *Quiet* is a promise of the source: it will not run the machine again unless the log says so, and
 //! an attempted send of it counts as sent. This crate therefore never resumes a machine, on no path;
 //! it reports what was said ([`SendFailed::said_quiet`]) and leaves the rest to its caller.
+//!
+//! The engine knows no keys either: connections come from a [`Connector`] and an [`Acceptor`], and those of
+//! [`tls`] seal them.
 
 #![forbid(unsafe_code)]
 
@@ -41,6 +44,7 @@ pub mod policy;
 mod receive;
 mod send;
 mod stats;
+pub mod tls;
 mod wire;
 
 pub use clock::monotonic_ns;

@@ -62,11 +62,13 @@ pub trait MachineSource: Send + Sync + 'static {
     async fn drain_disks(&self) -> Result<(), HostError>;
 
     /// Called right before the first byte of *Quiet* is handed to the network: from here on the
-    /// machine may run only on the log's word. Must not block, and cannot fail.
+    /// machine may run only on the log's word. Must not block.
     ///
     /// It is the monitor's own record of the promise, so that not even a dropped future of
-    /// [`send`](crate::send) loses it.
-    fn mark_quiet(&self);
+    /// [`send`](crate::send) loses it; and the monitor's last word on whether it can be given: the
+    /// machine may have been taken out of the attempt's hands since it was stopped (its storage
+    /// wanted a re-key, and it runs again). With an error nothing is promised and nothing said.
+    fn mark_quiet(&self) -> Result<(), HostError>;
 
     /// The state of vCPUs, interrupt controllers and devices, in the monitor's own versioned form.
     /// Called after [`drain_disks`](Self::drain_disks). After it nothing may write guest memory.

@@ -1,4 +1,4 @@
-//! Connections: who makes them, who takes them. Encryption is added here and nowhere else.
+//! Connections: who makes them, who takes them. Encryption is added here, by [`crate::tls`], and nowhere else.
 
 use async_trait::async_trait;
 use futures::future::BoxFuture;

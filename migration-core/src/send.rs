@@ -287,9 +287,13 @@ impl<S: MigrationSource + ?Sized> Driver<S> {
         if self.cancel.is_cancelled() {
             return Err(SendError::Cancelled);
         }
-        // From this line on the promise counts as given, whatever becomes of the bytes.
+        let marked = self.source.mark_quiet();
+        marked.map_err(|source| SendError::Host {
+            what: "say quiet",
+            source,
+        })?;
+        // The promise counts as given, whatever becomes of the bytes.
         self.said_quiet = true;
-        self.source.mark_quiet();
         let quiet_ns = monotonic_ns();
         self.status.send_modify(|status| {
             status.said_quiet = true;

@@ -52,6 +52,9 @@ impl WireError {
 }
 
 /// Both halves of a stream, each counting its own frames.
+///
+/// The halves share a lock, which a TLS stream holds while it seals or opens: they wait for each other. One direction
+/// carries memory and the other an answer now and then, so neither notices.
 pub fn split(stream: BoxStream, dead_after: Duration) -> (FrameReader, FrameWriter) {
     let (reader, writer) = tokio::io::split(stream);
     (
@@ -157,12 +160,12 @@ impl FrameWriter {
         let bytes = frame.seal(self.sequence);
         self.sequence = self.sequence.wrapping_add(1);
         self.stream.write_all(bytes).await?;
-        // Plain TCP has nothing to flush; a TLS stream may.
+        // Plain TCP has nothing to flush; TLS may still hold the frame's last records.
         self.stream.flush().await?;
         Ok(bytes.len() as u64)
     }
 
-    /// Says that nothing follows.
+    /// Says that nothing follows: over TLS in its own words (*close_notify*), so that an end is no cut.
     pub async fn close(&mut self) {
         let _ = self.stream.shutdown().await;
     }

@@ -28,4 +28,6 @@ pub mod admin {
 
 pub mod clock;
 pub mod failpoint;
+pub mod tls;
+pub mod token;
 pub mod unix;

@@ -100,7 +100,7 @@ struct BrokerService {
 
 pub(crate) fn volume(wire: Option<wire::Volume>) -> Result<VolumeRef, Status> {
     let wire = wire.ok_or_else(|| Status::invalid_argument("the request names no volume"))?;
-    VolumeRef::parse(&wire.url, &wire.cluster_id, wire.broker_uid).map_err(to_status)
+    VolumeRef::parse(&wire.url, &wire.tls_ca, &wire.cluster_id, wire.broker_uid).map_err(to_status)
 }
 
 pub(crate) fn path(text: &str) -> Result<DiskPath, Status> {
@@ -129,6 +129,7 @@ pub(crate) fn files(wire: Vec<wire::File>) -> Result<Vec<(VolumeRef, DiskPath)>,
 fn to_status(error: VolumeError) -> Status {
     let code = match &error {
         VolumeError::Url(_)
+        | VolumeError::Tls(_)
         | VolumeError::Path(_)
         | VolumeError::NoClusterId
         | VolumeError::BrokerUid { .. }
@@ -175,11 +176,25 @@ impl Broker for BrokerService {
         request: Request<wire::ProbeVolumeRequest>,
     ) -> Result<Response<wire::VolumeProbe>, Status> {
         let request = request.into_inner();
-        let volume = VolumeRef::parse(&request.url, &request.cluster_id, request.broker_uid)
-            .map_err(to_status)?;
+        let volume = VolumeRef::parse(
+            &request.url,
+            &request.tls_ca,
+            &request.cluster_id,
+            request.broker_uid,
+        )
+        .map_err(to_status)?;
+        let offers_tls = request.ask_tls && self.store.offers_tls(&volume).await;
+        let looked = async {
+            let volume = if request.root_in_clear {
+                self.store.pin_root(&volume).await?
+            } else {
+                volume
+            };
+            Ok::<_, VolumeError>((self.store.probe(&volume).await?, volume.url.to_string()))
+        };
         // What a probe finds out is its answer, also when it is bad.
-        let probe = match self.store.probe(&volume).await {
-            Ok(probe) => {
+        let probe = match looked.await {
+            Ok((probe, url)) => {
                 let identity = probe.identity.unwrap_or_else(|| crate::volume::Identity {
                     cluster_id: String::new(),
                     volume_uuid: String::new(),
@@ -192,11 +207,14 @@ impl Broker for BrokerService {
                     size_bytes: probe.size_bytes,
                     free_bytes: probe.free_bytes,
                     writable: probe.writable,
+                    offers_tls,
+                    url,
                 }
             }
             Err(error) => wire::VolumeProbe {
                 reachable: !matches!(error, VolumeError::Mount(_) | VolumeError::Io { .. }),
                 error: error.to_string(),
+                offers_tls,
                 ..Default::default()
             },
         };

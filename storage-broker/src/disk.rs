@@ -31,6 +31,7 @@ use tokio::sync::watch;
 
 use crate::dialer::Dialer;
 use crate::nfs::Status;
+use crate::tls::ClientTls;
 use crate::volume::{DiskPath, VolumeUrl};
 
 pub use dir::DirDisk;
@@ -50,6 +51,8 @@ pub const UNCOMMITTED_BYTES_MAX: usize = 64 << 20;
 pub struct DiskSpec {
     /// The volume it is on.
     pub volume: VolumeUrl,
+    /// What the volume's server must prove; `None` is plain TCP.
+    pub tls: Option<ClientTls>,
     /// Where on the volume.
     pub path: DiskPath,
     /// The node's uid, for AUTH_SYS; never the broker's, which the server's owner override favours.
@@ -61,10 +64,11 @@ pub struct DiskSpec {
 }
 
 impl DiskSpec {
-    /// A specification with the usual bound on calls.
+    /// A specification with the usual bound on calls, over plain TCP.
     pub fn new(volume: VolumeUrl, path: DiskPath, uid: u32, token: Token) -> DiskSpec {
         DiskSpec {
             volume,
+            tls: None,
             path,
             uid,
             token,
@@ -283,7 +287,10 @@ pub trait Disk: Send + Sync + fmt::Debug {
 /// See [`OpenError`].
 pub async fn open_disk(spec: &DiskSpec, dialer: &Dialer) -> Result<Arc<dyn Disk>, OpenError> {
     match &spec.volume {
-        VolumeUrl::Nfs(url) => Ok(Arc::new(FencedDisk::open(url, spec, dialer).await?)),
+        VolumeUrl::Nfs(url) => {
+            let dialer = dialer.with_tls(spec.tls.clone());
+            Ok(Arc::new(FencedDisk::open(url, spec, &dialer).await?))
+        }
         VolumeUrl::Dir(directory) => Ok(Arc::new(DirDisk::open(directory, spec).await?)),
     }
 }

@@ -3,6 +3,7 @@
 //! ```text
 //!  volume   what `nfs://…` and `dir:…` mean; the identity file; paths of disks
 //!  dialer   the one place where connections to storage servers are made
+//!  tls      RPC-with-TLS: the question, the handshake, who is trusted
 //!  nfs      a pipelined NFSv3 client: record marking, calls, MOUNT
 //!  fence    claim and verify: moving files from token to token
 //!  certify  trying what a server really enforces
@@ -25,4 +26,5 @@ pub mod latency;
 pub mod nfs;
 pub mod nfs_server;
 pub mod store;
+pub mod tls;
 pub mod volume;

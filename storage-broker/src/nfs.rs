@@ -14,6 +14,7 @@ pub mod client;
 pub mod connection;
 pub mod mount;
 pub(crate) mod record;
+mod reply;
 mod types;
 pub(crate) mod xdr;
 

@@ -1,6 +1,7 @@
 //! An NFSv3 server over a directory of this host, for clusters that have no storage server of their own.
 //!
 //! ```text
+//!  greeting     TLS or not (RFC 9289), before the first call
 //!  connection   records in and out, many calls at once, bounds
 //!  rpc          the head of a call: program, procedure, who it is from (AUTH_SYS)
 //!  mount        MOUNT v3, on the same port (there is no portmapper)
@@ -40,7 +41,9 @@
 //! # What it does not
 //!
 //! - AUTH_SYS is not authentication: whoever reaches the port may claim to be anybody. It stops
-//!   stale hosts, not hostile ones; bind it to a storage network.
+//!   stale hosts, not hostile ones; bind it to a storage network. With TLS (`--tls-cert`,
+//!   `--tls-self-signed`) nobody on the path reads or changes what is said, and clients know whom they
+//!   talk to; only `--tls-client-ca` keeps strangers out.
 //! - It is one process on one host: not replicated, and away while its host is. Durability is that of
 //!   the file system under it; after a power loss the times of files may be older than their data.
 //! - No symbolic or hard links, no devices, no locks (NLM), no portmapper, no duplicate-request
@@ -65,6 +68,7 @@ mod connection;
 mod convert;
 mod export;
 mod files;
+mod greeting;
 pub(crate) mod journal;
 mod listing;
 mod mount;
@@ -74,6 +78,9 @@ mod rpc;
 
 pub use export::ExportError;
 pub use journal::JournalError;
+
+pub use crate::tls::server::TlsArgs;
+use crate::tls::{ServerTls, ServerTlsError};
 
 /// Connections served at once; more are closed at once. A monitor keeps one for each disk.
 pub const CONNECTIONS_MAX: usize = 512;
@@ -102,6 +109,9 @@ pub struct Config {
     /// Refuse every change
     #[arg(long)]
     pub read_only: bool,
+    /// How TLS is offered, if it is.
+    #[command(flatten)]
+    pub tls: TlsArgs,
 }
 
 impl Config {
@@ -113,6 +123,7 @@ impl Config {
             export: "/".into(),
             no_root_squash: false,
             read_only: false,
+            tls: TlsArgs::default(),
         }
     }
 }
@@ -123,6 +134,9 @@ pub enum StartError {
     /// The directory.
     #[error(transparent)]
     Export(#[from] ExportError),
+    /// The certificate and its key.
+    #[error(transparent)]
+    Tls(#[from] ServerTlsError),
     /// The path that clients are to mount.
     #[error(
         "`{export}` cannot be the path of an export; it must begin with `/` and hold no `..` and no control character"
@@ -147,6 +161,14 @@ struct Shared {
     export: Arc<export::Export>,
     name: String,
     root_squash: bool,
+    tls: Option<ServerTls>,
+}
+
+impl Shared {
+    /// Whether calls without TLS are refused.
+    fn needs_tls(&self) -> bool {
+        self.tls.as_ref().is_some_and(ServerTls::is_required)
+    }
 }
 
 /// A running server. Dropping it stops it, without waiting.
@@ -189,6 +211,7 @@ async fn start_bounded(config: Config, connections_max: usize) -> Result<Server,
         export: name,
         no_root_squash,
         read_only,
+        tls,
     } = config;
     let bad_name = !name.starts_with('/')
         || name.chars().any(char::is_control)
@@ -202,13 +225,29 @@ async fn start_bounded(config: Config, connections_max: usize) -> Result<Server,
     };
     let listener = bind(listen).map_err(at_address)?;
     let addr = listener.local_addr().map_err(at_address)?;
-    let opened = tokio::task::spawn_blocking(move || export::Export::open(&root, read_only)).await;
-    let export = opened.map_err(|error| at_address(io::Error::other(error)))??;
-    tracing::info!(%addr, root = %export.root_path().display(), export = name, "serving NFS");
+    let opened = tokio::task::spawn_blocking(move || {
+        let tls = ServerTls::load(&tls, addr.ip())?;
+        Ok::<_, StartError>((export::Export::open(&root, read_only)?, tls))
+    });
+    let (export, tls) = opened
+        .await
+        .map_err(|error| at_address(io::Error::other(error)))??;
+    tracing::info!(
+        %addr,
+        root = %export.root_path().display(),
+        export = name,
+        tls = match &tls {
+            None => "no",
+            Some(tls) if tls.is_required() => "only",
+            Some(_) => "offered",
+        },
+        "serving NFS"
+    );
     let shared = Arc::new(Shared {
         export: Arc::new(export),
         name: name.clone(),
         root_squash: !no_root_squash,
+        tls,
     });
     let tasks = TaskTracker::new();
     let stop = CancellationToken::new();
@@ -234,6 +273,7 @@ pub(crate) async fn serve_one(stream: TcpStream, root: &std::path::Path) -> Resu
         export: Arc::new(export::Export::open(root, false)?),
         name: "/".into(),
         root_squash: true,
+        tls: None,
     });
     let calls = TaskTracker::new();
     connection::serve(stream, shared, calls.clone(), CancellationToken::new()).await;

@@ -16,6 +16,8 @@ use cluster_model::ids::Token;
 
 use crate::certify::Certificate;
 use crate::dialer::Dialer;
+use crate::nfs::mount::ask_root;
+use crate::tls::ClientTls;
 use crate::volume::{DiskPath, DiskPathError, VolumeUrl, VolumeUrlError};
 
 pub use error::VolumeError;
@@ -32,6 +34,8 @@ pub const DISK_BYTES_MAX: u64 = 1 << 46;
 pub struct VolumeRef {
     /// Where it is.
     pub url: VolumeUrl,
+    /// What its server must prove; `None` is plain TCP.
+    pub tls: Option<ClientTls>,
     /// Whose it must be.
     pub cluster_id: String,
     /// Who owns its disks.
@@ -39,12 +43,19 @@ pub struct VolumeRef {
 }
 
 impl VolumeRef {
-    /// Parses what came over the wire.
+    /// Parses what came over the wire; `authority` is the PEM text that vouches for the server, or empty.
     ///
     /// # Errors
-    /// When the address is malformed, or the uid is one that servers map to somebody else.
-    pub fn parse(url: &str, cluster_id: &str, broker_uid: u32) -> Result<VolumeRef, VolumeError> {
+    /// When the address is malformed, it and the authority contradict each other, or the uid is one that
+    /// servers map to somebody else.
+    pub fn parse(
+        url: &str,
+        authority: &str,
+        cluster_id: &str,
+        broker_uid: u32,
+    ) -> Result<VolumeRef, VolumeError> {
         let url: VolumeUrl = url.parse().map_err(VolumeError::from)?;
+        let tls = ClientTls::of_volume(&url, authority)?;
         if cluster_id.is_empty() {
             return Err(VolumeError::NoClusterId);
         }
@@ -54,6 +65,7 @@ impl VolumeRef {
         }
         Ok(VolumeRef {
             url,
+            tls,
             cluster_id: cluster_id.to_owned(),
             broker_uid,
         })
@@ -152,7 +164,7 @@ impl Store {
                     Arc::new(nfs::NfsVolume::new(
                         url.clone(),
                         volume.clone(),
-                        self.dialer.clone(),
+                        self.dialer.with_tls(volume.tls.clone()),
                     ))
                 });
                 Open::Nfs(open.clone())
@@ -168,6 +180,29 @@ impl Store {
         match self.open(volume) {
             Open::Nfs(open) => open.probe().await,
             Open::Dir(open) => open.probe().await,
+        }
+    }
+
+    /// The volume with the file handle of its root in its address, asked for in clear: what follows needs no
+    /// MOUNT any more. Whoever is on the path at this moment can name another directory of the server, so
+    /// it is done once, when a person adds the volume, and what is found there is shown.
+    pub async fn pin_root(&self, volume: &VolumeRef) -> Result<VolumeRef, VolumeError> {
+        let mut pinned = volume.clone();
+        if let VolumeUrl::Nfs(url) = &mut pinned.url {
+            let root = ask_root(url, &self.dialer, nfs::CALL_TIMEOUT).await?;
+            url.root = Some(root.0[..].into());
+        }
+        Ok(pinned)
+    }
+
+    /// Whether the volume's server says that it offers TLS; `false` for directories, and where nobody says.
+    pub async fn offers_tls(&self, volume: &VolumeRef) -> bool {
+        match &volume.url {
+            VolumeUrl::Dir(_) => false,
+            VolumeUrl::Nfs(url) => {
+                let asked = self.dialer.offers_tls(&url.host, url.nfs_port()).await;
+                asked.unwrap_or(false)
+            }
         }
     }
 

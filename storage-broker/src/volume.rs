@@ -27,7 +27,28 @@ pub enum VolumeUrl {
     Dir(PathBuf),
 }
 
-/// `nfs://host[:port]/export[?mountport=N]`, understood.
+/// Whether connections to an NFS server are under TLS (RFC 9289), as its address says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum NfsTls {
+    /// Always, or there is no connection.
+    Require,
+    /// Never, even if the server offers it.
+    Off,
+}
+
+impl NfsTls {
+    fn as_str(self) -> &'static str {
+        match self {
+            NfsTls::Require => "require",
+            NfsTls::Off => "off",
+        }
+    }
+}
+
+/// The longest file handle, in bytes (RFC 1813, NFS3_FHSIZE).
+const HANDLE_BYTES_MAX: usize = 64;
+
+/// `nfs://host[:port]/export[?mountport=N][&tls=require|off][&root=HEX]`, understood.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct NfsUrl {
     /// Name or address of the server, without brackets.
@@ -39,6 +60,11 @@ pub struct NfsUrl {
     pub mount_port: Option<u16>,
     /// The exported path, beginning with `/`.
     pub export: String,
+    /// What it says of TLS, if anything.
+    pub tls: Option<NfsTls>,
+    /// The file handle of the export's root, where it is known: then neither MOUNT nor the portmapper is
+    /// asked. For servers whose MOUNT has no TLS.
+    pub root: Option<Box<[u8]>>,
 }
 
 impl NfsUrl {
@@ -56,7 +82,7 @@ impl NfsUrl {
 /// Why a text is not a volume's address.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "`{text}` is not a volume: {problem}; write nfs://HOST[:PORT]/EXPORT[?mountport=PORT] or dir:/PATH"
+    "`{text}` is not a volume: {problem}; write nfs://HOST[:PORT]/EXPORT[?mountport=PORT][&tls=require] or dir:/PATH"
 )]
 pub struct VolumeUrlError {
     /// The text as given, cut to a printable length.
@@ -111,10 +137,18 @@ fn parse(text: &str) -> Result<VolumeUrl, String> {
         return Err("the export must not contain `..`".into());
     }
     let (host, port) = parse_authority(authority)?;
-    let mut mount_port = None;
+    let (mut mount_port, mut tls, mut root) = (None, None, None);
     for pair in query.into_iter().flat_map(|query| query.split('&')) {
         match pair.split_once('=') {
             Some(("mountport", value)) => mount_port = Some(parse_port(value)?),
+            // Said twice, the two could contradict each other.
+            Some(("tls", _)) if tls.is_some() => return Err("it says `tls` twice".into()),
+            Some(("tls", "require")) => tls = Some(NfsTls::Require),
+            Some(("tls", "off")) => tls = Some(NfsTls::Off),
+            Some(("tls", value)) => {
+                return Err(format!("`{value}` is neither `require` nor `off`"));
+            }
+            Some(("root", value)) => root = Some(parse_handle(value)?),
             _ => return Err(format!("`{pair}` is not an option of an NFS volume")),
         }
     }
@@ -123,6 +157,8 @@ fn parse(text: &str) -> Result<VolumeUrl, String> {
         port,
         mount_port,
         export: export.to_owned(),
+        tls,
+        root,
     }))
 }
 
@@ -161,6 +197,24 @@ fn parse_authority(authority: &str) -> Result<(String, Option<u16>), String> {
     Ok((host.to_owned(), port.map(parse_port).transpose()?))
 }
 
+fn parse_handle(text: &str) -> Result<Box<[u8]>, String> {
+    let digit = |byte: &u8| char::from(*byte).to_digit(16).map(|value| value as u8);
+    let bytes: Option<Vec<u8>> = text
+        .as_bytes()
+        .chunks(2)
+        .map(|pair| match pair {
+            [high, low] => Some(digit(high)? << 4 | digit(low)?),
+            _ => None,
+        })
+        .collect();
+    match bytes {
+        Some(bytes) if (1..=HANDLE_BYTES_MAX).contains(&bytes.len()) => Ok(bytes.into()),
+        _ => Err(format!(
+            "its `root` is no file handle: 1 to {HANDLE_BYTES_MAX} bytes in hexadecimal"
+        )),
+    }
+}
+
 fn parse_port(text: &str) -> Result<u16, String> {
     match text.parse::<u16>() {
         Ok(port) if port > 0 => Ok(port),
@@ -188,8 +242,20 @@ impl fmt::Display for NfsUrl {
             write!(f, ":{port}")?;
         }
         f.write_str(&self.export)?;
+        let mut separator = '?';
         if let Some(port) = self.mount_port {
-            write!(f, "?mountport={port}")?;
+            write!(f, "{separator}mountport={port}")?;
+            separator = '&';
+        }
+        if let Some(tls) = self.tls {
+            write!(f, "{separator}tls={}", tls.as_str())?;
+            separator = '&';
+        }
+        if let Some(root) = &self.root {
+            write!(f, "{separator}root=")?;
+            for byte in root.iter() {
+                write!(f, "{byte:02x}")?;
+            }
         }
         Ok(())
     }
@@ -314,6 +380,9 @@ mod tests {
             "nfs://10.0.0.1/export",
             "nfs://nas.example:12049/srv/vm",
             "nfs://nas:2049/srv?mountport=20048",
+            "nfs://nas:2049/srv?mountport=20048&tls=require",
+            "nfs://nas/srv?tls=off",
+            "nfs://nas/srv?tls=require&root=0100070a",
             "nfs://[::1]:2049/srv",
             "dir:/var/lib/vm",
         ] {
@@ -342,6 +411,11 @@ mod tests {
             ("nfs://h:0/e", "not a port"),
             ("nfs://h:99999/e", "not a port"),
             ("nfs://h/e?soft", "not an option"),
+            ("nfs://h/e?tls=maybe", "neither `require` nor `off`"),
+            ("nfs://h/e?tls=require&tls=off", "twice"),
+            ("nfs://h/e?root=", "no file handle"),
+            ("nfs://h/e?root=012", "no file handle"),
+            ("nfs://h/e?root=zz", "no file handle"),
             ("nfs://h/e/../f", "`..`"),
             ("nfs://h st/e", "not a host name"),
             ("nfs://[::1/e", "not closed"),

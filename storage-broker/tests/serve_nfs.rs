@@ -12,6 +12,7 @@ use storage_broker::dialer::Dialer;
 use storage_broker::fence::{DISK_MODE, claimant, data_credential};
 use storage_broker::nfs::client::SetAttributes;
 use storage_broker::nfs::{FileHandle, NfsClient, Stable, mount};
+use storage_broker::tls::ClientTls;
 use storage_broker::volume::VolumeUrl;
 
 const BROKER_UID: u32 = 50_000;
@@ -148,6 +149,47 @@ async fn a_second_server_of_the_same_directory_says_why_it_does_not_start() {
     assert!(!second.status.success());
     let said = String::from_utf8_lossy(&second.stderr);
     assert!(said.contains("already served by another server"), "{said}");
+}
+
+#[tokio::test]
+async fn a_certificate_of_its_own_making_is_made_once_and_nothing_secret_is_printed() {
+    let folder = tempfile::tempdir().unwrap();
+    let (root, directory) = (folder.path().join("root"), folder.path().join("tls"));
+    std::fs::create_dir(&root).unwrap();
+    let mut said = Vec::new();
+    for _ in 0..2 {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_storage-broker"))
+            .args(["serve-nfs", "--listen", "127.0.0.1:0", "--root"])
+            .arg(&root)
+            .arg("--tls-self-signed")
+            .arg(&directory)
+            .env("RUST_LOG", "debug")
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stdout = BufReader::new(child.stdout.take().unwrap());
+        let mut url = String::new();
+        stdout.read_line(&mut url).unwrap();
+        let authority = std::fs::read_to_string(directory.join("ca.pem")).unwrap();
+        let volume: VolumeUrl = format!("{}?tls=require", url.trim()).parse().unwrap();
+        let tls = ClientTls::of_volume(&volume, &authority).unwrap();
+        let VolumeUrl::Nfs(nfs) = volume else {
+            panic!("not NFS: {url:?}")
+        };
+        let dialer = Dialer::default().with_tls(tls);
+        mount(&nfs, &dialer, CALL_TIMEOUT).await.unwrap();
+        child.kill().unwrap();
+        let output = child.wait_with_output().unwrap();
+        said.push((authority, url, output.stderr));
+    }
+    assert_eq!(said[0].0, said[1].0, "the second start made another one");
+    let key = std::fs::read_to_string(directory.join("server.key")).unwrap();
+    let secret = key.lines().nth(1).unwrap();
+    for (_, url, log) in said {
+        let log = String::from_utf8_lossy(&log);
+        assert!(!url.contains(secret) && !log.contains(secret) && !log.contains("PRIVATE"));
+    }
 }
 
 /// Not a benchmark: that the server serves calls side by side and shares syncs between them.

@@ -42,6 +42,8 @@ pub struct Setup {
     pub bridge: Option<String>,
     /// Variables that every node is started with, besides the test's own.
     pub environment: BTreeMap<String, String>,
+    /// Whether the NFS server is reached under TLS only.
+    pub nfs_tls: bool,
 }
 
 impl Default for Setup {
@@ -53,6 +55,7 @@ impl Default for Setup {
             relay: true,
             bridge: None,
             environment: BTreeMap::new(),
+            nfs_tls: false,
         }
     }
 }
@@ -120,6 +123,7 @@ impl TestCluster {
             failpoints: true,
             bridge: setup.bridge.clone(),
             environment: setup.environment.clone(),
+            nfs_tls: setup.nfs_tls,
             ..Plan::default()
         };
         let pairs = if setup.relay {

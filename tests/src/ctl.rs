@@ -34,9 +34,31 @@ impl Said {
 /// # Errors
 /// When it cannot be started or does not end.
 pub async fn run(name: &str, arguments: &[&str]) -> anyhow::Result<Said> {
+    run_with(name, arguments, &[]).await
+}
+
+/// The same, with variables: secrets go there, arguments are everybody's to read. What the test's own user keeps
+/// of contexts and tokens is out of sight.
+///
+/// # Errors
+/// When it cannot be started or does not end.
+pub async fn run_with(
+    name: &str,
+    arguments: &[&str],
+    variables: &[(&str, &str)],
+) -> anyhow::Result<Said> {
     let mut command = tokio::process::Command::new(program(name)?);
+    for kept in [
+        "CLUSTERCTL_SERVER",
+        "CLUSTERCTL_TOKEN",
+        "CLUSTERCTL_CONTEXT",
+    ] {
+        command.env_remove(kept);
+    }
     command
+        .env("XDG_CONFIG_HOME", "/nonexistent")
         .args(arguments)
+        .envs(variables.iter().copied())
         .stdin(Stdio::null())
         .kill_on_drop(true);
     let output = tokio::time::timeout(PATIENCE, command.output())
@@ -57,6 +79,12 @@ impl TestCluster {
     pub async fn ctl(&self, arguments: &[&str]) -> anyhow::Result<Said> {
         let living = self.local.nodes.iter().find(|node| node.pid != 0);
         let server = living.context("no node lives")?.address.to_string();
-        run("clusterctl", &[&["--server", &server], arguments].concat()).await
+        let token = self.local.token()?.line();
+        run_with(
+            "clusterctl",
+            arguments,
+            &[("CLUSTERCTL_SERVER", &server), ("CLUSTERCTL_TOKEN", &token)],
+        )
+        .await
     }
 }

@@ -9,7 +9,9 @@ pub mod ctl;
 pub mod figures;
 pub mod lab;
 pub mod linux;
+pub mod loopback;
 pub mod relay;
+pub mod wire;
 
 /// Whether machines can run here; prints the reason as a skip if not.
 pub fn kvm_or_skip(test: &str) -> bool {

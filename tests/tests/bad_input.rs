@@ -8,9 +8,10 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use proto::admin::{VmCreateRequest, VmMigrateRequest};
+use proto::token::{AccessToken, Secret};
 use tests::bad_input::{change, refused, unhurt};
 use tests::cluster::{Machine, Setup, TestCluster};
-use tests::ctl::run;
+use tests::ctl::{run, run_with};
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpStream, UnixStream};
 use tonic::Status;
@@ -54,7 +55,7 @@ async fn flags_and_files_that_cannot_be_are_refused_at_once() -> anyhow::Result<
         ),
         (
             &["--server", "127.0.0.1:1", "status"],
-            &["E-CONNECT", "nothing answers at 127.0.0.1:1", "--server"],
+            &["E-TOKEN", "context add NAME 127.0.0.1:1", "--token"],
         ),
         (
             &["--server", "/nowhere/clusterd.sock", "status"],
@@ -65,6 +66,23 @@ async fn flags_and_files_that_cannot_be_are_refused_at_once() -> anyhow::Result<
         let said = run("clusterctl", arguments).await?;
         refused(&format!("clusterctl {arguments:?}"), &said, words)?;
         ensure!(said.out.is_empty(), "errors are no data: {}", said.out);
+    }
+    let token = AccessToken {
+        ca_sha256: "ab".repeat(32),
+        id: "t1".into(),
+        secret: Secret::new(&[7; 32]),
+    };
+    let nobody = &["--server", "127.0.0.1:1", "status"];
+    for (token, words) in [
+        (
+            token.line(),
+            ["E-CONNECT", "nothing answers at 127.0.0.1:1", "--server"].as_slice(),
+        ),
+        ("BT1.hidden".to_owned(), &["E-TOKEN", "BT1."]),
+    ] {
+        let said = run_with("clusterctl", nobody, &[("CLUSTERCTL_TOKEN", &token)]).await?;
+        refused("a token and nobody there", &said, words)?;
+        ensure!(!said.err.contains(&token), "a token is shown: {}", said.err);
     }
 
     let folder = tempfile::tempdir()?;

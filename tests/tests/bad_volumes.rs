@@ -194,8 +194,7 @@ async fn full_while_running(cluster: &TestCluster, server: &SmallServer) -> anyh
         change: change(),
         name: "small".into(),
         url: server.url.clone(),
-        nodes: Vec::new(),
-        dry_run: false,
+        ..Default::default()
     };
     cluster.api().await?.api.volume_add(request).await?;
     let image = tempfile::NamedTempFile::new()?;

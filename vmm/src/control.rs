@@ -15,8 +15,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::monitor::{
-    CancelError, Monitor, MonitorRekeyError, NotForUs, RunError, SendRefused, SendRequest,
-    StopError,
+    CancelError, ExpectError, Monitor, MonitorRekeyError, NotForUs, RunError, SendRefused,
+    SendRequest, StopError,
 };
 use crate::permit::PermitRefused;
 
@@ -95,6 +95,14 @@ impl monitor_server::Monitor for Control {
         let wire::RekeyRequest { token, nonce } = *request.get_ref();
         finish(async move { monitor.rekey(Token(token), nonce).await }).await??;
         Ok(Response::new(wire::RekeyReply {}))
+    }
+
+    async fn expect_source(
+        &self,
+        request: Request<wire::ExpectSourceRequest>,
+    ) -> Result<Response<wire::ExpectSourceReply>, Status> {
+        self.monitor.expect_source(request.get_ref())?;
+        Ok(Response::new(wire::ExpectSourceReply {}))
     }
 
     async fn send_migration(
@@ -258,6 +266,16 @@ impl From<SendRefused> for Status {
         match &error {
             SendRefused::Malformed(_) => Status::invalid_argument(error.to_string()),
             SendRefused::Busy(_) | SendRefused::NotRunning(_) => refused(error),
+        }
+    }
+}
+
+impl From<ExpectError> for Status {
+    fn from(error: ExpectError) -> Status {
+        match &error {
+            ExpectError::Malformed(_) => Status::invalid_argument(error.to_string()),
+            ExpectError::Unknown(_) => Status::not_found(error.to_string()),
+            ExpectError::AlreadyProved(_) => refused(error),
         }
     }
 }

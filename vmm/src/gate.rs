@@ -175,8 +175,16 @@ impl Gate {
         Ok((permit, stopped_ns))
     }
 
-    /// Holds the disks.
-    pub fn hold(&self) {
+    /// Holds the disks of a closed gate; answers whether it is. Those of an open one are the guest's.
+    pub fn hold(&self) -> bool {
+        let inner = self.lock();
+        if inner.permit.is_none() {
+            self.hold_disks();
+        }
+        inner.permit.is_none()
+    }
+
+    fn hold_disks(&self) {
         for disk in &self.disks {
             disk.hold();
         }
@@ -194,7 +202,7 @@ impl Gate {
     fn close_locked(&self, inner: &mut Inner) -> Result<u64, PauseTimedOut> {
         inner.permit = None;
         // The disks first: a vCPU that is slow to stop writes no more.
-        self.hold();
+        self.hold_disks();
         self.vcpus.pause(PAUSE_TIMEOUT)
     }
 

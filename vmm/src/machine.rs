@@ -215,10 +215,10 @@ impl Machine {
     }
 
     /// With the vCPUs stopped: devices take no new work and complete what they took, the disks
-    /// complete all I/O and commit it, and are held.
+    /// complete all I/O and commit it. The caller then holds them, if the machine is still stopped.
     ///
     /// # Errors
-    /// When a disk does not drain; nothing is held then.
+    /// When a disk does not drain.
     pub async fn drain(&self, timeout: Duration) -> Result<(), DrainError> {
         let all = async {
             join_all(self.devices.iter().map(|device| device.quiesce())).await;
@@ -227,7 +227,6 @@ impl Machine {
         tokio::time::timeout(timeout, all)
             .await
             .map_err(|_| DrainError::TimedOut(timeout))??;
-        self.gate.hold();
         Ok(())
     }
 

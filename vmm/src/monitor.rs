@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use cluster_model::ids::{MigrationId, Token, VmId};
 use futures::future::try_join_all;
+use migration_core::tls::Identity;
 use proto::failpoint::{self, Tripped};
 use proto::monitor as wire;
 use storage_broker::disk::{DiskState, DrainError, RekeyError};
@@ -36,7 +37,7 @@ use crate::platform::{self, BuildError, Platform};
 use crate::spec::ValidatedSpec;
 use crate::vcpu::PauseTimedOut;
 
-pub use migration::{CancelError, IncomingError, SendRefused, SendRequest};
+pub use migration::{CancelError, ExpectError, IncomingError, SendRefused, SendRequest};
 
 /// Events of the guest, the disks and the deadline not looked at yet; a sender beyond it has said enough.
 const HAPPENINGS_MAX: usize = 64;
@@ -53,6 +54,8 @@ pub struct Monitor {
     spec: ValidatedSpec,
     platform: Platform,
     nonce: u64,
+    /// Who it is on memory channels: of this process alone, and of no use to anybody once it has ended.
+    identity: Identity,
     state: Mutex<State>,
     operation: tokio::sync::Mutex<()>,
     changed: watch::Sender<u64>,
@@ -69,7 +72,7 @@ struct State {
     disk_token: Token,
     /// From the promise until a re-key and a permit.
     said_quiet: bool,
-    /// Handed back by the gate while the machine stops for its cutover.
+    /// Handed back by the gate; kept exactly while the machine stops for its cutover.
     cutover_permit: Option<RunPermit>,
     incoming_addresses: Vec<String>,
     migration: Option<migration::Migration>,
@@ -177,6 +180,7 @@ impl Monitor {
     /// # Errors
     /// See [`BuildError`].
     pub async fn start(spec: ValidatedSpec) -> Result<Arc<Monitor>, BuildError> {
+        let identity = Identity::draw()?;
         let (happened, happenings) = mpsc::channel(HAPPENINGS_MAX);
         let (guest_events, mut guest) = mpsc::channel(HAPPENINGS_MAX);
         let lapses = happened.clone();
@@ -206,6 +210,7 @@ impl Monitor {
         };
         let monitor = Arc::new(Monitor {
             nonce: draw_nonce(),
+            identity,
             platform,
             spec,
             state: Mutex::new(state),
@@ -270,6 +275,10 @@ impl Monitor {
         let before = state.phase;
         state.phase = before.after(event)?;
         let after = state.phase;
+        if after != Phase::Stopping {
+            // It was good for going on where the cutover is given up, and for nothing later.
+            state.cutover_permit = None;
+        }
         drop(state);
         if before != after {
             tracing::info!(%before, %after, %event, "phase");

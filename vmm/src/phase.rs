@@ -138,11 +138,13 @@ impl Phase {
                 | Failed => refused,
             },
             Event::SaidQuiet => match self {
-                // A refusal may come between the drain and the promise: the promise is given all the same.
-                Stopping | Refused { .. } => Ok(Quiet { rekeyed: false }),
+                // Whatever else happened since the stop, a re-key above all, has taken the machine out of the
+                // attempt's hands: it may run by now, and a promise would be a lie.
+                Stopping => Ok(Quiet { rekeyed: false }),
                 Ready
                 | Running
                 | Frozen
+                | Refused { .. }
                 | Quiet { .. }
                 | Incoming
                 | Complete
@@ -354,6 +356,22 @@ mod tests {
                             "{first}, {second}, {third}"
                         );
                     }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn quiet_is_said_only_by_a_machine_that_has_been_stopping_ever_since() {
+        for phase in PHASES {
+            let quiet = phase.after(Event::SaidQuiet);
+            assert_eq!(quiet.is_ok(), phase == Phase::Stopping, "{phase}");
+        }
+        // And one that left that phase comes back to it by running first.
+        for phase in PHASES {
+            for event in EVENTS {
+                if phase != Phase::Stopping && phase.after(event) == Ok(Phase::Stopping) {
+                    assert_eq!((phase, event), (Phase::Running, Event::StopForCutover));
                 }
             }
         }

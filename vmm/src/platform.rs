@@ -62,6 +62,9 @@ pub enum BuildError {
     /// The hardware.
     #[error(transparent)]
     Assemble(#[from] AssembleError),
+    /// It would have nobody to be on its memory channels.
+    #[error(transparent)]
+    Identity(#[from] migration_core::tls::DrawError),
 }
 
 /// Builds the machine that `spec` describes, loaded with what it boots unless it is an incoming one.

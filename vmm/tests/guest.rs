@@ -78,6 +78,7 @@ impl Host {
                 broker_uid: 2000,
                 fence_class: "none".into(),
                 size_bytes: DISK_BYTES,
+                tls_ca: String::new(),
             }],
             nics: Vec::new(),
             witness: Some(self.witness()),

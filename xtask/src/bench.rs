@@ -27,6 +27,12 @@ enum Bench {
     Failover,
     /// What a TCP peer of a Linux guest sees of a migration (needs root).
     Network,
+    /// What a flood of strangers' connections costs commits and heartbeats.
+    Flood,
+    /// What TLS costs the memory stream, over loopback; needs no KVM.
+    Tls,
+    /// What TLS costs the NFS data path: writes a second and MB/s beside plain TCP.
+    NfsTls,
 }
 
 /// Runs one.
@@ -36,6 +42,14 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         Bench::Raft => ("clusterd", "raft-bench"),
         Bench::Failover => ("tests", "bench-failover"),
         Bench::Network => ("tests", "bench-network"),
+        Bench::Flood => ("tests", "bench-flood"),
+        Bench::Tls => {
+            // No machine runs: no programs to build, nothing to require of the host.
+            let (programs, program) = (build::target_dir().join("release"), "bench-tls");
+            build_release("tests", program)?;
+            return build::run(Command::new(programs.join(program)).args(&args.args));
+        }
+        Bench::NfsTls => ("tests", "bench-nfs-tls"),
     };
     release_program(package, program, &args.args)
 }
@@ -85,17 +99,14 @@ pub fn crash(args: &CrashArgs) -> anyhow::Result<()> {
 fn release_program(package: &str, program: &str, args: &[String]) -> anyhow::Result<()> {
     build::require_kvm()?;
     let programs = build::programs(true)?;
-    build::run(build::cargo().args([
-        "build",
-        "--release",
-        "--package",
-        package,
-        "--bin",
-        program,
-    ]))?;
+    build_release(package, program)?;
     build::run(
         Command::new(programs.join(program))
             .args(args)
             .env("BATON_PROGRAMS", &programs),
     )
+}
+
+fn build_release(package: &str, program: &str) -> anyhow::Result<()> {
+    build::run(build::cargo().args(["build", "--release", "--package", package, "--bin", program]))
 }

@@ -29,7 +29,7 @@ enum Chore {
     Guest(guest::GuestArgs),
     /// Check that the crates depend on each other only as ARCHITECTURE.md says.
     Layers,
-    /// Measure: `migrate`, `raft`, `failover`, `network`.
+    /// Measure: `migrate`, `raft`, `failover`, `network`, `flood`, `tls`, `nfs-tls`.
     Bench(bench::BenchArgs),
     /// Simulate clusters from seeds: `--seeds 10000`, `--seed 7` replays one, `--mutants` breaks things on purpose.
     Sim {
@@ -57,6 +57,9 @@ enum Chore {
     },
     /// Lose power at every operation of a simulated disk under the Raft log: `--points 12000`, `--seed 1`.
     Crash(bench::CrashArgs),
+    /// Try what somebody outside, a stranger's cluster, a learner taken over and people with small tokens would try;
+    /// as root it listens on the wire too.
+    Attack,
     /// Migrate and fail over again and again, and let the guests check themselves.
     Soak {
         /// Given to the soak program, for example `--migrations 200 --failovers 20`.
@@ -77,6 +80,7 @@ fn main() -> anyhow::Result<()> {
         Chore::Chaos { args } => bench::chaos(&args),
         Chore::Fuzz { args } => bench::pure_program("fuzz", &args),
         Chore::Crash(args) => bench::crash(&args),
+        Chore::Attack => test::attack(),
         Chore::Soak { args } => bench::soak(&args),
     }
 }

@@ -23,6 +23,21 @@ pub struct TestArgs {
     args: Vec<String>,
 }
 
+/// The suites that attack: named so.
+const ATTACKS: &str = "binary(attack) | test(trust::) | test(/tls/) | test(/confine/)";
+
+/// Runs the suites that attack; as root nothing of them may be skipped.
+pub fn attack() -> anyhow::Result<()> {
+    let root = std::fs::metadata("/proc/self").is_ok_and(|own| {
+        use std::os::unix::fs::MetadataExt;
+        own.uid() == 0
+    });
+    run(&TestArgs {
+        all: root,
+        args: vec!["-E".into(), ATTACKS.into()],
+    })
+}
+
 /// Builds the programs and runs every test.
 pub fn run(args: &TestArgs) -> anyhow::Result<()> {
     build::require_kvm()?;

@@ -1,11 +1,14 @@
 //! `clusterctl cluster`: make it, look at it, set it.
 
+mod ca;
+mod init;
+mod trust;
+
 use std::process::ExitCode;
 
 use clap::Subcommand;
 use proto::admin::{
-    ClusterInitRequest, ClusterStatusReply, ClusterStatusRequest, SettingsGetRequest,
-    SettingsSetRequest,
+    ClusterStatusReply, ClusterStatusRequest, SettingsGetRequest, SettingsSetRequest,
 };
 
 use crate::Context;
@@ -15,15 +18,14 @@ use crate::output::{self, Format};
 /// What can be done with the cluster.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Make a cluster of the node that --server names.
-    Init {
-        /// What to call it: a-z, 0-9 and '-'.
-        #[arg(default_value = "baton")]
-        name: String,
-        /// Count a node as lost after 2.8 s and not 6.5 s: for networks without stalls.
-        #[arg(long)]
-        fast: bool,
-    },
+    /// Make a cluster of the node on this host (asked on its own socket); prints its secrets, once.
+    Init(init::Args),
+    /// The certificate authority: show, rotate.
+    #[command(subcommand)]
+    Ca(ca::Command),
+    /// Other clusters that are trusted: add, list, remove.
+    #[command(subcommand)]
+    Trust(trust::Command),
     /// One screen: quorum, capacity, work, alerts.
     Status,
     /// Print the settings.
@@ -42,27 +44,9 @@ pub enum Command {
 /// What the node refused.
 pub async fn run(c: &Context, command: Command) -> Result<ExitCode, CliError> {
     match command {
-        Command::Init { name, fast } => {
-            let reply = c
-                .connect()
-                .await?
-                .api
-                .cluster_init(ClusterInitRequest {
-                    change: c.change(),
-                    name: name.clone(),
-                    fast,
-                })
-                .await?
-                .into_inner();
-            match c.output {
-                Format::Json => output::json(&reply)?,
-                Format::Table => output::text(format!(
-                    "✔ cluster {name} ({}) has its first node, {}\n  next: clusterctl node add NAME --address HOST:PORT   (twice: three nodes survive the loss of one)\n        clusterctl volume add NAME nfs://server/export",
-                    reply.cluster_id, reply.node
-                ))?,
-            }
-            Ok(ExitCode::SUCCESS)
-        }
+        Command::Init(args) => init::run(c, args).await,
+        Command::Ca(command) => ca::run(c, command).await,
+        Command::Trust(command) => trust::run(c, command).await,
         Command::Status => status(c).await,
         Command::Settings => {
             let reply = c

@@ -7,6 +7,7 @@ use proto::admin::{EventView, EventsRequest};
 use crate::Context;
 use crate::client::{CliError, Connection};
 use crate::output::{self, Format};
+use crate::span;
 
 /// `events`.
 #[derive(Debug, clap::Args)]
@@ -15,7 +16,7 @@ pub struct Args {
     #[arg(long, short = 'f')]
     follow: bool,
     /// Only what happened since: 30s, 10m, 2h, 7d.
-    #[arg(long, value_parser = parse_ago)]
+    #[arg(long, value_parser = span::millis)]
     since: Option<u64>,
     /// Only about this: vm/NAME, node/NAME, volume/NAME, migration/ID.
     #[arg(long, default_value = "")]
@@ -28,35 +29,16 @@ pub struct Args {
     kind: String,
 }
 
-fn parse_ago(text: &str) -> Result<u64, String> {
-    let hint = || format!("`{text}` is not a time span; write 30s, 10m, 2h or 7d");
-    let unit = text.chars().last().ok_or_else(hint)?;
-    let number: u64 = text[..text.len() - unit.len_utf8()]
-        .parse()
-        .map_err(|_| hint())?;
-    let seconds = match unit {
-        's' => 1,
-        'm' => 60,
-        'h' => 3_600,
-        'd' => 86_400,
-        _ => return Err(hint()),
-    };
-    number.checked_mul(seconds * 1_000).ok_or_else(hint)
-}
-
 /// Prints them.
 ///
 /// # Errors
 /// What the node refused.
 pub async fn run(c: &Context, args: Args) -> Result<ExitCode, CliError> {
-    let now_ms = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .map_or(0, |since| {
-            u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
-        });
     let mut request = EventsRequest {
         follow: args.follow,
-        since_ms: args.since.map_or(0, |ago| now_ms.saturating_sub(ago)),
+        since_ms: args
+            .since
+            .map_or(0, |ago| span::now_ms().saturating_sub(ago)),
         object: args.object,
         severity: args.severity,
         kind_prefix: args.kind,
@@ -119,17 +101,4 @@ pub fn line(event: &EventView, indent: usize) -> String {
     // Where there is no room beside them, details go under the rest.
     let indent = indent + head.chars().count();
     format!("{head}{}", output::hanging(&detail, indent))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn time_spans_need_a_unit() {
-        assert_eq!(parse_ago("10m"), Ok(600_000));
-        for bad in ["", "10", "m", "-1s", "1y", "1µ", "99999999999999999d"] {
-            assert!(parse_ago(bad).is_err(), "{bad}");
-        }
-    }
 }

@@ -22,6 +22,10 @@ const RULES_MAX: usize = 10_000;
 const REASON_BYTES_MAX: usize = 1_024;
 /// The longest address or identity of a volume, bytes.
 const URL_BYTES_MAX: usize = 2_048;
+
+/// The largest PEM text of a volume's certificate authority, in bytes: some certificates. It is in every
+/// snapshot and in the machine file of every machine on the volume.
+const TLS_CA_BYTES_MAX: usize = 16 << 10;
 /// Losses older than this do not count towards quarantine, ms.
 const LOSS_WINDOW_MS: u64 = 3_600_000;
 /// Added to the broker's uid and a node's number to make the node's uid.
@@ -147,11 +151,12 @@ impl ClusterState {
             return Err(Rejection::OtherIncarnation { node });
         }
         let rebooted = known.incarnation != Incarnation(0) && known.incarnation != incarnation;
-        let before = known.liveness;
+        let (before, former) = (known.liveness, known.incarnation);
         let name = known.name.clone();
+        let mut ended: Vec<VmId> = Vec::new();
         if rebooted {
-            let owned = self.owned_by(node).count();
-            self.tokens_left(owned)?;
+            ended.extend(self.owned_by(node).map(|vm| vm.id));
+            self.tokens_left(ended.len())?;
             self.take_machines_from(entry, node, OwnershipCause::NodeRebooted)?;
             self.abort_migrations_of(entry, node, &format!("{name} rebooted"));
         }
@@ -168,22 +173,35 @@ impl ClusterState {
             }
         }
         if before != Liveness::Up || rebooted {
+            let reboot = match (rebooted, ended.len()) {
+                (false, _) => String::new(),
+                (true, 0) => ", after a reboot of its host".into(),
+                (true, some) => format!(
+                    ", after a reboot of its host, which ended {}",
+                    counted(some, "machine")
+                ),
+            };
+            let severity = match ended.is_empty() {
+                true => Severity::Info,
+                false => Severity::Error,
+            };
+            let mut objects = vec![Object::Node(node)];
+            objects.extend(ended.iter().map(|&vm| Object::Vm(vm)));
+            let why = (!ended.is_empty()).then(|| {
+                Why::rule("a host that rebooted runs nothing of its former life: its machines are placed anew, each under the next token")
+                    .with("former life", former)
+                    .with("present life", incarnation)
+            });
             self.note(
                 entry,
-                Severity::Info,
-                vec![Object::Node(node)],
+                severity,
+                objects,
                 "node.up",
                 format!(
-                    "{name} is up: {} CPUs, {} MiB{}",
-                    facts.cpus,
-                    facts.memory_mib,
-                    if rebooted {
-                        ", after a reboot of its host"
-                    } else {
-                        ""
-                    }
+                    "{name} is up: {} CPUs, {} MiB{reboot}",
+                    facts.cpus, facts.memory_mib
                 ),
-                None,
+                why,
             );
         }
         Ok(Outcome::Nothing)
@@ -564,6 +582,16 @@ impl ClusterState {
                 max: URL_BYTES_MAX as u64,
             });
         }
+        if volume
+            .tls_ca
+            .as_ref()
+            .is_some_and(|authority| authority.len() > TLS_CA_BYTES_MAX)
+        {
+            return Err(Rejection::TooLarge {
+                what: "volume's certificate authority (bytes)".into(),
+                max: TLS_CA_BYTES_MAX as u64,
+            });
+        }
         let id = volume.id;
         self.note(
             entry,
@@ -571,10 +599,14 @@ impl ClusterState {
             vec![Object::Volume(id)],
             "volume.added",
             format!(
-                "{} at {}, fence class {}",
+                "{} at {}, fence class {}{}",
                 volume.name,
                 volume.url,
-                volume.fence.as_str()
+                volume.fence.as_str(),
+                match volume.tls_ca {
+                    Some(_) => ", TLS required",
+                    None => "",
+                }
             ),
             None,
         );

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 
 use crate::command::{Command, Rejection, ReleaseReason, Reply};
-use crate::event::Why;
+use crate::event::{Object, Severity, Why};
 use crate::ids::{Incarnation, LogIndex, MigrationId, NodeId, RequestId, Token, VmId};
 use crate::state::{
     ClusterState, Desired, FenceClass, Liveness, MigrationCause, MigrationState, NodeRole,
@@ -535,6 +535,33 @@ fn a_registration_of_an_earlier_life_that_comes_late_changes_nothing() {
 }
 
 #[test]
+fn a_host_that_rebooted_keeps_no_machine_and_why_is_told_of_each() {
+    let mut world = World::new(2, 1_024);
+    let (vm, other) = (
+        world.running("a", 64, NodeId(2)),
+        world.running("b", 64, NodeId(1)),
+    );
+    let token = world.vm(vm).ownership.token;
+    let life = world.state.nodes[&NodeId(2)].incarnation;
+    world.register(NodeId(2), Incarnation(life.0 + 1), 1_024);
+    let record = &world.vm(vm).ownership;
+    assert_eq!((record.owner, record.settle), (None, true));
+    assert!(record.token > token);
+    let told = |vm: VmId| {
+        let events = world.state.events.iter();
+        let mut of_it = events
+            .filter(|event| event.kind == "node.up" && event.objects.contains(&Object::Vm(vm)));
+        of_it.next_back().cloned()
+    };
+    let event = told(vm).expect("an event that names the machine");
+    assert_eq!(event.severity, Severity::Error);
+    assert!(event.detail.ends_with("which ended 1 machine"), "{event:?}");
+    let why = event.why.as_ref();
+    assert!(why.is_some_and(|why| !why.rule.is_empty()));
+    assert_eq!(told(other), None);
+}
+
+#[test]
 fn a_lost_node_keeps_no_machine_and_what_it_ran_settles_first() {
     let mut world = World::new(3, 1_024);
     let vm = world.running("a", 64, NodeId(1));
@@ -706,4 +733,29 @@ fn the_oldest_answers_are_forgotten_in_the_order_of_their_entries() {
 fn a_text_is_cut_at_a_character() {
     assert_eq!(super::clip("aä".into(), 2), "a");
     assert_eq!(super::clip("aä".into(), 3), "aä");
+}
+
+#[test]
+fn a_volumes_certificate_authority_is_recorded_and_bounded() {
+    let mut world = World::new(1, 1024);
+    let add = |authority: String| Command::AddVolume {
+        name: name("secure"),
+        url: "nfs://10.0.0.9/secure?tls=require".into(),
+        uuid: "uuid-secure".into(),
+        fence: FenceClass::GidToken,
+        settle_ms: 100,
+        size_bytes: 1 << 30,
+        nodes: BTreeSet::new(),
+        tls_ca: Some(authority),
+    };
+    let refused = world.refused(add("x".repeat((16 << 10) + 1)));
+    assert!(matches!(refused, Rejection::TooLarge { .. }), "{refused}");
+    world.done(add("x".repeat(16 << 10)));
+    let volume = world.state.volume_named(&name("secure")).unwrap();
+    assert_eq!(volume.tls_ca.as_ref().map(String::len), Some(16 << 10));
+    // What an earlier version recorded says nothing of it.
+    let mut old = serde_json::to_value(volume).unwrap();
+    old.as_object_mut().unwrap().remove("tls_ca");
+    let read: crate::state::Volume = serde_json::from_value(old).unwrap();
+    assert_eq!(read.tls_ca, None);
 }

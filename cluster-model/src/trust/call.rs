@@ -124,6 +124,12 @@ calls! {
 }
 
 impl Call {
+    /// Whether it does something to one machine: what a narrowed token may do is looked at where the machine
+    /// is known.
+    pub fn concerns_machine(self) -> bool {
+        self.reach() == Reach::Machine
+    }
+
     /// The call of that name, alone (`VmCreate`) or at the end of a gRPC path (`/baton.admin.v1.Admin/VmCreate`).
     pub fn parse(text: &str) -> Option<Call> {
         let name = text.rsplit('/').next().unwrap_or(text);

@@ -3,13 +3,16 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use cluster_model::{ClusterState, Envelope, NodeId, NodeRole, Reply, VmId};
+use cluster_model::trust::Authority;
+use cluster_model::{ClusterState, Envelope, NodeId, Reply, VmId};
 use tokio::sync::{mpsc, watch};
 use tonic::Status;
 
 use super::soft::Soft;
 use crate::broker::Broker;
+use crate::node::Founded;
 use crate::raft::RaftStatus;
+use crate::trust::{Papers, Prepared, RecoveryKey};
 
 /// Output of a console, or why it ended.
 pub type ConsoleChunks = mpsc::Receiver<Result<Vec<u8>, Status>>;
@@ -49,18 +52,34 @@ pub trait Backend: Send + Sync + 'static {
     /// The nodes' soft state: the leader's, or where no leader answers what this node knows itself.
     async fn soft(&self) -> Soft;
     /// Hands a command to the leader and waits until it was applied here too.
-    async fn propose(&self, envelope: Envelope) -> Result<Reply, BackendError>;
+    /// `credential`: what the person behind it showed.
+    async fn propose(
+        &self,
+        envelope: Envelope,
+        credential: Option<&str>,
+    ) -> Result<Reply, BackendError>;
     /// Whether a quorum confirms, now, that what this node has applied is current.
     async fn confirm(&self) -> Result<(), BackendError>;
-    /// Makes a cluster of this node; gives its id.
+    /// Makes a cluster of this node.
     async fn init_cluster(
         &self,
         name: cluster_model::Name,
         fast: bool,
         actor: &str,
-    ) -> Result<String, BackendError>;
-    /// Joins the cluster that answers at `member`.
-    async fn join(&self, member: &str, role: NodeRole) -> Result<NodeId, BackendError>;
+    ) -> Result<Founded, BackendError>;
+    /// Joins the cluster that made the join token.
+    async fn join(&self, token: &str) -> Result<NodeId, BackendError>;
+    /// This node's papers; `None` before it belongs to a cluster.
+    fn papers(&self) -> Option<Papers>;
+    /// Of each node that reports: the generation of the CA that made its certificate.
+    async fn certificate_generations(&self) -> Vec<(NodeId, u64)>;
+    /// Makes a new issuing CA, and a new root if asked, and keeps its key here until the log lets it sign.
+    async fn prepare_rotation(
+        &self,
+        authority: &Authority,
+        recovery: &RecoveryKey,
+        new_root: bool,
+    ) -> Result<Prepared, BackendError>;
     /// This node's storage broker.
     fn broker(&self) -> Result<Broker, BackendError>;
     /// The serial console of a machine, wherever it runs; what arrives on `typed` is sent to it.

@@ -34,13 +34,16 @@ impl AdminService {
     ) -> Result<ClusterInitReply, Status> {
         let change = asked(request.change)?;
         let cluster_name = name(&request.name)?;
-        let cluster_id = self
+        let founded = self
             .backend
             .init_cluster(cluster_name, request.fast, &change.actor)
             .await?;
         Ok(ClusterInitReply {
-            cluster_id,
+            cluster_id: founded.cluster.id,
             node: self.backend.name(),
+            recovery_key: founded.recovery_key.reveal(),
+            access_token: founded.access_token.line(),
+            ca_sha256: founded.access_token.ca_sha256,
         })
     }
 

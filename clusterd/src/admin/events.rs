@@ -1,13 +1,15 @@
 //! What happened, as a stream; and why things are as they are.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
-use cluster_model::{ClusterState, Event, Object, Severity, counted};
+use cluster_model::{ClusterState, Event, Name, Object, Severity, counted};
 use proto::admin::{Check, EventView, EventsRequest, MigrationView, WhyReply, WhyRequest};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
+use super::asker::{Asker, is_narrowed, may_touch};
 use super::error::invalid;
 use super::service::{AdminService, Answers, node_named};
 use super::views;
@@ -25,11 +27,23 @@ struct Filter {
     object: Option<Object>,
     severity: Severity,
     kind_prefix: String,
+    /// Only what is about machines with one of these tags.
+    tags: Option<BTreeSet<Name>>,
 }
 
 impl Filter {
-    fn lets_through(&self, event: &Event) -> bool {
-        event.at_ms >= self.since_ms
+    fn lets_through(&self, state: &ClusterState, event: &Event) -> bool {
+        let theirs = self.tags.as_ref().is_none_or(|tags| {
+            event.objects.iter().any(|object| match object {
+                Object::Vm(vm) => state
+                    .vms
+                    .get(vm)
+                    .is_some_and(|vm| !vm.spec.tags.is_disjoint(tags)),
+                _ => false,
+            })
+        });
+        theirs
+            && event.at_ms >= self.since_ms
             && event.severity >= self.severity
             && event.kind.starts_with(&self.kind_prefix)
             && self
@@ -62,6 +76,7 @@ impl AdminService {
                 }
             },
             kind_prefix: request.kind_prefix,
+            tags: Asker::now().and_then(|asker| asker.who.narrowed_to().cloned()),
         };
         let (sender, receiver) = mpsc::channel(QUEUE);
         let mut seen = (request.after_index, request.after_sequence);
@@ -76,7 +91,7 @@ impl AdminService {
                     }
                     everything = false;
                     seen = place;
-                    if filter.lets_through(event) {
+                    if filter.lets_through(&state, event) {
                         let view = views::event(&state, event);
                         if sender
                             .send_timeout(Ok(view), READER_PATIENCE)
@@ -102,6 +117,16 @@ impl AdminService {
     pub(super) async fn why(&self, request: WhyRequest) -> Result<WhyReply, Status> {
         let state = self.cluster_state()?;
         let object = views::parse_object(&state, &request.object)?;
+        if is_narrowed() {
+            may_touch(match object {
+                Object::Vm(vm) => state.vms.get(&vm),
+                Object::Migration(id) => state
+                    .migrations
+                    .get(&id)
+                    .and_then(|migration| state.vms.get(&migration.vm)),
+                Object::Node(_) | Object::Volume(_) | Object::Cluster => None,
+            })?;
+        }
         let mut reply = WhyReply {
             object: views::object_label(&state, object),
             ..WhyReply::default()

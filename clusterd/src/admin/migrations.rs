@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
+use super::asker::{is_narrowed, sees};
 use super::error::not_found;
 use super::service::{AdminService, Answers, asked, migration_named, vm_named};
 use super::views;
@@ -39,6 +40,7 @@ impl AdminService {
             .values()
             .filter(|migration| request.all || migration.is_open())
             .filter(|migration| only.is_none_or(|only| only == migration.vm))
+            .filter(|migration| !is_narrowed() || state.vms.get(&migration.vm).is_some_and(sees))
             .map(|migration| views::migration(&state, &soft, migration))
             .collect();
         Ok(MigrationListReply { migrations })

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use cluster_model::{ClusterState, Envelope, Name, NodeId, NodeRole, Reply, Settings, VmId};
+use cluster_model::trust::Authority;
+use cluster_model::{ClusterState, Envelope, Name, NodeId, Reply, Settings, VmId};
 use proto::admin::VmConsoleInput;
 use proto::admin::admin_client::AdminClient;
 use proto::monitor::ConsoleInput;
@@ -13,13 +14,15 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
+use super::asker::Asker;
 use super::backend::{Backend, BackendError, ConsoleChunks};
 use super::soft::{Soft, SoftNode};
 use crate::broker::Broker;
 use crate::member::PROPOSE_TIMEOUT;
-use crate::node::{BeginError, NodeHandle};
+use crate::node::{BeginError, Founded, NodeHandle};
 use crate::raft::RaftStatus;
 use crate::report::{NodeReport, Reporter};
+use crate::trust::{self, Papers, Prepared, RecoveryKey};
 
 /// How long an entry that the leader applied may take to be applied here.
 const APPLY_TIMEOUT: Duration = Duration::from_secs(8);
@@ -110,11 +113,15 @@ impl Backend for NodeBackend {
         soft
     }
 
-    async fn propose(&self, envelope: Envelope) -> Result<Reply, BackendError> {
+    async fn propose(
+        &self,
+        envelope: Envelope,
+        credential: Option<&str>,
+    ) -> Result<Reply, BackendError> {
         let member = self.node.member().ok_or(BackendError::NoCluster)?;
         let applied = member
             .raft
-            .propose_or_forward(&envelope, PROPOSE_TIMEOUT)
+            .propose_for(&envelope, credential, PROPOSE_TIMEOUT)
             .await
             .map_err(|error| BackendError::NoQuorum(error.to_string()))?;
         member
@@ -154,7 +161,7 @@ impl Backend for NodeBackend {
         name: Name,
         fast: bool,
         actor: &str,
-    ) -> Result<String, BackendError> {
+    ) -> Result<Founded, BackendError> {
         let settings = if fast {
             Settings::fast()
         } else {
@@ -163,21 +170,39 @@ impl Backend for NodeBackend {
         self.node
             .init_cluster(actor, name, settings)
             .await
-            .map(|cluster| cluster.id)
             .map_err(|error| self.begin_failed(error))
     }
 
-    async fn join(&self, member: &str, role: NodeRole) -> Result<NodeId, BackendError> {
-        let role = match role {
-            NodeRole::Voter => "voter",
-            NodeRole::Learner => "learner",
-            NodeRole::Witness => "witness",
-        };
+    async fn join(&self, token: &str) -> Result<NodeId, BackendError> {
         self.node
-            .join(member, role, "")
+            .join(token)
             .await
             .map(|(node, _)| node)
             .map_err(|error| self.begin_failed(error))
+    }
+
+    fn papers(&self) -> Option<Papers> {
+        self.node.member()?.keeper.papers()
+    }
+
+    async fn certificate_generations(&self) -> Vec<(NodeId, u64)> {
+        let reports = tokio::time::timeout(REPORTS_TIMEOUT, self.node.reports()).await;
+        let reports = reports.ok().and_then(Result::ok).unwrap_or_default();
+        reports
+            .iter()
+            .map(|(node, report)| (*node, report.trust.generation))
+            .collect()
+    }
+
+    async fn prepare_rotation(
+        &self,
+        authority: &Authority,
+        recovery: &RecoveryKey,
+        new_root: bool,
+    ) -> Result<Prepared, BackendError> {
+        let member = self.node.member().ok_or(BackendError::NoCluster)?;
+        trust::prepare_rotation(&member, authority, recovery, new_root)
+            .map_err(|error| BackendError::Failed(error.to_string()))
     }
 
     fn broker(&self) -> Result<Broker, BackendError> {
@@ -217,8 +242,10 @@ impl Backend for NodeBackend {
             name: String::new(),
             data,
         });
+        let mut request = tonic::Request::new(first.chain(rest));
+        Asker::hand_on(request.metadata_mut());
         let output = AdminClient::new(channel)
-            .vm_console(first.chain(rest))
+            .vm_console(request)
             .await
             .map_err(failed)?
             .into_inner();

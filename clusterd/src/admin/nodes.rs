@@ -5,16 +5,14 @@ use std::collections::BTreeSet;
 use cluster_model::fleet::{Count, Fleet, NodeLoad, Observed};
 use cluster_model::placement;
 use cluster_model::{
-    ClusterState, Command, Duty, MigrationCause, MigrationOptions, MigrationState, NodeId,
-    NodeRole, Vm, Why,
+    ClusterState, Command, Duty, MigrationCause, MigrationOptions, MigrationState, NodeId, Vm, Why,
 };
 use proto::admin::{
-    DrainMove, DrainStatus, NodeDrainStatusRequest, NodeJoinReply, NodeJoinRequest, NodeListReply,
-    NodeListRequest, NodeRemoveRequest, NodeUncordonReply, NodeUncordonRequest,
+    DrainMove, DrainStatus, NodeDrainStatusRequest, NodeListReply, NodeListRequest,
+    NodeRemoveRequest, NodeUncordonReply, NodeUncordonRequest,
 };
 use tonic::Status;
 
-use super::error::invalid;
 use super::predict::Basis;
 use super::service::{AdminService, asked, node_named};
 use super::views;
@@ -51,45 +49,6 @@ impl AdminService {
             .map(|node| views::node(&state, &soft, leader, node))
             .collect();
         Ok(NodeListReply { nodes })
-    }
-
-    pub(super) async fn node_join(
-        &self,
-        request: NodeJoinRequest,
-    ) -> Result<NodeJoinReply, Status> {
-        asked(request.change)?;
-        let role = match request.role.as_str() {
-            "" | "voter" => NodeRole::Voter,
-            "learner" => NodeRole::Learner,
-            "witness" => NodeRole::Witness,
-            other => {
-                return Err(invalid(format!(
-                    "role `{other}`: use voter, learner or witness"
-                )));
-            }
-        };
-        if request
-            .member
-            .rsplit_once(':')
-            .is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err())
-        {
-            return Err(invalid(format!(
-                "`{}` is not host:port of a node of the cluster",
-                request.member
-            )));
-        }
-        let node_id = self.backend.join(&request.member, role).await?.0;
-        let state = self.state();
-        let cluster = state.cluster.as_ref();
-        Ok(NodeJoinReply {
-            node_id,
-            cluster_id: cluster
-                .map(|cluster| cluster.id.clone())
-                .unwrap_or_default(),
-            cluster_name: cluster
-                .map(|cluster| cluster.name.to_string())
-                .unwrap_or_default(),
-        })
     }
 
     pub(super) async fn node_remove(
@@ -233,9 +192,9 @@ pub(super) fn choose(
             choice.node,
             choice.why("the best other node with room", &fleet),
         )),
-        Err(nowhere) if nowhere.considered.is_empty() => Err(
-            "there is no other node; add one: clusterctl node add NAME --address HOST:PORT".into(),
-        ),
+        Err(nowhere) if nowhere.considered.is_empty() => {
+            Err("there is no other node; add one: clusterctl node add NAME".into())
+        }
         Err(nowhere) => Err(nowhere
             .considered
             .iter()

@@ -1,4 +1,4 @@
-//! The generated service's methods: each hands its request to the file of its noun.
+//! The generated service's methods: each proves who asks, and hands its request to the file of its noun.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -11,6 +11,7 @@ use proto::admin::admin_server::{Admin, AdminServer};
 use proto::admin::*;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::asker::{Asker, may_touch};
 use super::backend::Backend;
 use super::error::{bad_name, invalid, not_found, rejected};
 use super::views;
@@ -82,15 +83,21 @@ impl AdminService {
         change: &Asked,
         command: Command,
     ) -> Result<(LogIndex, Outcome), Status> {
+        let asker = Asker::now();
         let envelope = Envelope {
             request: RequestId(request.to_owned()),
             actor: change.actor.clone(),
             at_ms: self.backend.wall_ms(),
-            asked: None,
+            asked: asker.as_ref().map(|asker| cluster_model::trust::Asked {
+                from: asker.from.clone(),
+                reason: change.reason.clone(),
+                method: asker.call.to_string(),
+            }),
             command,
         };
+        let credential = asker.and_then(|asker| asker.credential);
         self.backend
-            .propose(envelope)
+            .propose(envelope, credential.as_deref())
             .await?
             .into_result()
             .map_err(|rejection| rejected(&self.state(), &rejection))
@@ -120,10 +127,10 @@ pub(super) fn asked(change: Option<Change>) -> Result<Asked, Status> {
             "actor and reason: printable characters, 128 and 1,024 bytes at most",
         ));
     }
-    let actor = if change.actor.is_empty() {
-        "somebody".to_owned()
-    } else {
-        change.actor
+    // Who proved to be somebody is that one, whatever the request says.
+    let actor = match Asker::now() {
+        Some(asker) => asker.name(&change.actor),
+        None => change.actor,
     };
     Ok(Asked {
         request: format!("api/{}", change.request_id),
@@ -151,7 +158,9 @@ pub(super) fn vm_named<'s>(
     text: &str,
 ) -> Result<&'s cluster_model::Vm, Status> {
     let text = text.strip_prefix("vm/").unwrap_or(text);
-    views::vm_named(state, text).ok_or_else(|| not_found(state, "vm", text))
+    let vm = views::vm_named(state, text);
+    may_touch(vm)?;
+    vm.ok_or_else(|| not_found(state, "vm", text))
 }
 
 /// The volume of that name.
@@ -168,7 +177,9 @@ pub(super) fn migration_named<'s>(
     text: &str,
 ) -> Result<&'s cluster_model::Migration, Status> {
     let text = text.strip_prefix("migration/").unwrap_or(text);
-    views::parse_migration(state, text).ok_or_else(|| not_found(state, "migration", text))
+    let migration = views::parse_migration(state, text);
+    may_touch(migration.and_then(|migration| state.vms.get(&migration.vm)))?;
+    migration.ok_or_else(|| not_found(state, "migration", text))
 }
 
 /// Writes the methods that only hand on.
@@ -178,7 +189,12 @@ macro_rules! hand_on {
         impl Admin for AdminService {
             $(
                 async fn $method(&self, request: Request<$request>) -> Result<Response<$reply>, Status> {
-                    let reply = AdminService::$method(self, request.into_inner()).await?;
+                    // A call's request is called after it.
+                    let name = stringify!($request).trim_end_matches("Request");
+                    let asker = self.asker(name, &request)?;
+                    let reply = asker
+                        .makes(AdminService::$method(self, request.into_inner()))
+                        .await?;
                     Ok(Response::new(reply))
                 }
             )*
@@ -188,7 +204,9 @@ macro_rules! hand_on {
                 &self,
                 request: Request<Streaming<VmConsoleInput>>,
             ) -> Result<Response<Self::VmConsoleStream>, Status> {
-                Ok(Response::new(AdminService::vm_console(self, request.into_inner()).await?))
+                let asker = self.asker("VmConsole", &request)?;
+                let call = AdminService::vm_console(self, request.into_inner());
+                Ok(Response::new(asker.makes(call).await?))
             }
 
             type MigrationWatchStream = Answers<MigrationView>;
@@ -196,12 +214,16 @@ macro_rules! hand_on {
                 &self,
                 request: Request<MigrationWatchRequest>,
             ) -> Result<Response<Self::MigrationWatchStream>, Status> {
-                Ok(Response::new(AdminService::migration_watch(self, request.into_inner()).await?))
+                let asker = self.asker("MigrationWatch", &request)?;
+                let call = AdminService::migration_watch(self, request.into_inner());
+                Ok(Response::new(asker.makes(call).await?))
             }
 
             type EventsStream = Answers<EventView>;
             async fn events(&self, request: Request<EventsRequest>) -> Result<Response<Self::EventsStream>, Status> {
-                Ok(Response::new(AdminService::events(self, request.into_inner()).await?))
+                let asker = self.asker("Events", &request)?;
+                let call = AdminService::events(self, request.into_inner());
+                Ok(Response::new(asker.makes(call).await?))
             }
         }
     };
@@ -214,7 +236,10 @@ hand_on! {
     settings_get(SettingsGetRequest) -> SettingsReply;
     settings_set(SettingsSetRequest) -> SettingsReply;
     node_list(NodeListRequest) -> NodeListReply;
+    node_add(NodeAddRequest) -> NodeAddReply;
     node_join(NodeJoinRequest) -> NodeJoinReply;
+    join_token_list(JoinTokenListRequest) -> JoinTokenListReply;
+    join_token_revoke(JoinTokenRevokeRequest) -> Done;
     node_remove(NodeRemoveRequest) -> Done;
     node_drain(NodeDrainRequest) -> DrainPlan;
     node_drain_status(NodeDrainStatusRequest) -> DrainStatus;
@@ -236,4 +261,13 @@ hand_on! {
     balance_status(BalanceStatusRequest) -> BalancePlan;
     rule_set(RuleSetRequest) -> Done;
     rule_list(RuleListRequest) -> RuleListReply;
+    token_create(TokenCreateRequest) -> TokenCreateReply;
+    token_list(TokenListRequest) -> TokenListReply;
+    token_revoke(TokenRevokeRequest) -> Done;
+    audit_list(AuditListRequest) -> AuditListReply;
+    ca_show(CaShowRequest) -> CaShowReply;
+    ca_rotate(CaRotateRequest) -> CaRotateReply;
+    trust_add(TrustAddRequest) -> Done;
+    trust_list(TrustListRequest) -> TrustListReply;
+    trust_remove(TrustRemoveRequest) -> Done;
 }

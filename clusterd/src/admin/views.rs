@@ -2,8 +2,7 @@
 
 use cluster_model::{
     ClusterState, Desired, Duty, Event, Liveness, Migration, MigrationCause, MigrationId,
-    MigrationState, Name, Node, NodeId, NodeRole, Object, OwnershipCause, Severity, Vm, VmId,
-    Volume,
+    MigrationState, Name, Node, NodeId, Object, OwnershipCause, Severity, Vm, VmId, Volume,
 };
 use proto::admin::{
     EventView, GuestView, LeaseView, MigrationView, NodeView, Part, RoundView, VmView, VolumeView,
@@ -39,12 +38,7 @@ pub fn node(state: &ClusterState, soft: &Soft, leader: Option<NodeId>, node: &No
         id: node.id.0,
         name: node.name.to_string(),
         address: node.address.clone(),
-        role: match node.role {
-            NodeRole::Voter => "voter",
-            NodeRole::Learner => "learner",
-            NodeRole::Witness => "witness",
-        }
-        .into(),
+        role: node.role.as_str().into(),
         state: node_state(node, isolated).into(),
         leader: leader == Some(node.id),
         vms: u32::try_from(state.owned_by(node.id).count()).unwrap_or(u32::MAX),
@@ -233,6 +227,7 @@ pub fn volume(state: &ClusterState, volume: &Volume) -> VolumeView {
             .collect(),
         report: String::new(),
         uuid: volume.uuid.clone(),
+        tls: volume.tls_ca.is_some(),
     }
 }
 

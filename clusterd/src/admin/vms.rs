@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use cluster_model::{
-    Command, Desired, MigrationCause, MigrationOptions, NodeId, Outcome, VmId, VmSpec, Why,
+    Boot, Command, Desired, MigrationCause, MigrationOptions, NodeId, Outcome, VmId, VmSpec, Why,
 };
 use proto::admin::{
     Check, Done, VmConsoleInput, VmConsoleOutput, VmCreateRequest, VmDeleteRequest, VmListReply,
@@ -14,6 +14,7 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 
+use super::asker::{may_create, sees};
 use super::error::{invalid, rejected, status};
 use super::predict::Basis;
 use super::service::{AdminService, Answers, Asked, asked, name, node_named, vm_named};
@@ -36,6 +37,18 @@ impl AdminService {
         }
         let spec: VmSpec = serde_json::from_str(&request.spec_json)
             .map_err(|error| invalid(format!("the machine's spec is malformed: {error}")))?;
+        let kernels = match &spec.boot {
+            Boot::SelfCheck { .. } => Vec::new(),
+            Boot::Linux { kernel, initrd, .. } => [Some(kernel), initrd.as_ref()]
+                .into_iter()
+                .flatten()
+                .collect(),
+        };
+        let files = kernels
+            .into_iter()
+            .map(String::as_str)
+            .chain(request.images.values().map(String::as_str));
+        may_create(&spec, files)?;
         self.fits_some_node(&spec)?;
         let mut images = BTreeMap::new();
         for (number, path) in request.images {
@@ -112,6 +125,7 @@ impl AdminService {
             "" => state
                 .vms
                 .values()
+                .filter(|vm| sees(vm))
                 .map(|vm| views::vm(&state, &soft, vm))
                 .collect(),
             text => vec![views::vm(&state, &soft, vm_named(&state, text)?)],

@@ -8,9 +8,11 @@ use proto::admin::{
 use proto::broker::{AdoptVolumeRequest, ProbeVolumeRequest, VolumeProbe};
 use tonic::{Code, Status};
 
+use super::asker::sees;
 use super::error::{invalid, status};
 use super::service::{AdminService, asked, name, node_named, vm_named, volume_named};
 use super::views;
+use super::volume_security::Security;
 
 impl AdminService {
     /// Probes, adopts and certifies a volume, then records it.
@@ -36,22 +38,41 @@ impl AdminService {
                 ),
             ));
         }
+        let security = Security::settle(request.url, &request.tls_ca)
+            .map_err(|error| invalid(error.to_string()))?;
+        if request.mount_in_clear && security.authority.is_none() {
+            return Err(invalid(
+                "mount-in-clear goes with TLS (`--tls-ca`): without it everything is in clear",
+            ));
+        }
+        let tls_ca = security.authority.clone().unwrap_or_default();
         let broker = self.backend.broker()?;
         let probe = broker
             .probe_volume(ProbeVolumeRequest {
-                url: request.url.clone(),
+                url: security.url.clone(),
                 cluster_id: cluster.id.clone(),
                 broker_uid: cluster.broker_uid,
+                tls_ca: tls_ca.clone(),
+                ask_tls: security.asks(),
+                root_in_clear: request.mount_in_clear,
             })
             .await
             .map_err(|error| broker_failed(&error))?;
-        check_probe(&request.url, &cluster.id, &probe)?;
+        check_probe(&security.url, &cluster.id, &probe)?;
+        let url = if request.mount_in_clear {
+            probe.url.clone()
+        } else {
+            security.url.clone()
+        };
+        let notices = security.notices(probe.offers_tls).join("\n");
         let mut view = VolumeView {
             name: volume_name.to_string(),
-            url: request.url.clone(),
+            url: url.clone(),
             size_bytes: probe.size_bytes,
             free_bytes: probe.free_bytes,
             state: "healthy".into(),
+            tls: security.authority.is_some(),
+            report: notices.clone(),
             ..VolumeView::default()
         };
         if request.dry_run {
@@ -60,10 +81,11 @@ impl AdminService {
         let adopted = broker
             .adopt_volume(AdoptVolumeRequest {
                 volume: Some(proto::broker::Volume {
-                    url: request.url.clone(),
+                    url: url.clone(),
                     cluster_id: cluster.id.clone(),
                     broker_uid: cluster.broker_uid,
                     fence_class: String::new(),
+                    tls_ca,
                 }),
                 volume_uuid: uuid::Uuid::new_v4().to_string(),
             })
@@ -81,12 +103,13 @@ impl AdminService {
         })?;
         let command = Command::AddVolume {
             name: volume_name.clone(),
-            url: request.url,
+            url,
             uuid: adopted.volume_uuid.clone(),
             fence,
             settle_ms: adopted.settle_ms,
             size_bytes: probe.size_bytes,
             nodes,
+            tls_ca: security.authority,
         };
         let (_, outcome) = self.propose(&change, command).await?;
         if let Outcome::Volume(id) = outcome
@@ -99,7 +122,10 @@ impl AdminService {
                 ..recorded
             };
         }
-        view.report = adopted.report;
+        view.report = match notices.as_str() {
+            "" => adopted.report,
+            notices => format!("{}\n{notices}", adopted.report.trim_end()),
+        };
         Ok(view)
     }
 
@@ -116,6 +142,7 @@ impl AdminService {
         let views = state.volumes.values().map(|volume| {
             let (broker, cluster) = (broker.clone(), cluster.clone());
             let mut view = views::volume(&state, volume);
+            let tls_ca = volume.tls_ca.clone().unwrap_or_default();
             async move {
                 let Some(broker) = broker else {
                     view.state = "unknown".into();
@@ -125,6 +152,8 @@ impl AdminService {
                     url: view.url.clone(),
                     cluster_id: cluster.id,
                     broker_uid: cluster.broker_uid,
+                    tls_ca,
+                    ..Default::default()
                 };
                 match broker.probe_volume(probe).await {
                     Ok(probe) if probe.reachable => {
@@ -177,7 +206,7 @@ impl AdminService {
         let leases = state
             .vms
             .values()
-            .filter(|vm| only.is_none_or(|only| only == vm.id))
+            .filter(|vm| only.is_none_or(|only| only == vm.id) && sees(vm))
             .flat_map(|vm| views::leases(&state, &soft, vm))
             .collect();
         Ok(LeaseListReply { leases })

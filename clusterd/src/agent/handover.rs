@@ -25,6 +25,12 @@ const ASK_TIMEOUT: Duration = Duration::from_secs(3);
 /// A destination that is not ready is asked again after this pause.
 const ASK_PAUSE: Duration = Duration::from_millis(10);
 
+/// A destination whose monitor waits for this source.
+struct Ready {
+    addresses: Vec<String>,
+    fingerprint: Vec<u8>,
+}
+
 impl Flow {
     pub(super) fn migration(&self, id: MigrationId) -> Option<&Migration> {
         self.state.migrations.get(&id)
@@ -80,7 +86,8 @@ impl Flow {
             })
     }
 
-    /// Source: waits for the destination's monitor, then has ours send.
+    /// Source: waits for the destination's monitor, then has ours send. On the way each monitor's fingerprint reaches
+    /// the other: theirs accept each other by nothing else.
     pub(super) async fn send(&mut self, vm: VmId, id: MigrationId) -> Result<(), ActError> {
         let Some(migration) = self.migration(id) else {
             return Ok(());
@@ -101,7 +108,8 @@ impl Flow {
         };
         let ticket = unhex(ticket).ok_or(ActError::BadTicket)?;
         let (begun, begun_at) = (std::time::Instant::now(), std::time::SystemTime::now());
-        let asked = self.ask_destination(migration.to, id).await;
+        let fingerprint = &monitor.status.channel_fingerprint;
+        let asked = self.ask_destination(migration.to, id, fingerprint).await;
         crate::telemetry::step(
             self.member.cluster_id(),
             id,
@@ -110,8 +118,8 @@ impl Flow {
             begun_at,
             begun.elapsed(),
         );
-        let addresses = match asked {
-            Ok(addresses) => addresses,
+        let ready = match asked {
+            Ok(ready) => ready,
             Err(error) => {
                 // Not tried for ever: whoever wants the move queues it again.
                 self.abort(id, &error.to_string()).await?;
@@ -121,8 +129,9 @@ impl Flow {
         failpoint::reach("agent.before_send").await?;
         let request = wire::SendMigrationRequest {
             migration_id: id.0,
-            addresses,
+            addresses: ready.addresses,
             ticket,
+            destination_fingerprint: ready.fingerprint,
             options: Some(self.options(vm, migration)),
             traceparent: crate::telemetry::traceparent(self.member.cluster_id(), id),
         };
@@ -157,7 +166,8 @@ impl Flow {
         &self,
         to: NodeId,
         migration: MigrationId,
-    ) -> Result<Vec<String>, ActError> {
+        source_fingerprint: &[u8],
+    ) -> Result<Ready, ActError> {
         let address = self
             .state
             .nodes
@@ -176,10 +186,16 @@ impl Flow {
             let request = peer_wire::PrepareIncomingRequest {
                 migration_id: migration.0,
                 from_node: self.member.node.0,
+                source_fingerprint: source_fingerprint.to_vec(),
             };
             let asked = tokio::time::timeout(ASK_TIMEOUT, client.prepare_incoming(request)).await;
             let why = match asked.map(|answer| answer.map(tonic::Response::into_inner)) {
-                Ok(Ok(reply)) if reply.ready => return Ok(reply.addresses),
+                Ok(Ok(reply)) if reply.ready => {
+                    return Ok(Ready {
+                        addresses: reply.addresses,
+                        fingerprint: reply.destination_fingerprint,
+                    });
+                }
                 Ok(Ok(reply)) if !reply.refused.is_empty() => {
                     return Err(not_ready(reply.refused));
                 }

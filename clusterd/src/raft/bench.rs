@@ -5,9 +5,10 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cluster_model::NodeId;
+use cluster_model::{NodeId, NodeRole};
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -15,6 +16,8 @@ use tonic::service::Routes;
 
 use super::{Machine, Options, RaftHandle, Timing};
 use crate::net::{self, Dialer};
+use crate::trust::ephemeral::Authority;
+use crate::trust::{Door, Judge};
 
 /// What to measure.
 #[derive(Clone, Debug)]
@@ -134,21 +137,9 @@ pub async fn run(options: BenchOptions) -> Result<BenchReport, BenchError> {
         source,
     };
     std::fs::create_dir_all(&options.dir).map_err(io_failed)?;
-    let disk = disk(&options, 1).await?;
-    // All nodes of this measurement share one disk, which a real cluster's do not.
-    let shared = self::disk(&options, options.nodes).await?;
-    let mut figures = vec![
-        figure("fdatasync p50", disk.p50, "us", None),
-        figure("fdatasync p99", disk.p99, "us", None),
-        figure(
-            &format!("fdatasync p50, {} writers at once", options.nodes),
-            shared.p50,
-            "us",
-            Some(disk.p50),
-        ),
-    ];
+    let mut figures = Vec::new();
     let nodes = start(&options).await?;
-    let measured = measure(&options, &nodes, disk, &mut figures).await;
+    let measured = measure(&options, &nodes, &mut figures).await;
     for mut node in nodes {
         if let Some(stop) = node.stop.take() {
             // The server may have ended by itself.
@@ -207,11 +198,11 @@ fn quantiles(mut took: Vec<Duration>) -> Quantiles {
 }
 
 /// What an append and fdatasync takes when `writers` do so at once, each to its own file.
-async fn disk(options: &BenchOptions, writers: u64) -> Result<Quantiles, BenchError> {
+async fn disk(options: &BenchOptions, writers: u64) -> Result<Vec<Duration>, BenchError> {
     let tasks: Vec<_> = (0..writers)
         .map(|writer| {
             let path = options.dir.join(format!("fdatasync{writer}"));
-            let (bytes, duration) = (options.command_bytes, options.duration);
+            let (bytes, duration) = (options.command_bytes, options.duration / SLICES);
             tokio::task::spawn_blocking(move || fdatasync(&path, bytes, duration))
         })
         .collect();
@@ -223,7 +214,7 @@ async fn disk(options: &BenchOptions, writers: u64) -> Result<Quantiles, BenchEr
             source,
         })?);
     }
-    Ok(quantiles(took))
+    Ok(took)
 }
 
 /// What each append of `bytes` and fdatasync to a new file at `path` takes.
@@ -242,9 +233,10 @@ fn fdatasync(path: &Path, bytes: usize, duration: Duration) -> io::Result<Vec<Du
 }
 
 async fn start(options: &BenchOptions) -> Result<Vec<BenchNode>, BenchError> {
+    let authority = Authority::new().map_err(|error| cluster_failed(&error))?;
     let mut nodes = Vec::new();
     for id in 1..=options.nodes {
-        nodes.push(start_node(options, id).await?);
+        nodes.push(start_node(options, &authority, id).await?);
     }
     let first = nodes[0].handle.clone();
     first
@@ -275,7 +267,11 @@ async fn start(options: &BenchOptions) -> Result<Vec<BenchNode>, BenchError> {
     Ok(nodes)
 }
 
-async fn start_node(options: &BenchOptions, id: u64) -> Result<BenchNode, BenchError> {
+async fn start_node(
+    options: &BenchOptions,
+    authority: &Authority,
+    id: u64,
+) -> Result<BenchNode, BenchError> {
     let io_failed = |source| BenchError::Io {
         dir: options.dir.clone(),
         source,
@@ -289,7 +285,11 @@ async fn start_node(options: &BenchOptions, id: u64) -> Result<BenchNode, BenchE
         timing: Timing::default(),
         ..Options::new(NodeId(id), options.dir.join(format!("n{id}")))
     };
-    let dialer = Dialer::new(IpAddr::V4(Ipv4Addr::LOCALHOST));
+    let keeper = authority
+        .keeper(NodeId(id), NodeRole::Voter)
+        .map_err(|error| cluster_failed(&error))?;
+    let door = Door::new(keeper.clone());
+    let dialer = Dialer::new(IpAddr::V4(Ipv4Addr::LOCALHOST), keeper);
     let handle = super::start::<Counter>(raft, dialer)
         .await
         .map_err(|error| cluster_failed(&error))?;
@@ -300,7 +300,9 @@ async fn start_node(options: &BenchOptions, id: u64) -> Result<BenchNode, BenchE
             // A dropped sender means stop as well.
             let _ = stopped.await;
         };
-        if let Err(error) = net::serve(listener, routes, stopped).await {
+        // Whoever has a certificate of this measurement's own authority may say anything.
+        let judge: Judge = Arc::new(|_, _| Ok(()));
+        if let Err(error) = net::serve(listener, &door, judge, routes, stopped).await {
             tracing::error!(%error, "a measured node's server failed");
         }
     });
@@ -314,10 +316,13 @@ async fn start_node(options: &BenchOptions, id: u64) -> Result<BenchNode, BenchE
 /// The number of clients whose p50 is the bench's headline, `commit_over_fdatasync`.
 const HEADLINE_CLIENTS: usize = 16;
 
+/// Slices that a measurement is cut into: the disk alone, the disk under as many writers as there are nodes, and the
+/// commits take turns, since a disk that others share is now fast and now slow.
+const SLICES: u32 = 6;
+
 async fn measure(
     options: &BenchOptions,
     nodes: &[BenchNode],
-    disk: Quantiles,
     figures: &mut Vec<Figure>,
 ) -> Result<(), BenchError> {
     let leader = nodes
@@ -326,13 +331,31 @@ async fn measure(
         .ok_or_else(|| cluster_failed(&"nobody leads"))?;
     for &clients in &options.clients {
         // Connections, caches and the allocator settle first.
-        propose(&leader.handle, clients, options, options.duration / 5).await?;
-        let begun = Instant::now();
-        let took = propose(&leader.handle, clients, options, options.duration).await?;
-        let rate = took.len() as f64 / begun.elapsed().as_secs_f64();
-        let quantiles = quantiles(took);
+        let slice = options.duration / SLICES;
+        propose(&leader.handle, clients, options, slice).await?;
+        let (mut alone, mut shared, mut took) = (Vec::new(), Vec::new(), Vec::new());
+        let mut committing = Duration::ZERO;
+        for _ in 0..SLICES {
+            alone.extend(disk(options, 1).await?);
+            // All nodes of this measurement share one disk, which a real cluster's do not.
+            shared.extend(disk(options, options.nodes).await?);
+            let begun = Instant::now();
+            took.extend(propose(&leader.handle, clients, options, slice).await?);
+            committing += begun.elapsed();
+        }
+        let rate = took.len() as f64 / committing.as_secs_f64();
+        let (disk, shared, quantiles) = (quantiles(alone), quantiles(shared), quantiles(took));
         let name =
             |what: &str| format!("commit {what}, {} nodes, {clients} clients", options.nodes);
+        let beside = |what: &str| format!("fdatasync {what}, beside {clients} clients");
+        figures.push(figure(&beside("p50"), disk.p50, "us", None));
+        figures.push(figure(&beside("p99"), disk.p99, "us", None));
+        figures.push(figure(
+            &beside(&format!("p50 of {} writers at once", options.nodes)),
+            shared.p50,
+            "us",
+            Some(disk.p50),
+        ));
         figures.push(figure(&name("p50"), quantiles.p50, "us", Some(disk.p50)));
         if clients == HEADLINE_CLIENTS && disk.p50 > 0.0 {
             let ratio = quantiles.p50 / disk.p50;

@@ -42,12 +42,26 @@ impl<M: Machine> RaftHandle<M> {
         command: &M::Command,
         within: Duration,
     ) -> Result<Applied<M::Reply>, ProposeError> {
+        self.propose_for(command, None, within).await
+    }
+
+    /// The same for a person who showed `credential`: the leader looks at it where this node may not speak for
+    /// people.
+    ///
+    /// # Errors
+    /// See [`RaftHandle::propose_or_forward`].
+    pub async fn propose_for(
+        &self,
+        command: &M::Command,
+        credential: Option<&str>,
+        within: Duration,
+    ) -> Result<Applied<M::Reply>, ProposeError> {
         let bytes = encode(command)?;
         let deadline = Instant::now() + within;
         let mut unsure = false;
         loop {
             let patience = TRY.min(deadline.saturating_duration_since(Instant::now()));
-            let error = match self.try_propose(bytes.clone(), patience).await {
+            let error = match self.try_propose(bytes.clone(), credential, patience).await {
                 Attempt::Done((index, answer)) => {
                     return Ok(Applied {
                         index,
@@ -76,6 +90,7 @@ impl<M: Machine> RaftHandle<M> {
     async fn try_propose(
         &self,
         bytes: Bytes,
+        credential: Option<&str>,
         patience: Duration,
     ) -> Attempt<(u64, Bytes), ProposeError> {
         let leader = self.inner.leadership.borrow().clone();
@@ -96,6 +111,7 @@ impl<M: Machine> RaftHandle<M> {
         let request = ProposeRequest {
             command: bytes.to_vec(),
             from_node: self.node().0,
+            credential: credential.unwrap_or_default().to_owned(),
         };
         match ask(client, patience, |mut client| async move {
             client.propose(request).await

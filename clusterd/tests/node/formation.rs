@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use cluster_model::{Liveness, Settings};
+use cluster_model::{Liveness, NodeRole, Settings};
 
 use crate::rig::{Rig, eventually};
 
@@ -28,10 +28,8 @@ async fn three_nodes_form_a_cluster_and_all_hold_a_vote_and_a_lease() {
         .await;
         eventually("the node holds its lease", || member.lease_is_valid()).await;
     }
-    let again = rig
-        .handle(2)
-        .join(&rig.address(1).to_string(), "voter", "")
-        .await;
+    let token = rig.token("n9", NodeRole::Voter).await;
+    let again = rig.handle(2).join(&token.line()).await;
     assert!(again.is_err(), "a member cannot join again");
 }
 

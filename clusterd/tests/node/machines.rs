@@ -5,8 +5,8 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use cluster_model::{
-    Command, Desired, FenceClass, MigrationCause, MigrationOptions, MigrationState, Name, NodeId,
-    Outcome, RequestId, Settings, VmId, Why,
+    Command, Desired, FenceClass, MigrationCause, MigrationId, MigrationOptions, MigrationState,
+    Name, NodeId, Outcome, RequestId, Settings, VmId, Why,
 };
 use clusterd::agent::MigrationSummary;
 use proto::monitor::Phase;
@@ -74,7 +74,7 @@ impl Scene {
                 url: url.clone(),
                 cluster_id: cluster.id,
                 broker_uid: cluster.broker_uid,
-                fence_class: String::new(),
+                ..Default::default()
             }),
             volume_uuid: uuid.clone(),
         };
@@ -88,6 +88,7 @@ impl Scene {
             settle_ms: adopted.settle_ms,
             size_bytes: 1 << 30,
             nodes: Default::default(),
+            tls_ca: None,
         })
         .await;
     }
@@ -115,6 +116,22 @@ impl Scene {
             Outcome::Vm(id) => id,
             other => panic!("{other:?}"),
         }
+    }
+
+    /// Why `to` does not let in what `from` announces for that migration.
+    async fn ask_to_prepare(&self, from: NodeId, to: NodeId, id: MigrationId) -> String {
+        let member = self.rig.handle(self.number_of(from)).member().unwrap();
+        let address = member.state().nodes[&to].address.clone();
+        let channel = member.dialer.channel(&address).unwrap();
+        let request = proto::peer::PrepareIncomingRequest {
+            migration_id: id.0,
+            from_node: from.0,
+            source_fingerprint: vec![1; 32],
+        };
+        let mut peer = proto::peer::peer_client::PeerClient::new(channel);
+        let reply = peer.prepare_incoming(request).await.unwrap().into_inner();
+        assert!(!reply.ready && reply.destination_fingerprint.is_empty());
+        reply.refused
     }
 
     /// The node that owns a machine, once the log says that it runs.
@@ -270,6 +287,14 @@ async fn a_machine_starts_moves_live_and_stops() {
         scene.monitors_of(vm) == 1
     })
     .await;
+    let third = state
+        .nodes
+        .keys()
+        .find(|id| ![source, destination].contains(id));
+    for (asker, why) in [(third.unwrap(), "comes from"), (&source, "has ended")] {
+        let refused = scene.ask_to_prepare(*asker, destination, id).await;
+        assert!(refused.contains(why), "{refused}");
+    }
 
     scene
         .propose(Command::SetDesired {

@@ -3,3 +3,4 @@
 mod formation;
 mod machines;
 mod rig;
+mod trust;

@@ -6,9 +6,13 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use clap::Parser;
-use cluster_model::{ClusterState, Name, NodeId, Settings};
+use cluster_model::trust::Sha256;
+use cluster_model::{ClusterState, Command, Name, NodeId, NodeRole, RequestId, Settings};
+use clusterd::admin::AdminService;
 use clusterd::config::{Cli, Config};
 use clusterd::node::{Node, NodeHandle};
+use clusterd::trust::RecoveryKey;
+use proto::token::{JoinToken, Secret};
 
 /// No condition of these tests takes longer on a loaded machine.
 pub const PATIENCE: Duration = Duration::from_secs(40);
@@ -71,9 +75,11 @@ impl Rig {
 
     /// Starts node `number` (from 1).
     pub async fn start(&mut self, number: usize) -> NodeHandle {
-        let node = Node::start(self.config(number), |_, routes| routes)
-            .await
-            .unwrap();
+        let node = Node::start(self.config(number), |handle, routes| {
+            routes.add_service(AdminService::of(handle.clone()))
+        })
+        .await
+        .unwrap();
         let handle = node.handle();
         self.nodes
             .resize_with(self.nodes.len().max(number), || None);
@@ -91,15 +97,18 @@ impl Rig {
 
     /// A cluster of `count` nodes, all of them up and voting.
     pub async fn cluster(&mut self, count: usize, settings: Settings) {
+        self.cluster_with_key(count, settings).await;
+    }
+
+    /// The same; gives the recovery key that is shown once.
+    pub async fn cluster_with_key(&mut self, count: usize, settings: Settings) -> RecoveryKey {
         let first = self.start(1).await;
-        first
+        let founded = first
             .init_cluster("test", Name::new("lab").unwrap(), settings)
             .await
             .unwrap();
-        let member = self.address(1).to_string();
         for number in 2..=count {
-            let node = self.start(number).await;
-            node.join(&member, "voter", "").await.unwrap();
+            self.join(number, NodeRole::Voter).await;
         }
         for number in 1..=count {
             self.until(number, "every node is up", |state| {
@@ -111,6 +120,41 @@ impl Rig {
             })
             .await;
         }
+        founded.recovery_key
+    }
+
+    /// Starts node `number` and lets it in.
+    pub async fn join(&mut self, number: usize, role: NodeRole) -> NodeHandle {
+        let token = self.token(&format!("n{number}"), role).await;
+        let node = self.start(number).await;
+        node.join(&token.line()).await.unwrap();
+        node
+    }
+
+    /// A join token, made by node 1.
+    pub async fn token(&self, node: &str, role: NodeRole) -> JoinToken {
+        let first = self.handle(1);
+        let state = first.state();
+        let root = &state.trust.authority.as_ref().unwrap().roots[0];
+        let token = JoinToken {
+            cluster: state.cluster.as_ref().unwrap().id.clone(),
+            ca_sha256: root.fingerprint.to_string(),
+            addresses: vec![self.address(1).to_string()],
+            id: format!("for-{node}"),
+            secret: Secret::new(&clusterd::trust::random().unwrap()),
+            node: node.to_owned(),
+            expires_at_ms: first.clock().wall_ms() + 600_000,
+        };
+        let command = Command::CreateJoinToken {
+            id: token.id.clone(),
+            node: Name::new(node).unwrap(),
+            role,
+            secret_hash: Sha256(token.secret.hash()),
+            expires_at_ms: token.expires_at_ms,
+        };
+        let request = RequestId(format!("token-for-{node}"));
+        first.propose("test", request, command).await.unwrap();
+        token
     }
 
     /// Waits until node `number`'s replica shows something.

@@ -6,17 +6,21 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
-use cluster_model::NodeId;
+use cluster_model::{NodeId, NodeRole};
 use clusterd::net::{self, Dialer};
 use clusterd::raft::{self, Machine, Options, RaftHandle, Timing};
+use clusterd::trust::ephemeral::Authority;
+use clusterd::trust::{Door, Judge};
 use proto::peer::peer_server::{Peer, PeerServer};
 use proto::peer::{
-    HeartbeatReply, HeartbeatRequest, JoinReply, JoinRequest, ObservedReply, ObservedRequest,
-    PrepareIncomingReply, PrepareIncomingRequest, ProposeReply, ProposeRequest, ReadIndexReply,
-    ReadIndexRequest, SourceProgressReply, SourceProgressRequest,
+    HeartbeatReply, HeartbeatRequest, IssuingKeyReply, IssuingKeyRequest, JoinReply, JoinRequest,
+    ObservedReply, ObservedRequest, PrepareIncomingReply, PrepareIncomingRequest, ProposeReply,
+    ProposeRequest, ReadIndexReply, ReadIndexRequest, RenewReply, RenewRequest,
+    SourceProgressReply, SourceProgressRequest,
 };
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
@@ -109,6 +113,15 @@ impl Peer for LogPeer {
     async fn join(&self, _: Request<JoinRequest>) -> Result<Response<JoinReply>, Status> {
         Err(Status::unimplemented("this peer has only a log"))
     }
+    async fn renew(&self, _: Request<RenewRequest>) -> Result<Response<RenewReply>, Status> {
+        Err(Status::unimplemented("this peer has only a log"))
+    }
+    async fn issuing_key(
+        &self,
+        _: Request<IssuingKeyRequest>,
+    ) -> Result<Response<IssuingKeyReply>, Status> {
+        Err(Status::unimplemented("this peer has only a log"))
+    }
     async fn source_progress(
         &self,
         _: Request<SourceProgressRequest>,
@@ -127,6 +140,7 @@ pub struct Node {
     pub id: NodeId,
     pub address: SocketAddr,
     pub dialer: Dialer,
+    door: Door,
     dir: PathBuf,
     running: Option<Running>,
 }
@@ -156,6 +170,7 @@ pub struct Cluster {
     pub settings: Settings,
     dir: tempfile::TempDir,
     net: [u8; 2],
+    authority: Authority,
 }
 
 /// Clusters made by this process, so that each has its own addresses.
@@ -189,6 +204,7 @@ impl Cluster {
             settings,
             dir,
             net,
+            authority: Authority::new().expect("an authority"),
         };
         for id in 1..=count {
             cluster.add_node(id).await;
@@ -216,7 +232,12 @@ impl Cluster {
         let ip = Ipv4Addr::new(127, self.net[0], self.net[1], 10 + id as u8);
         let listener = TcpListener::bind((ip, 0)).await.expect("a port");
         let address = listener.local_addr().expect("its address");
-        let dialer = Dialer::new(IpAddr::V4(ip));
+        let keeper = self
+            .authority
+            .keeper(NodeId(id), NodeRole::Voter)
+            .expect("papers");
+        let door = Door::new(keeper.clone());
+        let dialer = Dialer::new(IpAddr::V4(ip), keeper);
         let dir = self.dir.path().join(format!("n{id}"));
         self.nodes.insert(
             id,
@@ -224,6 +245,7 @@ impl Cluster {
                 id: NodeId(id),
                 address,
                 dialer,
+                door,
                 dir,
                 running: None,
             },
@@ -255,11 +277,14 @@ impl Cluster {
         routes.add_service(handle.service());
         routes.add_service(PeerServer::new(LogPeer(handle.clone())));
         let (stop, stopped) = oneshot::channel::<()>();
+        let door = node.door.clone();
         let server = tokio::spawn(async move {
             let stopped = async move {
                 let _ = stopped.await;
             };
-            net::serve(listener, routes.routes(), stopped)
+            // These tests are about the log; who may speak is looked at elsewhere.
+            let judge: Judge = Arc::new(|_, _| Ok(()));
+            net::serve(listener, &door, judge, routes.routes(), stopped)
                 .await
                 .expect("serve");
         });

@@ -10,14 +10,17 @@ use crate::net::{Acceptor, BoxStream};
 use crate::options::{Credentials, ReceiveOptions};
 use crate::wire::{FrameReader, FrameWriter, split};
 use futures::future::BoxFuture;
+use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout;
 
-/// Handshakes at a time; more are closed at once. A migration opens at most 16 channels.
+/// Handshakes at a time. One more ends the oldest: a source is through within milliseconds, who still has not
+/// said who he is after 64 others came hardly will. Refusing the newest instead would let 64 silent
+/// connections shut the door for as long as a handshake may take. A migration opens at most 16 channels.
 const HANDSHAKES_MAX: usize = 64;
 
 /// Failures of `accept` in a row before the port counts as broken (it may be short of descriptors for a moment).
@@ -47,6 +50,8 @@ pub async fn keep(
     admitted: mpsc::Sender<Result<Admitted, ReceiveError>>,
 ) {
     let mut handshakes: JoinSet<Option<Introduced>> = JoinSet::new();
+    // Oldest first; those that are over are let go of when the next one comes.
+    let mut under_way: VecDeque<AbortHandle> = VecDeque::new();
     let mut refusals: JoinSet<()> = JoinSet::new();
     let mut taken: Vec<bool> = Vec::new();
     let mut failures = 0;
@@ -56,9 +61,11 @@ pub async fn keep(
             accepted = acceptor.accept() => match accepted {
                 Ok(securing) => {
                     failures = 0;
-                    if handshakes.len() < HANDSHAKES_MAX {
-                        handshakes.spawn(introduce(securing, options.handshake_timeout));
+                    under_way.retain(|handshake| !handshake.is_finished());
+                    if under_way.len() == HANDSHAKES_MAX && let Some(oldest) = under_way.pop_front() {
+                        oldest.abort();
                     }
+                    under_way.push_back(handshakes.spawn(introduce(securing, options.handshake_timeout)));
                 }
                 Err(error) => {
                     failures += 1;

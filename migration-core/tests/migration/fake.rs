@@ -27,6 +27,8 @@ pub struct Fake {
     pub quiet: AtomicBool,
     pub loaded: Mutex<Option<Vec<u8>>>,
     pub refuse_to_load: AtomicBool,
+    /// It runs again by the time it should say quiet.
+    pub goes_on: AtomicBool,
     /// A device that never stops writing.
     pub never_still: AtomicBool,
     pub zeroed_pages: AtomicU64,
@@ -67,6 +69,7 @@ impl Fake {
             quiet: AtomicBool::new(false),
             loaded: Mutex::new(None),
             refuse_to_load: AtomicBool::new(false),
+            goes_on: AtomicBool::new(false),
             never_still: AtomicBool::new(false),
             zeroed_pages: AtomicU64::new(0),
             state_bytes: 300_000,
@@ -283,9 +286,14 @@ impl MachineSource for Fake {
         Ok(())
     }
 
-    fn mark_quiet(&self) {
+    fn mark_quiet(&self) -> Result<(), HostError> {
+        if self.goes_on.load(SeqCst) {
+            self.resume();
+            return Err("the machine goes on".into());
+        }
         assert!(!self.is_running(), "quiet is said of a stopped machine");
         self.quiet.store(true, SeqCst);
+        Ok(())
     }
 
     async fn save_device_state(&self) -> Result<Vec<u8>, HostError> {

@@ -4,4 +4,5 @@ mod cuts;
 mod door;
 mod fake;
 mod rig;
+mod tls;
 mod whole;

@@ -166,6 +166,27 @@ async fn a_second_migration_after_an_aborted_one_moves_everything() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_source_that_cannot_say_quiet_any_more_has_promised_nothing() {
+    let (source, sink) = (Fake::filled(5), Fake::new());
+    source.goes_on.store(true, SeqCst);
+    let attempt = in_process(1);
+    let status = attempt.source_status.subscribe();
+    let outcome = attempt.run(&source, &sink).await;
+    let failed = outcome.source.unwrap_err();
+    assert!(
+        !failed.said_quiet && !status.borrow().said_quiet,
+        "{failed}"
+    );
+    assert!(source.is_running() && !source.logging.load(SeqCst));
+    assert_eq!(outcome.destination_status.quiet_received_ns, 0);
+    assert!(
+        matches!(&outcome.destination, Err(ReceiveError::Source(why)) if why.contains("goes on")),
+        "{:?}",
+        outcome.destination
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_machine_sent_after_a_failure_past_quiet_arrives_whole() {
     let source = Fake::filled(13);
     let refusing = Fake::new();

@@ -12,14 +12,14 @@ use bytes::{Bytes, BytesMut};
 use nfs3_types::rpc;
 use nfs3_types::xdr_codec::{Opaque, Pack};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::record::RecordReader;
+use super::reply::{Malformed, reply_header};
 use super::xdr::{Decoder, XdrError, encode};
+use crate::tls::{ReadHalf, Stream, WriteHalf};
 
 /// Calls in flight on one connection at most: what a server's threads can use, and a bound on
 /// memory (64 WRITEs of 1 MiB).
@@ -27,9 +27,6 @@ pub const IN_FLIGHT_MAX: usize = 64;
 
 /// A writer gathers small calls into one system call up to this size.
 const GATHER_BYTES: usize = 128 << 10;
-
-/// The largest verifier in a reply (RFC 5531: 400 bytes).
-const VERIFIER_BYTES_MAX: u32 = 400;
 
 /// Who a call says it is from (AUTH_SYS, RFC 5531 appendix A), chosen anew for each call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -162,12 +159,12 @@ pub struct Procedure {
 }
 
 impl Connection {
-    /// Takes a connected socket over; an unanswered call closes it after `call_timeout`.
-    pub fn new(stream: TcpStream, call_timeout: Duration) -> Connection {
+    /// Takes a connection over; an unanswered call closes it after `call_timeout`.
+    pub fn new(stream: impl Into<Stream>, call_timeout: Duration) -> Connection {
         let (queue, outgoing) = mpsc::channel(IN_FLIGHT_MAX);
         let end = Arc::new(End::default());
         let calls = PendingCalls::default();
-        let (read_half, write_half) = stream.into_split();
+        let (read_half, write_half) = stream.into().into_split();
         let writer = tokio::spawn(write_calls(
             write_half,
             outgoing,
@@ -321,7 +318,7 @@ fn encode_call(
 }
 
 async fn write_calls(
-    mut socket: OwnedWriteHalf,
+    mut socket: WriteHalf,
     mut outgoing: mpsc::Receiver<Outgoing>,
     calls: PendingCalls,
     end: Arc<End>,
@@ -343,7 +340,7 @@ async fn write_calls(
         tokio::select! {
             biased;
             () = end.closed.cancelled() => break,
-            result = socket.write_all(&batch) => if let Err(error) = result {
+            result = send(&mut socket, &batch) => if let Err(error) = result {
                 end.close(format!("sending failed: {error}"));
                 break;
             },
@@ -359,6 +356,12 @@ async fn write_calls(
     }
 }
 
+async fn send(socket: &mut WriteHalf, batch: &[u8]) -> std::io::Result<()> {
+    socket.write_all(batch).await?;
+    // Under TLS the last record may still be in the session.
+    socket.flush().await
+}
+
 /// From here on the call counts as sent.
 fn register(call: Outgoing, calls: &PendingCalls) -> Vec<u8> {
     lock(calls).insert(call.xid, call.pending);
@@ -366,7 +369,7 @@ fn register(call: Outgoing, calls: &PendingCalls) -> Vec<u8> {
 }
 
 async fn read_replies(
-    mut socket: OwnedReadHalf,
+    mut socket: ReadHalf,
     calls: PendingCalls,
     end: Arc<End>,
     call_timeout: Duration,
@@ -433,53 +436,6 @@ fn deliver(
         let _ = call.reply.send(result);
     }
     Ok(())
-}
-
-struct Malformed(Arc<str>);
-
-impl From<XdrError> for Malformed {
-    fn from(error: XdrError) -> Self {
-        Malformed(format!("a reply could not be understood: {error}").into())
-    }
-}
-
-/// Reads an RPC reply's header up to its results. The inner error is a refusal: not executed.
-fn reply_header(decoder: &mut Decoder) -> Result<Result<(), String>, Malformed> {
-    if decoder.u32()? != rpc::msg_type::REPLY as u32 {
-        return Err(Malformed(
-            "the server sent a call where a reply belongs".into(),
-        ));
-    }
-    match decoder.u32()? {
-        // MSG_ACCEPTED
-        0 => {
-            let _flavor = decoder.u32()?;
-            let _verifier = decoder.opaque(VERIFIER_BYTES_MAX)?;
-            match decoder.u32()? {
-                0 => Ok(Ok(())),
-                1 => Ok(Err("it does not serve this program (PROG_UNAVAIL)".into())),
-                2 => Ok(Err("it does not serve this version (PROG_MISMATCH)".into())),
-                3 => Ok(Err("it does not know this procedure (PROC_UNAVAIL)".into())),
-                4 => Ok(Err("it could not read the arguments (GARBAGE_ARGS)".into())),
-                // SYSTEM_ERR says nothing on how far it came, so it is no refusal.
-                5 => Err(Malformed(
-                    "the server failed inside a call (SYSTEM_ERR)".into(),
-                )),
-                _ => Err(XdrError::BadValue.into()),
-            }
-        }
-        // MSG_DENIED
-        1 => match decoder.u32()? {
-            0 => Ok(Err("it speaks another version of RPC (RPC_MISMATCH)".into())),
-            1 => Ok(Err(format!(
-                "it does not accept the credential (AUTH_ERROR {}); does the export allow sec=sys \
-                 from this address, and ports above 1023 (`insecure`)?",
-                decoder.u32()?
-            ))),
-            _ => Err(XdrError::BadValue.into()),
-        },
-        _ => Err(XdrError::BadValue.into()),
-    }
 }
 
 #[cfg(test)]

@@ -14,14 +14,14 @@ use nfs3_types::rpc::{auth_unix, opaque_auth};
 use nfs3_types::xdr_codec::Opaque;
 use nfs3_types::{nfs3, portmap};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 
 use super::FileHandle;
 use super::client::{NfsClient, NfsError};
 use super::connection::Connection;
 use super::xdr::{Decoder, XdrError};
-use crate::dialer::{DialError, Dialer};
-use crate::volume::NfsUrl;
+use crate::dialer::{DialError, Dialer, Service};
+use crate::tls::{ClientTlsError, Stream};
+use crate::volume::{NfsTls, NfsUrl};
 
 /// Why an export could not be mounted.
 #[derive(Debug, thiserror::Error)]
@@ -32,7 +32,25 @@ pub enum MountError {
         /// The volume.
         url: NfsUrl,
         /// What the network said, and what to try.
-        source: DialError,
+        source: Box<DialError>,
+    },
+    /// Somebody answers, and does not prove to be the server.
+    #[error("{url}: {source}{}", mount_in_clear_advice(.service))]
+    NotSecure {
+        /// The volume.
+        url: NfsUrl,
+        /// To which service no connection came about.
+        service: &'static str,
+        /// What went wrong, and what to try.
+        source: Box<DialError>,
+    },
+    /// TLS is required, and nobody vouches for the server.
+    #[error("{url}: {source}")]
+    NoAuthority {
+        /// The volume.
+        url: NfsUrl,
+        /// Says so.
+        source: ClientTlsError,
     },
     /// Something answers, but not as the service expected.
     #[error(
@@ -66,6 +84,19 @@ pub enum MountError {
     },
 }
 
+fn mount_in_clear_advice(service: &str) -> &'static str {
+    if service == MOUNT {
+        "; if the server's MOUNT service has no TLS and its NFS service does (Linux), add the volume with \
+         `--mount-in-clear`"
+    } else {
+        ""
+    }
+}
+
+const MOUNT: &str = "the MOUNT service";
+
+const NFS: &str = "the NFS service";
+
 fn mount_advice(status: mountstat3) -> &'static str {
     match status {
         mountstat3::MNT3ERR_NOENT | mountstat3::MNT3ERR_NOTDIR => {
@@ -88,7 +119,8 @@ const REPLY_BYTES_MAX: usize = 16 << 10;
 const VERIFIER_BYTES_MAX: u32 = 400;
 
 /// Connects to the volume's server and mounts its export; an unanswered call closes the
-/// connection after `call_timeout`.
+/// connection after `call_timeout`. What the dialer's TLS demands holds for every connection but the
+/// portmapper's; an address that requires TLS is not connected to without.
 ///
 /// # Errors
 /// See [`MountError`].
@@ -97,29 +129,67 @@ pub async fn mount(
     dialer: &Dialer,
     call_timeout: Duration,
 ) -> Result<NfsClient, MountError> {
-    let mount_port = match url.mount_port() {
-        Some(port) => port,
-        None => ask_portmapper(url, dialer, call_timeout).await?,
+    if url.tls == Some(NfsTls::Require) && dialer.tls.is_none() {
+        return Err(MountError::NoAuthority {
+            url: url.clone(),
+            source: ClientTlsError::NoAuthority,
+        });
+    }
+    let root = match &url.root {
+        Some(root) => FileHandle(Bytes::copy_from_slice(root)),
+        None => ask_root(url, dialer, call_timeout).await?,
     };
-    let root = ask_mount(url, dialer, mount_port, call_timeout).await?;
-    let stream = connect(url, dialer, url.nfs_port()).await?;
+    let stream = connect(url, dialer, url.nfs_port(), Service::Nfs).await?;
     let client = NfsClient::new(Connection::new(stream, call_timeout), root);
     client
         .null()
         .await
         .map_err(|error: NfsError| MountError::BadService {
             url: url.clone(),
-            service: "the NFS service",
+            service: NFS,
             problem: error.to_string(),
         })?;
     Ok(client)
 }
 
-async fn connect(url: &NfsUrl, dialer: &Dialer, port: u16) -> Result<TcpStream, MountError> {
-    let connected = dialer.connect(&url.host, port).await;
-    connected.map_err(|source| MountError::Unreachable {
-        url: url.clone(),
-        source,
+/// The file handle of the export's root, as portmapper and MOUNT have it.
+///
+/// # Errors
+/// See [`MountError`].
+pub async fn ask_root(
+    url: &NfsUrl,
+    dialer: &Dialer,
+    call_timeout: Duration,
+) -> Result<FileHandle, MountError> {
+    let port = match url.mount_port() {
+        Some(port) => port,
+        None => ask_portmapper(url, dialer, call_timeout).await?,
+    };
+    ask_mount(url, dialer, port, call_timeout).await
+}
+
+async fn connect(
+    url: &NfsUrl,
+    dialer: &Dialer,
+    port: u16,
+    service: Service,
+) -> Result<Stream, MountError> {
+    let connected = dialer.connect(&url.host, port, service).await;
+    connected.map_err(|source| {
+        let url = url.clone();
+        let source = Box::new(source);
+        match *source {
+            DialError::Connect { .. } => MountError::Unreachable { url, source },
+            DialError::Tls { .. } => MountError::NotSecure {
+                url,
+                service: match service {
+                    Service::Portmapper => "the portmapper",
+                    Service::Mount => MOUNT,
+                    Service::Nfs => NFS,
+                },
+                source,
+            },
+        }
     })
 }
 
@@ -128,17 +198,17 @@ async fn ask_portmapper(
     dialer: &Dialer,
     call_timeout: Duration,
 ) -> Result<u16, MountError> {
-    let stream = connect(url, dialer, portmap::PMAP_PORT).await?;
+    let stream = connect(url, dialer, portmap::PMAP_PORT, Service::Portmapper).await?;
     ask_portmapper_over(stream, url, call_timeout).await
 }
 
 /// The MOUNT service's port, asked over a connection to the portmapper.
 pub(crate) async fn ask_portmapper_over(
-    stream: TcpStream,
+    stream: impl Into<Stream>,
     url: &NfsUrl,
     call_timeout: Duration,
 ) -> Result<u16, MountError> {
-    let mut client = PortmapperClient::new(CheckedReplies::new(stream, check_portmapper));
+    let mut client = PortmapperClient::new(CheckedReplies::new(stream.into(), check_portmapper));
     let asked = undisturbed(call_timeout, async move {
         client
             .getport(mount3::PROGRAM, mount3::VERSION, portmap::IPPROTO_TCP)
@@ -168,13 +238,13 @@ async fn ask_mount(
     port: u16,
     call_timeout: Duration,
 ) -> Result<FileHandle, MountError> {
-    let stream = connect(url, dialer, port).await?;
+    let stream = connect(url, dialer, port, Service::Mount).await?;
     ask_mount_over(stream, url, call_timeout).await
 }
 
 /// The export's root, asked over a connection to the MOUNT service.
 pub(crate) async fn ask_mount_over(
-    stream: TcpStream,
+    stream: impl Into<Stream>,
     url: &NfsUrl,
     call_timeout: Duration,
 ) -> Result<FileHandle, MountError> {
@@ -183,7 +253,7 @@ pub(crate) async fn ask_mount_over(
         gid: NOBODY,
         ..Default::default()
     });
-    let replies = CheckedReplies::new(stream, check_mount);
+    let replies = CheckedReplies::new(stream.into(), check_mount);
     let mut client = MountClient::new_with_auth(replies, credential, opaque_auth::default());
     let path = mount3::dirpath(Opaque::owned(url.export.as_bytes().to_vec()));
     let asked = undisturbed(call_timeout, async move { client.mnt(path).await });
@@ -206,7 +276,7 @@ pub(crate) async fn ask_mount_over(
     };
     Err(MountError::BadService {
         url: url.clone(),
-        service: "the MOUNT service",
+        service: MOUNT,
         problem,
     })
 }
@@ -227,14 +297,14 @@ async fn undisturbed<T: Send + 'static>(
 /// A socket that hands `nfs3_client` only replies whose lengths were checked: it reserves as much
 /// memory as a length field says before it looks at the data.
 struct CheckedReplies {
-    stream: TcpStream,
+    stream: Stream,
     /// What of the present reply was not handed out yet.
     reply: Bytes,
     check: fn(&mut Decoder) -> Result<(), XdrError>,
 }
 
 impl CheckedReplies {
-    fn new(stream: TcpStream, check: fn(&mut Decoder) -> Result<(), XdrError>) -> CheckedReplies {
+    fn new(stream: Stream, check: fn(&mut Decoder) -> Result<(), XdrError>) -> CheckedReplies {
         CheckedReplies {
             stream,
             reply: Bytes::new(),
@@ -273,7 +343,10 @@ impl nfs3_client::io::AsyncRead for CheckedReplies {
 
 impl nfs3_client::io::AsyncWrite for CheckedReplies {
     async fn async_write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        self.stream.write(buffer).await
+        let written = self.stream.write(buffer).await?;
+        // Under TLS, written is not yet sent; the caller knows no flush.
+        self.stream.flush().await?;
+        Ok(written)
     }
 }
 

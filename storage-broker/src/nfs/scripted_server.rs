@@ -144,6 +144,8 @@ impl ScriptedServer {
             port: Some(self.address.port()),
             mount_port: None,
             export: "/export".into(),
+            tls: None,
+            root: None,
         }
     }
 

@@ -12,6 +12,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::greeting::{self, Greeted};
 use super::procedures::{TRANSFER_BYTES_MAX, execute, reply_bytes_max};
 use super::rpc::{self, Call, Claim, Message, Refusal};
 use super::{Shared, mount};
@@ -26,10 +27,10 @@ const IN_FLIGHT_MAX: usize = 128;
 const IN_FLIGHT_BYTES_MAX: u32 = 16 << 20;
 
 /// How long the rest of a call may take once it has begun to arrive, and a client to take a reply.
-const STALL_TIMEOUT: Duration = Duration::from_secs(60);
+pub(super) const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How much is read at once, and how much of small replies is gathered into one system call.
-const GATHER_BYTES: usize = 256 << 10;
+pub(super) const GATHER_BYTES: usize = 256 << 10;
 
 /// A reply, and the room it and its call take.
 type Outgoing = (Vec<u8>, OwnedSemaphorePermit);
@@ -42,6 +43,27 @@ pub(super) async fn serve(
     stop: CancellationToken,
 ) {
     let peer = stream.peer_addr().ok();
+    tokio::select! {
+        () = stop.cancelled() => {}
+        () = async {
+            match greeting::greet(stream, &shared).await {
+                Ok(Some(greeted)) => talk(greeted, peer, &shared, &calls).await,
+                Ok(None) => {}
+                Err(End::Io(error)) => tracing::debug!(?peer, %error, "a connection broke"),
+                Err(end) => tracing::warn!(?peer, %end, "closing a connection"),
+            }
+        } => {}
+    }
+}
+
+async fn talk(
+    greeted: Greeted,
+    peer: Option<std::net::SocketAddr>,
+    shared: &Arc<Shared>,
+    calls: &TaskTracker,
+) {
+    let Greeted { stream, received } = greeted;
+    let secure = stream.is_tls();
     let (reader, writer) = stream.into_split();
     let (replies, outgoing) = mpsc::channel(IN_FLIGHT_MAX);
     let write = async {
@@ -52,25 +74,22 @@ pub(super) async fn serve(
     let read = async {
         // Owns the sender: when reading ends, writing ends after the calls under way.
         let replies = replies;
-        match read_calls(reader, &shared, &calls, &replies).await {
+        match read_calls(reader, received, secure, shared, calls, &replies).await {
             Ok(()) => {}
             Err(End::Io(error)) => tracing::debug!(?peer, %error, "a connection broke"),
             Err(end) => tracing::warn!(?peer, %end, "closing a connection"),
         }
     };
     tokio::select! {
-        () = stop.cancelled() => {}
-        () = async { tokio::select! {
-            // A client that takes no replies is not listened to either.
-            () = write => {}
-            () = async { read.await; std::future::pending::<()>().await } => {}
-        } } => {}
+        // A client that takes no replies is not listened to either.
+        () = write => {}
+        () = async { read.await; std::future::pending::<()>().await } => {}
     }
 }
 
 /// Why a connection is not listened to any longer.
 #[derive(Debug, thiserror::Error)]
-enum End {
+pub(super) enum End {
     #[error("{0}")]
     Io(#[from] std::io::Error),
     #[error("what arrives are no calls: {0}")]
@@ -79,10 +98,16 @@ enum End {
     NoRecord,
     #[error("a call has not arrived whole within {STALL_TIMEOUT:?}")]
     Stalled,
+    #[error("its client asked for TLS and went on in clear")]
+    InClear,
+    #[error("the TLS handshake failed: {0}")]
+    Handshake(std::io::Error),
 }
 
 async fn read_calls(
     mut reader: impl AsyncRead + Unpin,
+    mut received: BytesMut,
+    secure: bool,
     shared: &Arc<Shared>,
     calls: &TaskTracker,
     replies: &mpsc::Sender<Outgoing>,
@@ -90,7 +115,6 @@ async fn read_calls(
     let slots = Arc::new(Semaphore::new(IN_FLIGHT_MAX));
     let memory = Arc::new(Semaphore::new(IN_FLIGHT_BYTES_MAX as usize));
     let mut records = RecordReader::default();
-    let mut received = BytesMut::new();
     loop {
         while let Some(record) = records.next(&mut received).map_err(|_| End::NoRecord)? {
             // Both are closed never, so an error is no case of its own.
@@ -105,7 +129,7 @@ async fn read_calls(
             };
             let (shared, replies) = (shared.clone(), replies.clone());
             calls.spawn(async move {
-                let reply = rpc::finish(answer(&shared, message).await);
+                let reply = rpc::finish(answer(&shared, secure, message).await);
                 // Nobody to answer any more: the call is executed all the same.
                 let _ = replies.send((reply, room)).await;
                 drop(slot);
@@ -138,18 +162,18 @@ fn weight(record_bytes: usize, message: &Message) -> u32 {
         .clamp(1, IN_FLIGHT_BYTES_MAX)
 }
 
-async fn answer(shared: &Shared, message: Message) -> Vec<u8> {
+async fn answer(shared: &Shared, secure: bool, message: Message) -> Vec<u8> {
     let call = match message {
         Message::Call(call) => call,
         Message::OtherVersion { xid } => return rpc::other_version(xid),
     };
     let xid = call.xid;
-    dispatch(shared, call)
+    dispatch(shared, secure, call)
         .await
         .unwrap_or_else(|refusal| rpc::refused(xid, refusal))
 }
 
-async fn dispatch(shared: &Shared, call: Call) -> Result<Vec<u8>, Refusal> {
+async fn dispatch(shared: &Shared, secure: bool, call: Call) -> Result<Vec<u8>, Refusal> {
     let (only, is_nfs) = match call.program {
         nfs3::PROGRAM => (nfs3::VERSION, true),
         mount3::PROGRAM => (mount3::VERSION, false),
@@ -158,8 +182,19 @@ async fn dispatch(shared: &Shared, call: Call) -> Result<Vec<u8>, Refusal> {
     if call.version != only {
         return Err(Refusal::VersionMismatch { only });
     }
-    if call.from == Claim::Malformed {
-        return Err(Refusal::BadCredential);
+    let is_null = call.procedure == nfs3::NFS_PROGRAM::NFSPROC3_NULL as u32;
+    match call.from {
+        Claim::Malformed => return Err(Refusal::BadCredential),
+        Claim::BadVerifier => return Err(Refusal::BadVerifier),
+        // RFC 9289, section 4.1: the question is good for NULL, and never inside TLS. In the
+        // middle of calls in clear it has no good answer either: some might be under way.
+        Claim::Tls if secure || !is_null || shared.tls.is_some() => {
+            return Err(Refusal::BadCredential);
+        }
+        Claim::Tls | Claim::Nobody | Claim::System(_) | Claim::Other => {}
+    }
+    if shared.needs_tls() && !secure && !is_null {
+        return Err(Refusal::TooWeak);
     }
     let export = shared.export.clone();
     if !is_nfs {
@@ -174,9 +209,7 @@ async fn dispatch(shared: &Shared, call: Call) -> Result<Vec<u8>, Refusal> {
     let caller = match call.from {
         Claim::System(caller) if shared.root_squash => caller.squash_root(),
         Claim::System(caller) => caller,
-        _ if call.procedure == nfs3::NFS_PROGRAM::NFSPROC3_NULL as u32 => {
-            super::permission::Caller::nobody()
-        }
+        _ if is_null => super::permission::Caller::nobody(),
         _ => return Err(Refusal::TooWeak),
     };
     execute(export, caller, call.xid, call.procedure, call.arguments).await
@@ -200,7 +233,12 @@ async fn write_replies(
             gathered.extend(reply);
             rooms.push(room);
         }
-        timeout(STALL_TIMEOUT, writer.write_all(&gathered))
+        let sent = async {
+            writer.write_all(&gathered).await?;
+            // Under TLS the last record may still be in the session.
+            writer.flush().await
+        };
+        timeout(STALL_TIMEOUT, sent)
             .await
             .map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))??;
     }

@@ -14,6 +14,9 @@ const DENIED: u32 = 1;
 const AUTH_NONE: u32 = 0;
 const AUTH_SYS: u32 = 1;
 
+/// The question for TLS (RFC 9289, section 4.1).
+const AUTH_TLS: u32 = crate::tls::starttls::AUTH_TLS;
+
 /// The largest credential or verifier (RFC 5531, section 8.2).
 const AUTH_BYTES_MAX: u32 = 400;
 
@@ -41,10 +44,14 @@ pub(super) enum Claim {
     Nobody,
     /// AUTH_SYS.
     System(Caller),
+    /// It asks for TLS and says nothing of itself (AUTH_TLS).
+    Tls,
     /// In a manner that this server does not take.
     Other,
     /// What it says cannot be understood.
     Malformed,
+    /// Its verifier is not the one that belongs to its credential.
+    BadVerifier,
 }
 
 /// What stands where a call should be.
@@ -72,10 +79,13 @@ pub(super) fn decode(record: Bytes) -> Result<Message, XdrError> {
     let (program, version, procedure) = (decoder.u32()?, decoder.u32()?, decoder.u32()?);
     let flavor = decoder.u32()?;
     let credential = decoder.opaque(AUTH_BYTES_MAX)?;
-    decoder.u32()?;
-    decoder.opaque(AUTH_BYTES_MAX)?;
+    let verifier_flavor = decoder.u32()?;
+    let verifier = decoder.opaque(AUTH_BYTES_MAX)?;
     let from = match flavor {
         AUTH_NONE => Claim::Nobody,
+        AUTH_TLS if !credential.is_empty() => Claim::Malformed,
+        AUTH_TLS if verifier_flavor != AUTH_NONE || !verifier.is_empty() => Claim::BadVerifier,
+        AUTH_TLS => Claim::Tls,
         AUTH_SYS => system_caller(credential).map_or(Claim::Malformed, Claim::System),
         _ => Claim::Other,
     };
@@ -128,10 +138,23 @@ pub(super) enum Refusal {
     GarbageArguments,
     /// The results cannot be expressed.
     SystemError,
-    /// The credential cannot be understood.
+    /// The credential cannot be understood, or has no place here.
     BadCredential,
-    /// This program wants AUTH_SYS.
+    /// The verifier is not the one that belongs to the credential.
+    BadVerifier,
+    /// This program wants AUTH_SYS, or this server wants TLS.
     TooWeak,
+}
+
+/// The reply to the question for TLS; the next bytes of the connection are the handshake's.
+pub(super) fn start_tls(xid: u32) -> Vec<u8> {
+    let token = crate::tls::starttls::STARTTLS;
+    let mut reply = Vec::with_capacity(REPLY_HEAD_BYTES + token.len());
+    push(&mut reply, &[0, xid, REPLY, ACCEPTED, AUTH_NONE]);
+    push(&mut reply, &[token.len() as u32]);
+    reply.extend(token);
+    push(&mut reply, &[0]);
+    reply
 }
 
 /// A reply: the head of a successful one, with the results to be appended.
@@ -155,6 +178,7 @@ pub(super) fn refused(xid: u32, refusal: Refusal) -> Vec<u8> {
         Refusal::GarbageArguments => (&accepted, &[4]),
         Refusal::SystemError => (&accepted, &[5]),
         Refusal::BadCredential => (&denied, &[1]),
+        Refusal::BadVerifier => (&denied, &[3]),
         Refusal::TooWeak => (&denied, &[5]),
     };
     push(&mut reply, words.0);

@@ -2,6 +2,7 @@
 
 mod fence;
 mod names;
+mod tls;
 mod wire;
 
 use std::time::Duration;

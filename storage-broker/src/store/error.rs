@@ -7,6 +7,7 @@ use cluster_model::ids::Token;
 use super::ImageError;
 use crate::fence::{ClaimError, VerifyError};
 use crate::nfs::{MountError, NfsError, Status};
+use crate::tls::ClientTlsError;
 use crate::volume::{DiskPath, DiskPathError, VolumeUrlError};
 
 /// Why the metadata work on a volume was not done.
@@ -18,6 +19,9 @@ pub enum VolumeError {
     /// The path is malformed.
     #[error(transparent)]
     Path(DiskPathError),
+    /// Its TLS is not as its address says, or its authority is none.
+    #[error(transparent)]
+    Tls(#[from] ClientTlsError),
     /// The request names no cluster.
     #[error("the request does not say whose volume it must be (cluster id)")]
     NoClusterId,

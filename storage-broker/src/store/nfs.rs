@@ -416,7 +416,7 @@ mod tests {
 
     fn reference(server: &ScriptedServer) -> VolumeRef {
         let url = VolumeUrl::Nfs(server.url());
-        VolumeRef::parse(&url.to_string(), "cluster-one", 50_000).unwrap()
+        VolumeRef::parse(&url.to_string(), "", "cluster-one", 50_000).unwrap()
     }
 
     #[tokio::test]

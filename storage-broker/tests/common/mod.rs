@@ -4,10 +4,13 @@
 #![allow(dead_code)]
 
 use std::path::PathBuf;
+use std::sync::OnceLock;
 
 use proto::broker::broker_client::BrokerClient;
 use proto::broker::{self as wire};
 use storage_broker::daemon::{ServeArgs, ServeError, serve};
+use storage_broker::nfs_server::TlsArgs;
+use storage_broker::tls::{ClientTls, ServerTls};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::transport::Channel;
 
@@ -153,6 +156,8 @@ impl Daemon {
             url: url.into(),
             cluster_id: CLUSTER.into(),
             broker_uid: BROKER_UID,
+            tls_ca: authority_of(url),
+            ..Default::default()
         };
         self.client
             .probe_volume(request)
@@ -177,8 +182,46 @@ pub fn volume(url: &str) -> wire::Volume {
         url: url.into(),
         cluster_id: CLUSTER.into(),
         broker_uid: BROKER_UID,
-        fence_class: String::new(),
+        tls_ca: authority_of(url),
+        ..Default::default()
     }
+}
+
+/// Where this process's servers keep the certificate that they share.
+fn certificates() -> &'static tempfile::TempDir {
+    static CERTIFICATES: OnceLock<tempfile::TempDir> = OnceLock::new();
+    CERTIFICATES.get_or_init(|| {
+        let directory = tempfile::tempdir().unwrap();
+        let args = TlsArgs {
+            tls_self_signed: Some(directory.path().into()),
+            ..TlsArgs::default()
+        };
+        // Made here, once, so that no two servers make it at the same time.
+        ServerTls::load(&args, [127, 0, 0, 1].into()).unwrap();
+        directory
+    })
+}
+
+/// The TLS of a server that refuses everything without.
+pub fn server_tls() -> TlsArgs {
+    TlsArgs {
+        tls_self_signed: Some(certificates().path().into()),
+        tls_only: true,
+        ..TlsArgs::default()
+    }
+}
+
+/// Who vouches for the server of a volume, PEM; empty where its address does not require TLS.
+fn authority_of(url: &str) -> String {
+    if !url.ends_with("?tls=require") {
+        return String::new();
+    }
+    std::fs::read_to_string(certificates().path().join("ca.pem")).unwrap()
+}
+
+/// What a client of the volume demands.
+pub fn client_tls(url: &str) -> Option<ClientTls> {
+    ClientTls::of_volume(&url.parse().unwrap(), &authority_of(url)).unwrap()
 }
 
 /// A file on it.

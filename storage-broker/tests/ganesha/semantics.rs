@@ -5,7 +5,7 @@ use nfs3_types::mount;
 use nfs3_types::nfs3::{self, NFS_PROGRAM, Nfs3Option};
 use nfs3_types::xdr_codec::{Opaque, Pack, Unpack};
 use storage_broker::certify::{FenceClass, certify};
-use storage_broker::dialer::Dialer;
+use storage_broker::dialer::{Dialer, Service};
 use storage_broker::fence::{DISK_MODE, claimant};
 use storage_broker::nfs::client::SetAttributes;
 use storage_broker::nfs::connection::{Connection, Procedure};
@@ -155,7 +155,8 @@ fn a_guard_is_compared_to_the_nanosecond() {
 /// The export's root, asked for with calls of our own.
 async fn root_handle(ganesha: &Ganesha) -> nfs3::nfs_fh3 {
     let dialer = Dialer::default();
-    let stream = dialer.connect("127.0.0.1", MOUNT_PORT).await.unwrap();
+    let connecting = dialer.connect("127.0.0.1", MOUNT_PORT, Service::Mount);
+    let stream = connecting.await.unwrap();
     let connection = Connection::new(stream, CALL_TIMEOUT);
     let procedure = Procedure {
         program: mount::PROGRAM,

@@ -3,11 +3,14 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use cluster_model::{ClusterState, Envelope, LogIndex, Name, NodeId, NodeRole, Reply, VmId};
+use cluster_model::trust::Authority;
+use cluster_model::{ClusterState, Envelope, LogIndex, Name, NodeId, Reply, VmId};
 use clusterd::admin::soft::Soft;
 use clusterd::admin::{AdminService, Backend, BackendError, ConsoleChunks};
 use clusterd::broker::Broker;
+use clusterd::node::Founded;
 use clusterd::raft::RaftStatus;
+use clusterd::trust::{Caller, Papers, Prepared, RecoveryKey, Shown};
 use proto::admin::admin_server::Admin;
 use proto::admin::{
     BalanceStatusRequest, LeaseListRequest, MigrationListRequest, NodeDrainStatusRequest,
@@ -44,7 +47,7 @@ impl Backend for Alone {
         Soft::default()
     }
 
-    async fn propose(&self, envelope: Envelope) -> Result<Reply, BackendError> {
+    async fn propose(&self, envelope: Envelope, _: Option<&str>) -> Result<Reply, BackendError> {
         let mut state = ClusterState::clone(&self.state.borrow());
         let reply = state.apply(LogIndex(state.applied.0 + 1), &envelope);
         self.state.send_replace(Arc::new(state));
@@ -55,12 +58,29 @@ impl Backend for Alone {
         Ok(())
     }
 
-    async fn init_cluster(&self, _: Name, _: bool, _: &str) -> Result<String, BackendError> {
+    async fn init_cluster(&self, _: Name, _: bool, _: &str) -> Result<Founded, BackendError> {
         Err(BackendError::InCluster("c".into()))
     }
 
-    async fn join(&self, _: &str, _: NodeRole) -> Result<NodeId, BackendError> {
+    async fn join(&self, _: &str) -> Result<NodeId, BackendError> {
         Err(BackendError::InCluster("c".into()))
+    }
+
+    fn papers(&self) -> Option<Papers> {
+        None
+    }
+
+    async fn certificate_generations(&self) -> Vec<(NodeId, u64)> {
+        Vec::new()
+    }
+
+    async fn prepare_rotation(
+        &self,
+        _: &Authority,
+        _: &RecoveryKey,
+        _: bool,
+    ) -> Result<Prepared, BackendError> {
+        Err(BackendError::Failed("there is no key".into()))
     }
 
     fn broker(&self) -> Result<Broker, BackendError> {
@@ -84,24 +104,34 @@ impl Alone {
     }
 }
 
+/// A request of whoever sits on the node.
+pub fn local<T>(request: T) -> Request<T> {
+    let mut request = Request::new(request);
+    request.extensions_mut().insert(Caller {
+        shown: Shown::Local { uid: 0 },
+        from: "local".into(),
+    });
+    request
+}
+
 /// Shows all of a state as people see it.
 pub async fn look_at_everything(state: &ClusterState) {
     let service = Alone::api(state.clone());
-    let _ = Admin::node_list(&service, Request::new(NodeListRequest::default())).await;
-    let _ = Admin::vm_list(&service, Request::new(VmListRequest::default())).await;
-    let _ = Admin::volume_list(&service, Request::new(VolumeListRequest::default())).await;
-    let _ = Admin::lease_list(&service, Request::new(LeaseListRequest::default())).await;
-    let _ = Admin::rule_list(&service, Request::new(RuleListRequest::default())).await;
+    let _ = Admin::node_list(&service, local(NodeListRequest::default())).await;
+    let _ = Admin::vm_list(&service, local(VmListRequest::default())).await;
+    let _ = Admin::volume_list(&service, local(VolumeListRequest::default())).await;
+    let _ = Admin::lease_list(&service, local(LeaseListRequest::default())).await;
+    let _ = Admin::rule_list(&service, local(RuleListRequest::default())).await;
     let all = MigrationListRequest {
         all: true,
         vm: String::new(),
     };
-    let _ = Admin::migration_list(&service, Request::new(all)).await;
-    let _ = Admin::balance_status(&service, Request::new(BalanceStatusRequest::default())).await;
+    let _ = Admin::migration_list(&service, local(all)).await;
+    let _ = Admin::balance_status(&service, local(BalanceStatusRequest::default())).await;
     for node in state.nodes.values() {
         let node = node.name.to_string();
         let drained = NodeDrainStatusRequest { node: node.clone() };
-        let _ = Admin::node_drain_status(&service, Request::new(drained)).await;
+        let _ = Admin::node_drain_status(&service, local(drained)).await;
         why(&service, format!("node/{node}")).await;
     }
     for vm in state.vms.values() {
@@ -117,5 +147,5 @@ async fn why(service: &AdminService, object: String) {
         object,
         not_on: String::new(),
     };
-    let _ = Admin::why(service, Request::new(request)).await;
+    let _ = Admin::why(service, local(request)).await;
 }

@@ -79,6 +79,7 @@ pub fn history() -> Vec<Command> {
         settle_ms: 0,
         size_bytes: 1 << 40,
         nodes: BTreeSet::new(),
+        tls_ca: None,
     });
     commands.push(create("a", "a"));
     commands.push(create("web-1", "web"));

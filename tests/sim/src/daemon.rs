@@ -25,6 +25,9 @@ const TICK: u64 = 100 * MS;
 /// A registration that got no answer is sent again.
 const REGISTER_PAUSE: u64 = 700 * MS;
 
+/// What the mutant's disk loses.
+const ENTRIES_FORGOTTEN: usize = 6;
+
 impl World {
     /// A daemon starts: everything but its log is new.
     pub fn start_daemon(&mut self, node: usize) {
@@ -35,8 +38,12 @@ impl World {
         let life = self.number();
         let election_at = self.election_due(node);
         let looked_at = self.clock(node);
+        let forgets = self.mutant == Some(Mutant::LogForgotten);
         let host = &mut self.hosts[node];
         host.raft.restart();
+        if forgets {
+            host.raft.forget(ENTRIES_FORGOTTEN);
+        }
         host.paused_until = 0;
         host.daemon = Some(Daemon {
             life,
@@ -382,6 +389,7 @@ impl World {
             (raft.commit, raft.vote, raft.role == Role::Leader)
         };
         let mut applied_any = false;
+        let wall_ms = self.wall_ms(node);
         loop {
             let mutant = self.mutant;
             let host = &mut self.hosts[node];
@@ -392,7 +400,12 @@ impl World {
                 break;
             }
             let index = daemon.applied + 1;
-            let entry = host.raft.log[index - 1].clone();
+            let mut entry = host.raft.log[index - 1].clone();
+            if mutant == Some(Mutant::ApplyReadsClock)
+                && let Some(envelope) = &mut entry.command
+            {
+                Arc::make_mut(envelope).at_ms = wall_ms;
+            }
             let state = Arc::make_mut(&mut daemon.state);
             let reply = crate::invariants::apply_entry(state, index, &entry, mutant);
             daemon.applied = index;

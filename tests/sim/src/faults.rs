@@ -22,7 +22,7 @@ impl World {
         self.counts.faults += 1;
         let node = self.rng.random_range(0..self.hosts.len());
         let long = self.rng.random_range(200 * MS..15 * S);
-        match self.rng.random_range(0..20) {
+        match self.rng.random_range(0..21) {
             0 => {
                 self.kill_daemon(node);
                 self.at(self.now + long, Event::StartDaemon { node });
@@ -102,6 +102,7 @@ impl World {
                 self.congested = Some((node, late));
                 self.at(self.now + long, Event::Heal);
             }
+            20 => self.cut_from_leader(node, long),
             17 => {
                 self.say(|| format!("the storage is full for {} ms", long / MS));
                 self.server_full_until = self.now + long;
@@ -191,6 +192,26 @@ impl World {
             self.links[node][server] = false;
             self.links[server][node] = false;
         }
+        self.at(self.now + long, Event::Heal);
+    }
+
+    /// A node loses the leader it knows, or its neighbour where it leads itself, and nobody else.
+    fn cut_from_leader(&mut self, node: usize, long: u64) {
+        let leader = self.hosts[node].raft.leader;
+        let leader = leader.filter(|&leader| leader != node);
+        let peer = leader.unwrap_or((node + 1) % self.hosts.len());
+        let both = self.rng.random_bool(0.5);
+        self.say(|| {
+            let ways = if both { "both ways" } else { "one way" };
+            format!(
+                "n{} and n{} are cut off {ways} for {} ms",
+                node + 1,
+                peer + 1,
+                long / MS
+            )
+        });
+        self.links[node][peer] = false;
+        self.links[peer][node] &= !both;
         self.at(self.now + long, Event::Heal);
     }
 

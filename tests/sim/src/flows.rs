@@ -332,6 +332,7 @@ impl World {
             }
             Step::Rekey(nonce, token) => {
                 let now = self.now;
+                let goes_on = self.mutant == Some(Mutant::QuietWhileRunning);
                 let monitor = self.hosts[node].monitors.get_mut(&nonce);
                 let monitor = monitor.filter(|monitor| monitor.paused_until <= now);
                 let monitor = monitor.ok_or(Trouble::Other)?;
@@ -340,7 +341,11 @@ impl World {
                 }
                 flow.nonce = Some(nonce);
                 if token > monitor.token {
+                    let stopping = monitor.part.as_ref().is_some_and(|part| part.stopping);
                     monitor.take_up(token);
+                    if let Some(part) = monitor.part.as_mut().filter(|_| goes_on) {
+                        part.stopping = stopping;
+                    }
                 }
                 Ok(Done::Next)
             }

@@ -28,12 +28,8 @@ impl World {
         monitor.said_quiet = false;
         monitor.deadline = monitor.deadline.max(deadline);
         let ticking = std::mem::replace(&mut monitor.ticking, true);
-        if monitor.part.as_ref().is_some_and(|part| part.stopping) {
-            monitor
-                .part
-                .iter_mut()
-                .for_each(|part| part.stopping = false);
-        }
+        let part = monitor.part.as_mut();
+        let stopping = part.is_some_and(|part| std::mem::take(&mut part.stopping));
         let due = monitor.deadline.saturating_sub(clock);
         self.say(|| format!("n{}: {vm} runs under {token}", node + 1));
         crate::invariants::runs(self, node, nonce);
@@ -43,6 +39,12 @@ impl World {
         }
         let at = self.after(node, due);
         self.at(at, Event::Deadline { node, nonce });
+        if stopping && self.mutant == Some(Mutant::QuietWhileRunning) {
+            self.quiet(node, nonce);
+            if let Some(monitor) = self.hosts[node].monitors.get_mut(&nonce) {
+                (monitor.phase, monitor.ticking) = (MonitorPhase::Running, true);
+            }
+        }
     }
 
     /// A monitor process ends.
@@ -231,15 +233,17 @@ impl World {
         monitor.phase = MonitorPhase::Refused;
         let vm = monitor.vm;
         let part = monitor.part.clone();
+        let goes_on = self.mutant == Some(Mutant::QuietWhileRunning);
         if let Some(part) = &mut monitor.part
             && part.side == Side::Source
             && part.failed.is_none()
+            && !goes_on
         {
             part.failed = Some("the guest's disk stopped".into());
             part.stopping = false;
         }
         self.say(|| format!("n{}: {vm} is refused: {why}", node + 1));
-        if part.as_ref().is_some_and(|part| part.side == Side::Source) {
+        if part.as_ref().is_some_and(|part| part.side == Side::Source) && !goes_on {
             self.stream_breaks(node, &part, why);
         }
         self.look(node);

@@ -1,7 +1,7 @@
 //! Faults put in on purpose: each shows that an invariant can fail, and how soon.
 
 use cluster_model::agent::{Act, MonitorPhase, MonitorView, Work};
-use cluster_model::{ClusterState, Command, Envelope, MigrationState};
+use cluster_model::{ClusterState, Command, Duty, Envelope, MigrationState, Why};
 
 /// What is broken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -26,6 +26,8 @@ pub enum Mutant {
     QuietSourceThaws,
     /// The source says quiet with writes unanswered.
     QuietWithWritesOut,
+    /// A source that was let run again while it stopped for its cutover says quiet all the same.
+    QuietWhileRunning,
     /// A takeover does not wait for what is under way in the server.
     NoSettle,
     /// A takeover does not have the server write down what it holds.
@@ -50,11 +52,23 @@ pub enum Mutant {
     RekeyWithoutSettle,
     /// A machine that stopped because it was told to is taken for one that shut itself down.
     StopTakenForShutDown,
+    /// A drain is over though a machine is left.
+    DrainedTooEarly,
+    /// A report that comes after a cutover rewrites how the migration ended.
+    EndRewritten,
+    /// The failover does not say why it starts a machine.
+    NoReason,
+    /// A replica looks at its own clock when it applies an entry.
+    ApplyReadsClock,
+    /// A snapshot leaves the leases' owners behind.
+    SnapshotForgets,
+    /// A node that restarts has lost what it acknowledged last, and its vote.
+    LogForgotten,
 }
 
 impl Mutant {
     /// Every one of them.
-    pub const ALL: [Mutant; 22] = [
+    pub const ALL: [Mutant; 29] = [
         Mutant::NoConfirm,
         Mutant::ConfirmIsLocal,
         Mutant::LeaseWithoutQuorum,
@@ -65,6 +79,7 @@ impl Mutant {
         Mutant::CutoverBeforeClaim,
         Mutant::QuietSourceThaws,
         Mutant::QuietWithWritesOut,
+        Mutant::QuietWhileRunning,
         Mutant::NoSettle,
         Mutant::NoCommitOnTakeover,
         Mutant::RunBeforeClaim,
@@ -77,6 +92,12 @@ impl Mutant {
         Mutant::VoidMonitorsStay,
         Mutant::RekeyWithoutSettle,
         Mutant::StopTakenForShutDown,
+        Mutant::DrainedTooEarly,
+        Mutant::EndRewritten,
+        Mutant::NoReason,
+        Mutant::ApplyReadsClock,
+        Mutant::SnapshotForgets,
+        Mutant::LogForgotten,
     ];
 }
 
@@ -142,6 +163,25 @@ pub fn on_apply(
             let mut changed = envelope.clone();
             if let Command::Cutover { expects, .. } = &mut changed.command {
                 *expects = token;
+            }
+            Some(changed)
+        }
+        (Some(Mutant::EndRewritten), Command::ReportMigration { migration, .. }) => {
+            let known = state.migrations.get_mut(migration)?;
+            if let MigrationState::CutOver { at, .. } = known.state {
+                let reason = "reported".into();
+                known.state = MigrationState::Aborted { at, reason };
+            }
+            None
+        }
+        (Some(Mutant::DrainedTooEarly), Command::DrainTrouble { node, .. }) => {
+            state.nodes.get_mut(node)?.duty = Duty::Drained;
+            None
+        }
+        (Some(Mutant::NoReason), Command::StartVm { .. }) => {
+            let mut changed = envelope.clone();
+            if let Command::StartVm { why, .. } = &mut changed.command {
+                *why = Why::default();
             }
             Some(changed)
         }

@@ -146,6 +146,19 @@ impl<C: Clone> Raft<C> {
         self.confirms.clear();
     }
 
+    /// Loses its last entries, and the promises it made since: what no disk must do.
+    pub fn forget(&mut self, entries: usize) {
+        self.log
+            .truncate(self.log.len().saturating_sub(entries).max(1));
+        self.commit = self.commit.min(self.log.len());
+        let (term, node) = self.last().0;
+        self.vote = Vote {
+            term,
+            node,
+            committed: true,
+        };
+    }
+
     /// Where its log ends.
     pub fn last(&self) -> LogEnd {
         self.end(self.log.len())

@@ -48,6 +48,7 @@ pub fn log(nodes: usize, machines: usize) -> Vec<Entry> {
         settle_ms: 0,
         size_bytes: 1 << 40,
         nodes: BTreeSet::new(),
+        tls_ca: None,
     });
     commands.push(Command::SetSettings {
         settings: Settings {

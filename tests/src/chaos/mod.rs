@@ -181,6 +181,7 @@ async fn storms(
             .iter()
             .map(|node| (node.name.clone(), node.address))
             .collect(),
+        token: world.cluster.local.token()?,
         machines: MACHINES
             .iter()
             .map(|machine| machine.0.to_owned())

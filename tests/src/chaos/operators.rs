@@ -4,11 +4,12 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clusterctl::client::{Connection, change};
+use clusterctl::client::{Connection, Endpoint, change};
 use proto::admin::{
     BalanceRunRequest, MigrationCancelRequest, MigrationListRequest, NodeDrainRequest,
     NodeUncordonRequest, VmMigrateRequest, VmStartRequest, VmStopRequest,
 };
+use proto::token::AccessToken;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
@@ -24,6 +25,8 @@ const PATIENCE: Duration = Duration::from_secs(8);
 pub struct Workplace {
     /// Every node's name and address.
     pub nodes: Vec<(String, SocketAddr)>,
+    /// An administrator's.
+    pub token: AccessToken,
     /// Machines that are moved.
     pub machines: Vec<String>,
     /// The machine that is stopped and started.
@@ -80,7 +83,11 @@ pub fn start(workplace: &Arc<Workplace>, seed: u64) -> JoinSet<()> {
 impl Workplace {
     async fn connect(&self, rng: &mut StdRng) -> anyhow::Result<Connection> {
         let (name, address) = &self.nodes[rng.random_range(0..self.nodes.len())];
-        let opened = tokio::time::timeout(PATIENCE, Connection::open(&address.to_string())).await;
+        let endpoint = Endpoint {
+            servers: address.to_string(),
+            token: Some(self.token.clone()),
+        };
+        let opened = tokio::time::timeout(PATIENCE, Connection::open(&endpoint)).await;
         opened
             .map_err(|_| anyhow::anyhow!("{name} does not answer"))?
             .map_err(anyhow::Error::from)

@@ -1,7 +1,10 @@
 //! A migration as the monitor sees it: what it was asked, how it stands, and how it ends.
 
+mod channels;
 mod sink;
 mod source;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::net::SocketAddr;
@@ -9,9 +12,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cluster_model::ids::MigrationId;
+use migration_core::tls::{ExpectedSource, Fingerprint, SetupError};
 use migration_core::{
     Credentials, ReceiveOptions, ReceiveStage, ReceiveStatus, SendOptions, SendStage, SendStatus,
-    TcpConnector, Ticket,
+    Ticket,
 };
 use proto::failpoint;
 use proto::monitor as wire;
@@ -22,6 +26,7 @@ use tracing::Instrument;
 use super::Monitor;
 use crate::phase::{Event, Phase};
 use crate::spec::TICKET_BYTES;
+pub use channels::ExpectError;
 
 /// How long a cancelled attempt may take to end; its goodbye is bounded well below.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(15);
@@ -37,7 +42,8 @@ const ADDRESSES_MAX: usize = 16;
 pub struct SendRequest {
     id: MigrationId,
     addresses: Vec<SocketAddr>,
-    ticket: [u8; TICKET_BYTES],
+    ticket: Ticket,
+    destination: Fingerprint,
     options: SendOptions,
     /// W3C; empty while tracing is off.
     traceparent: String,
@@ -70,12 +76,18 @@ pub enum CancelError {
 
 /// Why a destination cannot wait for its source.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot accept a memory stream on {address}: {source}")]
-pub struct IncomingError {
-    /// Where.
-    pub address: SocketAddr,
-    /// Why.
-    pub source: io::Error,
+pub enum IncomingError {
+    /// An address cannot be listened on.
+    #[error("cannot accept a memory stream on {address}: {source}")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+    /// Its channels cannot be sealed.
+    #[error("cannot accept a memory stream: {0}")]
+    Setup(#[from] SetupError),
 }
 
 /// The migration under way in this monitor, or the last one.
@@ -101,6 +113,7 @@ enum Side {
     },
     Receiving {
         status: watch::Receiver<ReceiveStatus>,
+        expected: ExpectedSource,
     },
 }
 
@@ -123,8 +136,15 @@ impl TryFrom<&wire::SendMigrationRequest> for SendRequest {
             .iter()
             .map(address)
             .collect::<Result<_, _>>()?;
-        let ticket = request.ticket.as_slice().try_into();
-        let ticket = ticket.map_err(|_| malformed(format!("a ticket has {TICKET_BYTES} bytes")))?;
+        let ticket = Ticket::try_from(request.ticket.as_slice())
+            .map_err(|_| malformed(format!("a ticket has {TICKET_BYTES} bytes")))?;
+        let destination = request.destination_fingerprint.as_slice();
+        let destination = Fingerprint::try_from(destination).map_err(|_| {
+            malformed(format!(
+                "the fingerprint of the destination's certificate has {} bytes",
+                channels::FINGERPRINT_BYTES
+            ))
+        })?;
         let asked = request.options.unwrap_or_default();
         let mut options = SendOptions {
             channels: u16::try_from(asked.channels.max(1))
@@ -142,6 +162,7 @@ impl TryFrom<&wire::SendMigrationRequest> for SendRequest {
             id: MigrationId(request.migration_id),
             addresses,
             ticket,
+            destination,
             options,
             traceparent: request.traceparent.clone(),
         })
@@ -232,11 +253,11 @@ impl Monitor {
             .map_err(|error| error.to_string())?;
         let credentials = Credentials {
             migration_id: request.id.0,
-            ticket: Ticket(request.ticket),
+            ticket: request.ticket,
         };
-        let connector = Arc::new(TcpConnector {
-            addresses: request.addresses,
-        });
+        let connector = self
+            .connector(request.addresses, request.destination)
+            .map_err(|error| error.to_string())?;
         let source = Arc::new(source::Source::new(self.clone()));
         let sent = migration_core::send(
             connector,
@@ -351,12 +372,16 @@ impl Monitor {
     /// Waits for the source, on the machine file's addresses; for a destination, once, at start.
     ///
     /// # Errors
-    /// When an address cannot be listened on.
+    /// See [`IncomingError`].
     pub async fn receive(self: &Arc<Self>) -> Result<(), IncomingError> {
         let Some((incoming, ticket)) = self.spec.incoming() else {
             return Ok(());
         };
-        let acceptor = Arc::new(sink::Listeners::bind(&incoming.listen).await?);
+        let listeners = sink::Listeners::bind(&incoming.listen).await?;
+        let addresses = listeners.addresses().map(|address| address.to_string());
+        let addresses = addresses.collect();
+        let expected = ExpectedSource::default();
+        let acceptor = self.acceptor(listeners, expected.clone())?;
         let id = incoming.migration_id;
         let credentials = Credentials {
             migration_id: id.0,
@@ -365,12 +390,10 @@ impl Monitor {
         let (status, watch_status) = watch::channel(ReceiveStatus::default());
         {
             let mut state = self.lock();
-            state.incoming_addresses = acceptor
-                .addresses()
-                .map(|address| address.to_string())
-                .collect();
+            state.incoming_addresses = addresses;
             let side = Side::Receiving {
                 status: watch_status.clone(),
+                expected,
             };
             state.migration = Some(Migration {
                 id,
@@ -442,7 +465,7 @@ impl Migration {
                 }
                 progress
             }
-            Side::Receiving { status } => {
+            Side::Receiving { status, .. } => {
                 let mut progress = receiving(&status.borrow());
                 progress.migration_id = self.id.0;
                 if let Some(timings) = &mut progress.timings {

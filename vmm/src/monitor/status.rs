@@ -39,6 +39,7 @@ impl Monitor {
             writes_unanswered: machine.disks().iter().any(|disk| disk.writes_unanswered()),
             stop_asked: state.stop_asked,
             undrained: state.undrained,
+            channel_fingerprint: self.identity.fingerprint().0.to_vec(),
         }
     }
 

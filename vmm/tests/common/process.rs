@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use proto::monitor::monitor_client::MonitorClient;
 use proto::monitor::{
-    DescribeRequest, ExtendLeaseRequest, MonitorStatus, Phase, RekeyRequest, RunPermit,
-    SendMigrationRequest,
+    DescribeRequest, ExpectSourceRequest, ExtendLeaseRequest, MonitorStatus, Phase, RekeyRequest,
+    RunPermit, SendMigrationRequest,
 };
 use serde_json::{Value, json};
 use tokio::process::{Child, Command};
@@ -175,14 +175,34 @@ impl Process {
         id: u64,
         destination: &mut Process,
     ) -> Result<(), tonic::Status> {
-        let addresses = destination.status().await.incoming_addresses;
-        let ticket = ticket(id).to_vec();
+        let source_fingerprint = self.status().await.channel_fingerprint;
+        destination.expect(id, source_fingerprint).await?;
+        let there = destination.status().await;
+        self.send_to_monitor(id, &there).await
+    }
+
+    /// Has it let in the source with that certificate.
+    pub async fn expect(&mut self, id: u64, fingerprint: Vec<u8>) -> Result<(), tonic::Status> {
+        let request = ExpectSourceRequest {
+            migration_id: id,
+            fingerprint,
+        };
+        self.client.expect_source(request).await?;
+        Ok(())
+    }
+
+    /// Sends its machine to the monitor that described itself so.
+    pub async fn send_to_monitor(
+        &mut self,
+        id: u64,
+        there: &MonitorStatus,
+    ) -> Result<(), tonic::Status> {
         let request = SendMigrationRequest {
             migration_id: id,
-            addresses,
-            ticket,
-            options: None,
-            traceparent: String::new(),
+            addresses: there.incoming_addresses.clone(),
+            ticket: ticket(id).to_vec(),
+            destination_fingerprint: there.channel_fingerprint.clone(),
+            ..Default::default()
         };
         self.client.send_migration(request).await?;
         Ok(())

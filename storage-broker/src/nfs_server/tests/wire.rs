@@ -7,22 +7,22 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-fn words(words: &[u32]) -> Vec<u8> {
+pub(super) fn words(words: &[u32]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_be_bytes()).collect()
 }
 
-fn record(content: &[u8]) -> Vec<u8> {
+pub(super) fn record(content: &[u8]) -> Vec<u8> {
     [&(content.len() as u32 | 1 << 31).to_be_bytes(), content].concat()
 }
 
 /// The head of a call with the credential of user 7.
-fn head(xid: u32, program: u32, version: u32, procedure: u32) -> Vec<u8> {
+pub(super) fn head(xid: u32, program: u32, version: u32, procedure: u32) -> Vec<u8> {
     words(&[
         xid, 0, 2, program, version, procedure, 1, 20, 0, 0, 7, 7, 0, 0, 0,
     ])
 }
 
-async fn send(server: &Server, bytes: &[u8]) -> TcpStream {
+pub(super) async fn send(server: &Server, bytes: &[u8]) -> TcpStream {
     let mut stream = TcpStream::connect(server.addr).await.unwrap();
     // It may be closed while we are still sending.
     let _ = stream.write_all(bytes).await;
@@ -30,7 +30,7 @@ async fn send(server: &Server, bytes: &[u8]) -> TcpStream {
 }
 
 /// The words of the next reply; empty when the connection is closed.
-async fn reply(stream: &mut TcpStream) -> Vec<u32> {
+pub(super) async fn reply(stream: &mut TcpStream) -> Vec<u32> {
     let read = async {
         let mark = stream.read_u32().await.ok()?;
         let mut content = vec![0; (mark & !(1 << 31)) as usize];

@@ -63,6 +63,8 @@ fn service(input: Input<'_>, portmapper: bool) {
             port: None,
             mount_port: None,
             export: "/export".into(),
+            tls: None,
+            root: None,
         };
         let answer = async move {
             let xid = xid(&mut server).await?;

@@ -13,9 +13,8 @@ use clusterd::report::{NodeReport, observed};
 use prost::Message;
 use proto::admin::admin_server::Admin;
 use proto::{admin, broker, monitor, peer};
-use tonic::Request;
 
-use crate::alone::Alone;
+use crate::alone::{Alone, local};
 use crate::cluster;
 use crate::input::{Input, field};
 use crate::runtime::block_on;
@@ -42,7 +41,7 @@ macro_rules! admin_requests {
         async fn ask(service: &AdminService, method: u8, bytes: &[u8]) {
             match method {
                 $($number => if let Ok(request) = admin::$request::decode(bytes) {
-                    let _ = Admin::$method(service, Request::new(request)).await;
+                    let _ = Admin::$method(service, local(request)).await;
                 })*
                 _ => other_doors(method, bytes),
             }
@@ -81,6 +80,18 @@ admin_requests! {
     27 rule_list RuleListRequest,
     28 migration_watch MigrationWatchRequest,
     29 events EventsRequest,
+    50 node_add NodeAddRequest,
+    51 join_token_list JoinTokenListRequest,
+    52 join_token_revoke JoinTokenRevokeRequest,
+    53 token_create TokenCreateRequest,
+    54 token_list TokenListRequest,
+    55 token_revoke TokenRevokeRequest,
+    56 audit_list AuditListRequest,
+    57 ca_show CaShowRequest,
+    58 ca_rotate CaRotateRequest,
+    59 trust_add TrustAddRequest,
+    60 trust_list TrustListRequest,
+    61 trust_remove TrustRemoveRequest,
 }
 
 /// What brokers, monitors and peers are asked, as far as it is parsed before anything is done.
@@ -210,6 +221,7 @@ fn seeds() -> Vec<Vec<u8>> {
         migration_id: 9,
         addresses: vec!["127.0.0.1:7450".into()],
         ticket: vec![5; 32],
+        destination_fingerprint: vec![6; 32],
         ..Default::default()
     };
     let report = peer::HeartbeatRequest {
@@ -221,6 +233,7 @@ fn seeds() -> Vec<Vec<u8>> {
         command: serde_json::to_vec(&cluster::envelope(1, Command::Uncordon { node: NodeId(1) }))
             .unwrap_or_default(),
         from_node: 1,
+        credential: String::new(),
     };
     let progress = monitor::MigrationProgress {
         rounds: vec![monitor::Round {

@@ -39,18 +39,14 @@ pub fn check(world: &mut World, before: &ClusterState, command: &Command, reply:
             wrong = Some(format!("{} is over its memory", node.name));
         }
         if node.duty == Duty::Drained
-            && before
-                .nodes
-                .get(&node.id)
-                .is_some_and(|known| known.duty == Duty::Draining)
-            && state.owned_by(node.id).any(|vm| {
-                state
-                    .drains
-                    .get(&node.id)
-                    .is_none_or(|drain| !drain.stuck.contains_key(&vm.id))
-            })
+            && let Some(vm) = state.owned_by(node.id).next()
         {
-            wrong = Some(format!("{} is drained and owns a machine", node.name));
+            wrong = Some(format!("{} is drained and owns {}", node.name, vm.name));
+        }
+        if node.duty == Duty::Drained
+            && let Some(lease) = state.leases().find(|lease| lease.holder == Some(node.id))
+        {
+            wrong = Some(format!("{} is drained and holds {lease:?}", node.name));
         }
     }
     if let Some(wrong) = wrong {

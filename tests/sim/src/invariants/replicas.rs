@@ -5,6 +5,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use cluster_model::ClusterState;
 
 use crate::invariants::apply_entry;
+use crate::mutants::Mutant;
 use crate::world::World;
 
 /// States are compared at every multiple of this index: the comparison costs more than the entry.
@@ -38,9 +39,14 @@ pub fn at_end(world: &mut World) {
         apply_entry(&mut replayed, at + 1, entry, world.mutant);
     }
     let json = serde_json::to_vec(&replayed).unwrap_or_default();
+    let forgets = world.mutant == Some(Mutant::SnapshotForgets);
     let Ok(mut restored) = serde_json::from_slice::<ClusterState>(&json) else {
         return world.violate("snapshot and tail", "a snapshot does not read back".into());
     };
+    if forgets {
+        let records = restored.vms.values_mut();
+        records.for_each(|vm| vm.ownership.owner = None);
+    }
     for (at, entry) in world.truth.log.iter().enumerate().skip(half) {
         apply_entry(&mut restored, at + 1, entry, world.mutant);
     }

@@ -95,7 +95,7 @@ impl Listeners {
     pub(super) async fn bind(addresses: &[SocketAddr]) -> Result<Listeners, IncomingError> {
         let mut listeners = Vec::with_capacity(addresses.len());
         for &address in addresses {
-            let failed = |source| IncomingError { address, source };
+            let failed = |source| IncomingError::Listen { address, source };
             let listener = TcpListener::bind(address).await.map_err(failed)?;
             listeners.push((listener.local_addr().map_err(failed)?, listener));
         }

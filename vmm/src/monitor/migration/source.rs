@@ -10,7 +10,7 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryReg
 
 use super::super::{Monitor, blocking, wants_rekey};
 use crate::kvm::dirty::DirtyLog;
-use crate::phase::Event;
+use crate::phase::{Event, NotNow, Phase};
 
 /// How long the disks may take to complete and commit: beyond it the blackout is worth less than the migration.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(8);
@@ -41,6 +41,22 @@ impl Source {
         work: impl FnOnce(&DirtyLog) -> Result<T, HostError>,
     ) -> Result<T, HostError> {
         work(self.log().as_ref().ok_or("dirty logging is off")?)
+    }
+
+    /// Waits until something else than the attempt has moved the machine on since it was stopped.
+    async fn left_stopping(&self) -> NotNow {
+        let mut changes = self.monitor.watch();
+        loop {
+            let phase = self.monitor.lock().phase;
+            if phase != Phase::Stopping {
+                let event = Event::SaidQuiet;
+                return NotNow { phase, event };
+            }
+            // The monitor, and with it the sender, outlives this attempt.
+            if changes.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
     }
 
     /// The guest's address of a page; the engine names no page outside the regions.
@@ -136,7 +152,15 @@ impl MachineSource for Source {
 
     async fn drain_disks(&self) -> Result<(), HostError> {
         let machine = &self.monitor.platform.machine;
-        machine.drain(DRAIN_TIMEOUT).await?;
+        tokio::select! {
+            biased;
+            // A re-key lets the machine go on while its disks drain: they are the guest's again.
+            left = self.left_stopping() => return Err(left.into()),
+            drained = machine.drain(DRAIN_TIMEOUT) => drained?,
+        }
+        if !machine.gate().hold() {
+            return Err("the machine goes on".into());
+        }
         if machine
             .disks()
             .iter()
@@ -148,18 +172,15 @@ impl MachineSource for Source {
         Ok(())
     }
 
-    fn mark_quiet(&self) {
+    fn mark_quiet(&self) -> Result<(), HostError> {
         let mut state = self.monitor.lock();
+        state.phase = state.phase.after(Event::SaidQuiet)?;
         state.said_quiet = true;
         state.cutover_permit = None;
-        match state.phase.after(Event::SaidQuiet) {
-            Ok(phase) => state.phase = phase,
-            // The machine has ended meanwhile; it will not run again either way.
-            Err(error) => tracing::error!(%error, "quiet said in a phase that knows none"),
-        }
         drop(state);
         self.monitor.tell();
         tracing::info!("quiet: runs again only on the log's word");
+        Ok(())
     }
 
     async fn save_device_state(&self) -> Result<Vec<u8>, HostError> {

@@ -90,6 +90,7 @@ pub(super) fn every_command(node: NodeId, vm: VmId, migration: MigrationId) -> V
             settle_ms: 1,
             size_bytes: 1,
             nodes: BTreeSet::new(),
+            tls_ca: None,
         },
         Command::RemoveVolume {
             volume: VolumeId(1),

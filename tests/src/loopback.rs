@@ -1,48 +1,74 @@
-//! How fast the engine is on this host: memory of a machine that does not run, over loopback TCP.
-//!
-//! `loopback [MIB] [CHANNELS] [RUNS]` prints one line a run: a plain copy through the same sockets
-//! first, as the measure, then the engine into fresh and into populated memory.
+//! The migration engine alone, over loopback TCP: memory of a machine that does not run, with and without TLS.
 
-use async_trait::async_trait;
-use migration_core::{
-    Credentials, HostError, MachineSink, MachineSource, MemorySink, MemorySource, PAGE_SIZE,
-    ReceiveOptions, ReceiveStatus, Region, SendOptions, SendStatus, TcpAcceptor, TcpConnector,
-    Ticket, monotonic_ns, receive, send,
-};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use migration_core::tls::{ExpectedSource, Identity, TlsAcceptor, TlsConnector};
+use migration_core::{
+    Acceptor, Connector, Credentials, HostError, MachineSink, MachineSource, MemorySink,
+    MemorySource, PAGE_SIZE, ReceiveOptions, ReceiveStatus, Region, SendOptions, SendStatus,
+    TcpAcceptor, TcpConnector, Ticket, monotonic_ns, receive, send,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 
 /// A chunk's bytes: the engine writes within one, so one lock a chunk is enough.
 const CHUNK: usize = 2 << 20;
 
-struct Memory(Vec<Mutex<Vec<u8>>>);
+/// Memory of a machine that does not run.
+#[derive(Debug)]
+pub struct Memory(Vec<Mutex<Vec<u8>>>);
 
 impl Memory {
-    fn new(mib: usize, fill: Option<u8>) -> Arc<Memory> {
-        let chunk = |index: usize| match fill {
-            // Zeroed by the kernel at the first touch, as a destination's memory is.
-            None => vec![0; CHUNK],
-            Some(seed) => (0..CHUNK)
-                .map(|at| (at / 64 * 31 + index) as u8 | seed)
-                .collect(),
-        };
+    /// So many MiB (an even number), none of them zero pages.
+    pub fn filled(mib: usize) -> Arc<Memory> {
+        Memory::new(mib, |index| {
+            (0..CHUNK)
+                .map(|at| (at / 64 * 31 + index) as u8 | 1)
+                .collect()
+        })
+    }
+
+    /// So many MiB, zeroed by the kernel at the first touch, as a destination's are.
+    pub fn fresh(mib: usize) -> Arc<Memory> {
+        Memory::new(mib, |_| vec![0; CHUNK])
+    }
+
+    fn new(mib: usize, chunk: impl Fn(usize) -> Vec<u8>) -> Arc<Memory> {
         Arc::new(Memory((0..mib / 2).map(chunk).map(Mutex::new).collect()))
     }
 
-    fn with(&self, page: u64, length: usize, work: impl FnOnce(&mut [u8])) {
+    /// Whether both hold the same.
+    pub fn equals(&self, other: &Memory) -> bool {
+        self.0.len() == other.0.len()
+            && self.0.iter().zip(&other.0).all(|(ours, theirs)| {
+                match (ours.lock(), theirs.lock()) {
+                    (Ok(ours), Ok(theirs)) => *ours == *theirs,
+                    _ => false,
+                }
+            })
+    }
+
+    fn with(
+        &self,
+        page: u64,
+        length: usize,
+        work: impl FnOnce(&mut [u8]),
+    ) -> Result<(), HostError> {
         let at = page as usize * PAGE_SIZE;
-        let mut chunk = self.0[at / CHUNK].lock().unwrap();
+        let chunk = self.0.get(at / CHUNK).ok_or("there is no such page")?;
+        let mut chunk = chunk.lock().map_err(|_| "another thread panicked")?;
         work(&mut chunk[at % CHUNK..at % CHUNK + length]);
+        Ok(())
     }
 
     fn layout(&self) -> Vec<Region> {
-        let pages = (self.0.len() * CHUNK / PAGE_SIZE) as u64;
         vec![Region {
             guest_address: 0,
-            pages,
+            pages: (self.0.len() * CHUNK / PAGE_SIZE) as u64,
         }]
     }
 }
@@ -61,8 +87,7 @@ impl MemorySource for Memory {
         Ok(())
     }
     fn read_pages(&self, _: usize, page: u64, buffer: &mut [u8]) -> Result<(), HostError> {
-        self.with(page, buffer.len(), |bytes| buffer.copy_from_slice(bytes));
-        Ok(())
+        self.with(page, buffer.len(), |bytes| buffer.copy_from_slice(bytes))
     }
     fn stop_dirty_log(&self) -> Result<(), HostError> {
         Ok(())
@@ -77,7 +102,9 @@ impl MachineSource for Memory {
     async fn drain_disks(&self) -> Result<(), HostError> {
         Ok(())
     }
-    fn mark_quiet(&self) {}
+    fn mark_quiet(&self) -> Result<(), HostError> {
+        Ok(())
+    }
     async fn save_device_state(&self) -> Result<Vec<u8>, HostError> {
         Ok(vec![7; 11_000])
     }
@@ -88,12 +115,10 @@ impl MemorySink for Memory {
         self.layout()
     }
     fn write_pages(&self, _: usize, page: u64, data: &[u8]) -> Result<(), HostError> {
-        self.with(page, data.len(), |bytes| bytes.copy_from_slice(data));
-        Ok(())
+        self.with(page, data.len(), |bytes| bytes.copy_from_slice(data))
     }
     fn zero_pages(&self, _: usize, page: u64, count: u64) -> Result<(), HostError> {
-        self.with(page, count as usize * PAGE_SIZE, |bytes| bytes.fill(0));
-        Ok(())
+        self.with(page, count as usize * PAGE_SIZE, |bytes| bytes.fill(0))
     }
 }
 
@@ -104,18 +129,25 @@ impl MachineSink for Memory {
     }
 }
 
-fn report(name: &str, mib: usize, took: Duration, blackout_us: u64) {
-    let gib_s = mib as f64 / 1024.0 / took.as_secs_f64();
-    println!("{name:<24} {gib_s:.2} GiB/s, {took:.0?}, stopped to complete {blackout_us} us");
+/// What one run took.
+#[derive(Clone, Copy, Debug)]
+pub struct Took {
+    /// From the first connection to *Complete*.
+    pub whole: Duration,
+    /// From the machine's stop to *Complete*.
+    pub stopped: Duration,
 }
 
 /// What the sockets alone can do, from one buffer to another.
-async fn plain(mib: usize, channels: u16) -> std::io::Result<Duration> {
+///
+/// # Errors
+/// When the host has no loopback.
+pub async fn sockets(mib: usize, channels: u16) -> std::io::Result<Duration> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
     let each = mib / usize::from(channels) * 2;
     let began = Instant::now();
-    let mut tasks = tokio::task::JoinSet::new();
+    let mut tasks = JoinSet::new();
     for _ in 0..channels {
         let mut to = TcpStream::connect(address).await?;
         let (mut from, _) = listener.accept().await?;
@@ -140,22 +172,40 @@ async fn plain(mib: usize, channels: u16) -> std::io::Result<Duration> {
     Ok(began.elapsed())
 }
 
-async fn migrate(
+/// Moves `source`'s memory to `sink`; over the plain sockets, which no monitor does, when it is not `sealed`.
+///
+/// # Errors
+/// As either side failed.
+pub async fn migrate(
     source: &Arc<Memory>,
     sink: &Arc<Memory>,
     channels: u16,
-) -> Result<(Duration, u64), HostError> {
+    sealed: bool,
+) -> Result<Took, HostError> {
     let credentials = Credentials {
         migration_id: 1,
         ticket: Ticket([1; 32]),
     };
     let listener = TcpListener::bind("127.0.0.1:0").await?;
-    let connector = Arc::new(TcpConnector {
+    let connector = TcpConnector {
         addresses: vec![listener.local_addr()?],
-    });
+    };
+    let acceptor = TcpAcceptor { listener };
+    let ends: (Arc<dyn Connector>, Arc<dyn Acceptor>) = if sealed {
+        let (here, there) = (Identity::draw()?, Identity::draw()?);
+        let expected = ExpectedSource::default();
+        expected.announce(here.fingerprint())?;
+        let connector = TlsConnector::new(connector, &here, there.fingerprint())?;
+        (
+            Arc::new(connector),
+            Arc::new(TlsAcceptor::new(acceptor, &there, expected)?),
+        )
+    } else {
+        (Arc::new(connector), Arc::new(acceptor))
+    };
     let began = Instant::now();
     let receiving = tokio::spawn(receive(
-        Arc::new(TcpAcceptor { listener }),
+        ends.1,
         credentials,
         Arc::clone(sink),
         ReceiveOptions::default(),
@@ -167,44 +217,21 @@ async fn migrate(
         ..SendOptions::default()
     };
     let status = watch::channel(SendStatus::default()).0;
+    let source = Arc::clone(source);
     send(
-        connector,
+        ends.0,
         credentials,
-        Arc::clone(source),
+        source,
         options,
         status,
         Default::default(),
     )
     .await?;
-    let took = began.elapsed();
+    let whole = began.elapsed();
     let received = receiving.await??;
     let stopped_ns = received.status.source_timings.vcpus_stopped_ns;
-    Ok((took, (received.status.complete_ns - stopped_ns) / 1000))
-}
-
-#[tokio::main]
-async fn main() -> Result<(), HostError> {
-    let mut args = std::env::args().skip(1).map(|arg| arg.parse::<usize>());
-    let mib = args.next().transpose()?.unwrap_or(1024).max(64);
-    let channels = args.next().transpose()?.unwrap_or(1).clamp(1, 16) as u16;
-    let runs = args.next().transpose()?.unwrap_or(3);
-    let source = Memory::new(mib, Some(1));
-    for _ in 0..runs {
-        report("plain sockets", mib, plain(mib, channels).await?, 0);
-        let sink = Memory::new(mib, None);
-        let (took, blackout_us) = migrate(&source, &sink, channels).await?;
-        report("into fresh memory", mib, took, blackout_us);
-        let (took, blackout_us) = migrate(&source, &sink, channels).await?;
-        report("into populated memory", mib, took, blackout_us);
-        let equal = source
-            .0
-            .iter()
-            .zip(&sink.0)
-            .all(|(a, b)| *a.lock().unwrap() == *b.lock().unwrap());
-        assert!(equal, "the copy differs");
-        let zero = Memory::new(mib, None);
-        let (took, blackout_us) = migrate(&zero, &Memory::new(mib, None), channels).await?;
-        report("zero pages", mib, took, blackout_us);
-    }
-    Ok(())
+    Ok(Took {
+        whole,
+        stopped: Duration::from_nanos(received.status.complete_ns.saturating_sub(stopped_ns)),
+    })
 }
