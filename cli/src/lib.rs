@@ -120,7 +120,7 @@ enum Command {
     /// The cluster: init, status, settings, ca, trust.
     #[command(subcommand)]
     Cluster(cluster::Command),
-    /// Nodes: list, show, add, join-tokens, remove, drain, uncordon.
+    /// Nodes: list, show, check, add, join-tokens, remove, drain, uncordon.
     #[command(subcommand)]
     Node(node::Command),
     /// Machines: create, list, show, start, stop, delete, console, migrate.
@@ -326,6 +326,9 @@ mod tests {
             "cluster trust remove east",
             "node add n2 --ttl 30m --role witness",
             "node join-tokens list",
+            "node check",
+            "node check n1 n2 -o json",
+            "node check --all",
             "node join-tokens revoke j1",
             "token create ada --role operator --tag web --tag db --ttl 30d",
             "token revoke t1 -y",
@@ -341,6 +344,7 @@ mod tests {
         for line in [
             "cluster ca rotate --recovery-key k",
             "node add n2 --ttl soon",
+            "node check n1 --all",
             "node add n2 --ttl 0m",
             "token create ada",
             "token create ada --role king",

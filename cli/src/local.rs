@@ -306,10 +306,12 @@ impl LocalCluster {
             command.env(proto::clock::VARIABLE, path);
         }
         if plan.failpoints {
-            command.env(
-                proto::failpoint::VARIABLE,
-                format!("@{}", node.folder.join("failpoints").display()),
-            );
+            let path = node.folder.join("failpoints");
+            // There before it is armed: monitors open it once.
+            if !path.exists() {
+                std::fs::write(&path, "")?;
+            }
+            command.env(proto::failpoint::VARIABLE, format!("@{}", path.display()));
         }
         node.pid = spawn(&mut command, &node.folder.join("clusterd.log"))?;
         Ok(())

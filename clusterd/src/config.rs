@@ -9,6 +9,8 @@ use std::str::FromStr;
 use cluster_model::{Name, NodeFacts};
 use serde::Deserialize;
 
+use crate::confine::{MONITOR_UIDS, UidRange};
+
 /// The usual port of a node.
 const PORT: u16 = 7440;
 /// The usual ports of memory streams.
@@ -40,10 +42,20 @@ pub struct Cli {
 pub enum Action {
     /// Let the clusterd that runs on this host join a cluster; the token comes on standard input, as the line that
     /// `clusterctl node add` prints has it.
+    ///
+    /// First this host is checked: /dev/kvm, processor, memory, disk, MTU, clock, and whether it reaches the
+    /// cluster's volumes. When something fails, nothing is changed.
     Join {
         /// A file with the token [standard input].
         #[arg(long, value_name = "FILE")]
         token_file: Option<PathBuf>,
+        /// Only check this host, and change nothing. With a token it is compared with the cluster, and the token
+        /// stays good; without (an empty standard input, or a terminal), only the host itself is looked at.
+        #[arg(long)]
+        check: bool,
+        /// Join although the check fails.
+        #[arg(long, conflicts_with = "check")]
+        skip_check: bool,
     },
 }
 
@@ -91,6 +103,9 @@ struct Given {
     #[arg(long, value_name = "NAME=BRIDGE")]
     #[serde(default)]
     bridge: Vec<Bridge>,
+    /// The users that monitors become, one a machine; only where clusterd runs as root [805306368-1073741823].
+    #[arg(long, value_name = "FIRST-LAST")]
+    monitor_uids: Option<UidRange>,
 }
 
 /// A bridge as machines name it, and as this host does.
@@ -190,6 +205,8 @@ pub struct Config {
     pub broker: PathBuf,
     /// Bridges that machines name otherwise than this host does: their name to this host's.
     pub bridges: BTreeMap<String, String>,
+    /// The users that monitors become.
+    pub monitor_uids: UidRange,
 }
 
 /// Why a node cannot be configured so.
@@ -268,6 +285,7 @@ impl Given {
             migration_advertise: self.migration_advertise.or(file.migration_advertise),
             vmm: self.vmm.or(file.vmm),
             broker: self.broker.or(file.broker),
+            monitor_uids: self.monitor_uids.or(file.monitor_uids),
             bridge: if self.bridge.is_empty() {
                 file.bridge
             } else {
@@ -349,6 +367,7 @@ impl Given {
             migration_advertise: self.migration_advertise,
             vmm: program("vmm", self.vmm)?,
             broker: program("broker", self.broker)?,
+            monitor_uids: self.monitor_uids.unwrap_or(MONITOR_UIDS),
             bridges: self
                 .bridge
                 .into_iter()
@@ -369,7 +388,8 @@ fn host_name() -> Option<String> {
     Some(name.trim().split('.').next()?.to_ascii_lowercase())
 }
 
-fn host_memory_mib() -> Option<u64> {
+/// Memory of this host in all, MiB.
+pub(crate) fn host_memory_mib() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find(|line| line.starts_with("MemTotal:"))?;
     let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
@@ -502,7 +522,7 @@ mod tests {
     #[test]
     fn what_cannot_be_is_refused_by_name() {
         let folder = tempfile::tempdir().unwrap();
-        let cases: [(&str, &[&str], &str); 7] = [
+        let cases: [(&str, &[&str], &str); 8] = [
             ("nmae = 'n1'", &[], "nmae"),
             ("memory-mib = 'much'", &[], "memory-mib"),
             ("name = 'N 1'", &[], "--name"),
@@ -514,6 +534,7 @@ mod tests {
                 &["--name", "a"],
                 "migration-ports",
             ),
+            ("monitor-uids = '0-100'", &["--name", "a"], "monitor-uids"),
         ];
         for (file, flags, word) in cases {
             let flags: Vec<&str> = flags.to_vec();

@@ -1,6 +1,6 @@
-//! `clusterd join`: hands a join token to the daemon that runs on this host.
+//! `clusterd join`: checks this host, and hands a join token to the daemon that runs on it.
 
-use std::io::Read;
+use std::io::{IsTerminal, Read};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -8,6 +8,7 @@ use proto::admin::admin_client::AdminClient;
 use proto::admin::{Change, NodeJoinRequest};
 use proto::token::JoinToken;
 
+use crate::check::{self, Finding};
 use crate::config::Config;
 
 /// How long a join may take: the entry, the certificate, the log's way here.
@@ -31,6 +32,15 @@ pub enum JoinError {
         "{0}\n  try: clusterctl node add NAME   (on the cluster; it prints the line to paste here)"
     )]
     Token(#[from] proto::token::TokenError),
+    /// The check found that it would not work.
+    #[error(
+        "{}\nthis host is not fit to join: nothing was changed, and the token is still good\n  try: what stands under what failed, then clusterd join again; --skip-check joins all the same",
+        check::table(findings)
+    )]
+    Unfit {
+        /// All that was found.
+        findings: Vec<Finding>,
+    },
     /// No daemon runs here.
     #[error(
         "no clusterd answers at {}: {why}\n  try: systemctl start clusterd, then join again; with another --data-dir give it here too", socket.display()
@@ -65,14 +75,42 @@ fn token(file: Option<&Path>) -> Result<String, JoinError> {
     Ok(text)
 }
 
+/// Only checks this host, with the token that comes on standard input or in the file, or without one.
+///
+/// # Errors
+/// See [`JoinError`]; what is found is no error.
+pub async fn check(config: &Config, token_file: Option<&Path>) -> Result<Vec<Finding>, JoinError> {
+    let line = if token_file.is_none() && std::io::stdin().is_terminal() {
+        String::new()
+    } else {
+        token(token_file)?
+    };
+    let parsed = if line.trim().is_empty() {
+        None
+    } else {
+        Some(JoinToken::parse(&line)?)
+    };
+    Ok(check::join::check(config, parsed.as_ref()).await)
+}
+
 /// Joins, and says what came of it.
 ///
 /// # Errors
 /// See [`JoinError`].
-pub async fn run(config: &Config, token_file: Option<&Path>) -> Result<String, JoinError> {
+pub async fn run(
+    config: &Config,
+    token_file: Option<&Path>,
+    skip_check: bool,
+) -> Result<String, JoinError> {
     let line = token(token_file)?;
     // Read here first: a mistyped line is told before anything is asked.
-    JoinToken::parse(&line)?;
+    let parsed = JoinToken::parse(&line)?;
+    if !skip_check {
+        let findings = check::join::check(config, Some(&parsed)).await;
+        if check::any_failed(&findings) {
+            return Err(JoinError::Unfit { findings });
+        }
+    }
     let socket = config.admin_socket();
     if let Err(why) = tokio::net::UnixStream::connect(&socket).await {
         return Err(JoinError::NoDaemon { socket, why });

@@ -7,18 +7,24 @@
 //!  ├ heartbeat, leader the node's lease, from both sides
 //!  ├ agent             makes this host agree with the log
 //!  │  ├ monitors, broker, machine_file, process   its means
+//!  │  ├ confine, cgroups   what a monitor cannot do and cannot use up
 //!  │  └ permit         the one way by which a guest runs
 //!  ├ controllers       what the leader does by itself
+//!  ├ check, join       whether this host is fit to be a node, before it joins and after
 //!  └ peer_service      what other nodes ask
 //! ```
+//! `unsafe` stands in the module that says `#![allow(unsafe_code)]`, one ioctl of /dev/kvm; nowhere else.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod admin;
 pub mod agent;
 pub mod broker;
+pub mod cgroups;
+pub mod check;
 pub mod clock;
 pub mod config;
+pub mod confine;
 pub mod controllers;
 pub mod heartbeat;
 pub mod join;

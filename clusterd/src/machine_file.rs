@@ -6,12 +6,34 @@ use std::net::{IpAddr, SocketAddr};
 use cluster_model::state::{Boot, OnIsolation};
 use cluster_model::{ClusterState, MigrationId, NodeId, Token, Vm, VmId};
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::broker::{self, BrokerError};
+use crate::cgroups::{self, Limits};
+use crate::confine::Confinement;
+
+/// A machine file, but for its monitor's confinement: that is known only when the monitor is started.
+#[derive(Clone, Debug)]
+pub struct MachineFile {
+    /// The machine.
+    pub vm: VmId,
+    /// What its monitor may use.
+    pub limits: Limits,
+    contents: Value,
+}
+
+impl MachineFile {
+    /// The file of a monitor that is confined so.
+    pub fn confined(mut self, confinement: &Confinement) -> Vec<u8> {
+        // Plain data with text keys: it always has a JSON form.
+        self.contents["confinement"] = serde_json::to_value(confinement).unwrap_or_default();
+        serde_json::to_vec_pretty(&self.contents).unwrap_or_default()
+    }
+}
 
 /// The file's contents, field by field what `vmm` reads.
 #[derive(Debug, Serialize)]
-struct MachineFile<'s> {
+struct Contents<'s> {
     vm_id: VmId,
     vm_name: &'s str,
     node_id: NodeId,
@@ -90,7 +112,7 @@ pub fn write(
     place: Place,
     bridges: &BTreeMap<String, String>,
     incoming: Option<Incoming>,
-) -> Result<Vec<u8>, BrokerError> {
+) -> Result<MachineFile, BrokerError> {
     let disks = vm
         .spec
         .disks
@@ -120,7 +142,7 @@ pub fn write(
             mac: &nic.mac,
         })
         .collect();
-    let file = MachineFile {
+    let contents = Contents {
         vm_id: vm.id,
         vm_name: vm.name.as_str(),
         node_id: place.node,
@@ -136,12 +158,44 @@ pub fn write(
         on_isolation: vm.spec.on_isolation,
         incoming,
     };
-    // Plain data with text keys: it always has a JSON form.
-    Ok(serde_json::to_vec_pretty(&file).unwrap_or_default())
+    Ok(MachineFile {
+        vm: vm.id,
+        limits: cgroups::limits(vm.spec.memory_mib, vm.spec.vcpus),
+        // Plain data with text keys: it always has a JSON form.
+        contents: serde_json::to_value(&contents).unwrap_or_default(),
+    })
 }
 
 /// The tap device of a machine's network interface, at most 15 bytes. A token belongs to one grant, so
 /// the taps of a migration's two sides never collide, wherever they are.
 pub fn tap_name(token: Token, number: usize) -> String {
     format!("bt{}n{number}", token.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::confine::Measure;
+
+    #[test]
+    fn the_file_says_whom_the_monitor_becomes_and_what_was_done_to_it() {
+        let file = MachineFile {
+            vm: VmId(7),
+            limits: cgroups::limits(64, 1),
+            contents: serde_json::json!({"vm_id": 7}),
+        };
+        let confinement = Confinement {
+            uid: Some(805_306_375),
+            measures: vec![Measure::missing("cpu-limit", "no controller")],
+        };
+        let written: Value = serde_json::from_slice(&file.confined(&confinement)).unwrap();
+        let expected = serde_json::json!({
+            "vm_id": 7,
+            "confinement": {
+                "uid": 805_306_375,
+                "measures": [{"name": "cpu-limit", "applied": false, "detail": "no controller"}],
+            },
+        });
+        assert_eq!(written, expected);
+    }
 }

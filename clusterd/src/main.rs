@@ -1,24 +1,44 @@
 //! The node daemon: reads its configuration, runs its node, stops as planned when asked to.
 
+use std::process::ExitCode;
+
 use clap::Parser;
 use clusterd::admin::AdminService;
 use clusterd::config::{Action, Cli, Config};
 use clusterd::node::Node;
+use clusterd::{check, join};
 use tokio::signal::unix::{SignalKind, signal};
 
 #[tokio::main]
-async fn main() -> anyhow::Result<()> {
+async fn main() -> anyhow::Result<ExitCode> {
     let cli = Cli::parse();
     let config = cli.load()?;
     match cli.action {
-        Some(Action::Join { token_file }) => {
+        Some(Action::Join {
+            token_file,
+            check: true,
+            ..
+        }) => {
+            let findings = join::check(&config, token_file.as_deref()).await?;
+            println!("{}", check::table(&findings));
+            Ok(if check::any_failed(&findings) {
+                ExitCode::FAILURE
+            } else {
+                ExitCode::SUCCESS
+            })
+        }
+        Some(Action::Join {
+            token_file,
+            skip_check,
+            ..
+        }) => {
             println!(
                 "{}",
-                clusterd::join::run(&config, token_file.as_deref()).await?
+                join::run(&config, token_file.as_deref(), skip_check).await?
             );
-            Ok(())
+            Ok(ExitCode::SUCCESS)
         }
-        None => run(config).await,
+        None => run(config).await.map(|()| ExitCode::SUCCESS),
     }
 }
 

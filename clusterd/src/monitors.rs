@@ -5,7 +5,9 @@
 //! monitor is gone when its process is; one that does not answer is kept as it last described itself.
 
 use std::collections::BTreeMap;
-use std::io::{Read, Seek, SeekFrom};
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,6 +20,8 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tonic::transport::Channel;
 
+use crate::confine::{self, Confiner};
+use crate::machine_file::MachineFile;
 use crate::process;
 
 /// How long a started monitor may take to describe itself: it reserves its memory first.
@@ -36,6 +40,10 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 const WATCH_PAUSE: Duration = Duration::from_millis(50);
 /// A watched monitor says something every second; silence for longer is a broken connection.
 const WATCH_SILENCE: Duration = Duration::from_secs(5);
+/// How often the control groups of an ended monitor are tried to be removed...
+const GROUP_TRIES: u32 = 20;
+/// ...and how long after one another.
+const GROUP_PAUSE: Duration = Duration::from_millis(100);
 /// Folders of ended monitors that are kept for their logs.
 const ENDED_KEPT: usize = 64;
 /// What of a log's end goes into an error.
@@ -130,6 +138,12 @@ impl Monitor {
         progress
             .map(|progress| MigrationId(progress.migration_id))
             .or(self.incoming)
+    }
+
+    /// The name of its folder.
+    pub fn name(&self) -> &str {
+        let name = self.folder.file_name();
+        name.and_then(std::ffi::OsStr::to_str).unwrap_or_default()
     }
 
     async fn call<T, F>(
@@ -314,6 +328,7 @@ pub struct Monitors {
 struct Inner {
     program: PathBuf,
     folder: PathBuf,
+    confiner: Confiner,
     table: watch::Sender<Table>,
     watches: Mutex<JoinSet<()>>,
 }
@@ -324,13 +339,18 @@ impl Monitors {
     ///
     /// # Errors
     /// When the folder cannot be made or read.
-    pub async fn recover(program: PathBuf, data_dir: &Path) -> std::io::Result<Monitors> {
+    pub async fn recover(
+        program: PathBuf,
+        data_dir: &Path,
+        confiner: Confiner,
+    ) -> std::io::Result<Monitors> {
         let folder = data_dir.join("vms");
-        std::fs::create_dir_all(&folder)?;
+        private_folder(&folder)?;
         let monitors = Monitors {
             inner: Arc::new(Inner {
                 program,
                 folder: folder.clone(),
+                confiner,
                 table: watch::channel(Table::default()).0,
                 watches: Mutex::default(),
             }),
@@ -344,6 +364,8 @@ impl Monitors {
         }
         futures::future::join_all(found).await;
         monitors.forget_ended();
+        // None is being started yet, so a group without a process is a leftover.
+        monitors.inner.confiner.groups.sweep();
         Ok(monitors)
     }
 
@@ -363,6 +385,11 @@ impl Monitors {
         }
     }
 
+    /// What confines them.
+    pub fn confiner(&self) -> &Confiner {
+        &self.inner.confiner
+    }
+
     /// Every monitor of this node; changes are published.
     pub fn table(&self) -> watch::Receiver<Table> {
         self.inner.table.subscribe()
@@ -380,15 +407,15 @@ impl Monitors {
             .ok_or(MonitorError::Gone { nonce })
     }
 
-    /// Starts a monitor in the folder `name` with the configuration `config`, and waits until it has
-    /// described itself.
+    /// Starts a monitor in the folder `name` for the machine of `file`, confined as far as this host lets it,
+    /// and waits until it has described itself.
     ///
     /// # Errors
     /// When it ends or does not answer in time; it is then ended.
     pub async fn spawn(
         &self,
         name: &str,
-        config: &[u8],
+        file: MachineFile,
         incoming: bool,
     ) -> Result<Monitor, MonitorError> {
         let folder: Arc<Path> = self.inner.folder.join(name).into();
@@ -396,9 +423,13 @@ impl Monitors {
             folder: folder.to_path_buf(),
             why,
         };
-        let mut child = self
-            .start_process(&folder, config, incoming)
-            .map_err(|error| failed(error.to_string()))?;
+        let mut child = match self.start_process(name, &folder, file, incoming).await {
+            Ok(child) => child,
+            Err(error) => {
+                self.remove_groups(name.to_owned());
+                return Err(failed(error.to_string()));
+            }
+        };
         let pid = child
             .id()
             .ok_or_else(|| failed("it ended at once".to_owned()))?;
@@ -408,6 +439,14 @@ impl Monitors {
         match first_status(&client, is_alive, START_TIMEOUT).await {
             Ok(status) => {
                 tracing::info!(pid, vm = status.vm_id, incoming, "monitor started");
+                for measure in status.measures.iter().filter(|measure| !measure.applied) {
+                    tracing::warn!(
+                        vm = status.vm_id,
+                        measure = measure.name,
+                        why = measure.detail,
+                        "a monitor is not confined in every way"
+                    );
+                }
                 let nonce = status.nonce;
                 self.watch(folder, pid, status, client);
                 self.get(nonce)
@@ -415,24 +454,25 @@ impl Monitors {
             Err(why) => {
                 let _ = child.start_kill();
                 let _ = tokio::time::timeout(KILL_TIMEOUT, child.wait()).await;
+                self.remove_groups(name.to_owned());
                 Err(failed(format!("{why}{}", log_tail(&folder))))
             }
         }
     }
 
-    fn start_process(
+    async fn start_process(
         &self,
+        name: &str,
         folder: &Path,
-        config: &[u8],
+        file: MachineFile,
         incoming: bool,
     ) -> std::io::Result<tokio::process::Child> {
-        std::fs::create_dir_all(folder)?;
+        private_folder(folder)?;
+        let confiner = &self.inner.confiner;
+        let mut confinement = confiner.prepare(name, file.vm, &file.limits);
+        let (groups, name) = (confiner.groups.clone(), name.to_owned());
         let config_path = folder.join("config.json");
-        std::fs::write(&config_path, config)?;
-        let log = std::fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(folder.join("log"))?;
+        let log = private_file(&folder.join("log"), |options| options.append(true))?;
         let mut command = tokio::process::Command::new(&self.inner.program);
         command.arg("--config").arg(&config_path);
         command.arg("--control").arg(socket(folder));
@@ -444,8 +484,42 @@ impl Monitors {
             .stdout(log.try_clone()?)
             .stderr(log)
             // Signals to this daemon's terminal are not for it; and it is not killed when dropped.
-            .process_group(0)
-            .spawn()
+            .process_group(0);
+        confine::in_own_pid_namespace(move |measure| {
+            confinement.measures.push(measure);
+            let contents = file.confined(&confinement);
+            private_file(&config_path, |options| options.write(true).truncate(true))?
+                .write_all(&contents)?;
+            let child = command.spawn()?;
+            // Before it has read its machine file; what it took until then counts where this daemon does.
+            if let Some(pid) = child.id()
+                && let Err(error) = groups.join(&name, pid)
+            {
+                tracing::warn!(%error, "a monitor runs without its limits; see: clusterctl node check");
+            }
+            Ok(child)
+        })
+        .await
+    }
+
+    /// Removes the control groups of an ended monitor: soon, for what ends is still in them for a moment.
+    fn remove_groups(&self, name: String) {
+        let groups = self.inner.confiner.groups.clone();
+        if groups.remove(&name) {
+            return;
+        }
+        tokio::spawn(async move {
+            for _ in 0..GROUP_TRIES {
+                tokio::time::sleep(GROUP_PAUSE).await;
+                if groups.remove(&name) {
+                    return;
+                }
+            }
+            tracing::debug!(
+                name,
+                "the control group of an ended monitor stays until the next start"
+            );
+        });
     }
 
     /// Enters a monitor into the table and follows it until its process is gone.
@@ -453,9 +527,11 @@ impl Monitors {
         &self,
         folder: Arc<Path>,
         pid: u32,
-        status: wire::MonitorStatus,
+        mut status: wire::MonitorStatus,
         client: MonitorClient<Channel>,
     ) {
+        // In a PID namespace of its own it calls itself 1.
+        status.pid = pid;
         let monitor = Monitor {
             incoming: incoming_of(&folder),
             folder,
@@ -508,7 +584,7 @@ impl Monitors {
         }
     }
 
-    fn take_in(&self, status: wire::MonitorStatus, nonce: u64) -> bool {
+    fn take_in(&self, mut status: wire::MonitorStatus, nonce: u64) -> bool {
         if status.nonce != nonce {
             tracing::warn!(
                 vm = status.vm_id,
@@ -517,8 +593,11 @@ impl Monitors {
             return false;
         }
         self.inner.table.send_if_modified(|table| {
-            let known = table.get(&nonce).map(|monitor| &monitor.status);
-            let differs = known.is_some_and(|known| **known != status);
+            let known = table.get(&nonce);
+            if let Some(known) = known {
+                status.pid = known.pid;
+            }
+            let differs = known.is_some_and(|known| *known.status != status);
             if differs && let Some(monitor) = Arc::make_mut(table).get_mut(&nonce) {
                 monitor.status = Arc::new(status);
             }
@@ -547,6 +626,7 @@ impl Monitors {
         if removed {
             tracing::info!(pid = monitor.pid, vm = %monitor.vm(), "a monitor is gone");
             let _ = std::fs::remove_file(socket(&monitor.folder));
+            self.remove_groups(monitor.name().to_owned());
             self.forget_ended();
         }
     }
@@ -625,6 +705,25 @@ pub fn name_of_incoming(vm: VmId, migration: MigrationId) -> String {
 fn incoming_of(folder: &Path) -> Option<MigrationId> {
     let (_, number) = folder.file_name()?.to_str()?.rsplit_once("-m-")?;
     number.parse().ok().map(MigrationId)
+}
+
+/// Makes a folder that nobody else may look into, or takes it from everybody else.
+fn private_folder(folder: &Path) -> std::io::Result<()> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(folder)?;
+    // It may be there already, of an earlier version or another umask.
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700))
+}
+
+/// Opens a file that nobody else may read, and makes it where there is none.
+fn private_file(
+    path: &Path,
+    how: impl FnOnce(&mut OpenOptions) -> &mut OpenOptions,
+) -> std::io::Result<File> {
+    let mut options = OpenOptions::new();
+    how(&mut options).create(true).mode(0o600).open(path)
 }
 
 fn socket(folder: &Path) -> PathBuf {

@@ -116,45 +116,65 @@ impl Dialer {
         address: &str,
         config: impl Fn() -> Result<Arc<ClientConfig>, KeeperError> + Clone + Send + Sync + 'static,
     ) -> Result<Channel, AddressError> {
-        let endpoint = Endpoint::from_shared(format!("http://{address}"))
-            .ok()
-            .filter(|endpoint| endpoint.uri().port_u16().is_some())
-            .ok_or_else(|| AddressError {
-                address: address.to_owned(),
-            })?
-            .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
-            .keep_alive_timeout(KEEPALIVE_TIMEOUT)
-            .keep_alive_while_idle(true)
-            .initial_stream_window_size(WINDOW_BYTES)
-            .initial_connection_window_size(WINDOW_BYTES);
-        let (local, links) = (self.inner.local, self.inner.links.clone());
-        Ok(
-            endpoint.connect_with_connector_lazy(tower::service_fn(move |uri: Uri| {
-                let (links, config) = (links.clone(), config.clone());
-                async move {
-                    let connecting = async {
-                        let stream = connect(&uri, local, &links).await?;
-                        tls::connect(config().map_err(io::Error::other)?, stream).await
-                    };
-                    match tokio::time::timeout(CONNECT_TIMEOUT, connecting).await {
-                        Ok(connected) => connected.map(TokioIo::new),
-                        Err(_) => Err(io::Error::new(
-                            io::ErrorKind::TimedOut,
-                            format!(
-                                "{uri} did not answer within {} ms",
-                                CONNECT_TIMEOUT.as_millis()
-                            ),
-                        )),
-                    }
-                }
-            })),
-        )
+        channel_from(self.inner.local, address, self.inner.links.clone(), config)
     }
 
     /// Which links are cut on purpose; for fault tests.
     pub fn links(&self) -> &Links {
         &self.inner.links
     }
+}
+
+/// A channel from `local` to `address` whose other end is checked by `config` alone: for a host that is no node.
+///
+/// # Errors
+/// When `address` is not `host:port`.
+pub fn stranger(
+    local: IpAddr,
+    address: &str,
+    config: Arc<ClientConfig>,
+) -> Result<Channel, AddressError> {
+    channel_from(local, address, Links::default(), move || Ok(config.clone()))
+}
+
+fn channel_from(
+    local: IpAddr,
+    address: &str,
+    links: Links,
+    config: impl Fn() -> Result<Arc<ClientConfig>, KeeperError> + Clone + Send + Sync + 'static,
+) -> Result<Channel, AddressError> {
+    let endpoint = Endpoint::from_shared(format!("http://{address}"))
+        .ok()
+        .filter(|endpoint| endpoint.uri().port_u16().is_some())
+        .ok_or_else(|| AddressError {
+            address: address.to_owned(),
+        })?
+        .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+        .keep_alive_while_idle(true)
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES);
+    Ok(
+        endpoint.connect_with_connector_lazy(tower::service_fn(move |uri: Uri| {
+            let (links, config) = (links.clone(), config.clone());
+            async move {
+                let connecting = async {
+                    let stream = connect(&uri, local, &links).await?;
+                    tls::connect(config().map_err(io::Error::other)?, stream).await
+                };
+                match tokio::time::timeout(CONNECT_TIMEOUT, connecting).await {
+                    Ok(connected) => connected.map(TokioIo::new),
+                    Err(_) => Err(io::Error::new(
+                        io::ErrorKind::TimedOut,
+                        format!(
+                            "{uri} did not answer within {} ms",
+                            CONNECT_TIMEOUT.as_millis()
+                        ),
+                    )),
+                }
+            }
+        })),
+    )
 }
 
 /// An address that is not `host:port`.

@@ -32,6 +32,7 @@ use tonic::transport::Channel;
 use crate::broker::Broker;
 use crate::clock::Clock;
 use crate::config::Config;
+use crate::confine::{BROKER_UIDS, Confiner};
 use crate::late::Late;
 use crate::member::{CommandError, LeaseView, Member};
 use crate::monitors::{Monitor, Monitors};
@@ -54,8 +55,6 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(15);
 const FIRST_TOKEN_MS: u64 = 90 * 24 * 3_600 * 1_000;
 /// How long another node may take to take over the lead.
 const TRANSFER_TIMEOUT: Duration = Duration::from_secs(3);
-/// The uids that own disk files: above people and services, below the range of tokens' groups.
-const BROKER_UIDS: std::ops::Range<u32> = 0x2000_0000..0x3000_0000;
 
 /// What a node keeps of itself beside its log.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -586,6 +585,19 @@ impl NodeHandle {
         owner.map(|owner| self.channel(&owner.address)).transpose()
     }
 
+    /// The channel to a node, to pass a request on to it.
+    ///
+    /// # Errors
+    /// When there is none of that number, or its address cannot be.
+    pub fn node_channel(&self, node: NodeId) -> Result<Channel, AskError> {
+        let state = self.state();
+        let node = state.nodes.get(&node).ok_or_else(|| AskError::Silent {
+            address: node.to_string(),
+            why: "it is not in the cluster".into(),
+        })?;
+        self.channel(&node.address)
+    }
+
     fn channel(&self, address: &str) -> Result<Channel, AskError> {
         self.shared
             .dialer
@@ -622,9 +634,10 @@ impl NodeHandle {
             config.source_address(),
             shared.clock.clone(),
         );
+        let confiner = Confiner::of_host(config.monitor_uids, data_dir);
         let (raft, monitors) = tokio::join!(
             raft::start::<ClusterState>(options, shared.dialer.clone()),
-            Monitors::recover(config.vmm.clone(), data_dir)
+            Monitors::recover(config.vmm.clone(), data_dir, confiner)
         );
         let raft = raft?;
         let monitors = monitors.map_err(failed)?;

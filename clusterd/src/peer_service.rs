@@ -6,13 +6,15 @@ use cluster_model::trust::Sha256;
 use cluster_model::{Envelope, MigrationId, MigrationState, NodeId};
 use proto::peer::peer_server::{Peer, PeerServer};
 use proto::peer::{
-    HeartbeatReply, HeartbeatRequest, IssuingKeyReply, IssuingKeyRequest, JoinReply, JoinRequest,
-    ObservedReply, ObservedRequest, PrepareIncomingReply, PrepareIncomingRequest, ProposeReply,
-    ProposeRequest, ReadIndexReply, ReadIndexRequest, RenewReply, RenewRequest,
-    SourceProgressReply, SourceProgressRequest,
+    HeartbeatReply, HeartbeatRequest, HostFactsReply, HostFactsRequest, IssuingKeyReply,
+    IssuingKeyRequest, JoinCheckReply, JoinCheckRequest, JoinReply, JoinRequest, ObservedReply,
+    ObservedRequest, PrepareIncomingReply, PrepareIncomingRequest, ProposeReply, ProposeRequest,
+    ReadIndexReply, ReadIndexRequest, RenewReply, RenewRequest, SourceProgressReply,
+    SourceProgressRequest,
 };
 use tonic::{Request, Response, Status};
 
+use crate::check;
 use crate::leader;
 use crate::member::Member;
 use crate::monitors::MonitorError;
@@ -139,6 +141,24 @@ impl Peer for PeerService {
         let from = caller(&request)?.from;
         let reply = trust::answer_join(&member, request.into_inner(), &from).await;
         Ok(Response::new(reply))
+    }
+
+    async fn join_check(
+        &self,
+        request: Request<JoinCheckRequest>,
+    ) -> Result<Response<JoinCheckReply>, Status> {
+        let member = self.member()?;
+        let from = caller(&request)?.from;
+        let reply = trust::answer_join_check(&member, request.into_inner(), &from).await;
+        Ok(Response::new(reply))
+    }
+
+    async fn host_facts(
+        &self,
+        _request: Request<HostFactsRequest>,
+    ) -> Result<Response<HostFactsReply>, Status> {
+        let member = self.member()?;
+        Ok(Response::new(check::node::host_facts(&member).await))
     }
 
     async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<RenewReply>, Status> {

@@ -22,7 +22,9 @@ mod sealed;
 
 pub use caller::{Caller, Shown};
 pub use door::{Door, Guard, Guest, Judge};
-pub use exchange::{answer_issuing_key, answer_join, answer_renew, ask_to_join};
+pub use exchange::{
+    answer_issuing_key, answer_join, answer_join_check, answer_renew, ask_to_join, deepest,
+};
 pub use judge::judge;
 pub use keeper::{Keeper, KeeperError, Papers};
 pub use local::guests as local_guests;

@@ -45,6 +45,11 @@ pub fn write_shifts(path: &Path, boottime_ns: i64, realtime_ns: i64) -> std::io:
     file.write_all_at(&bytes, 0)
 }
 
+/// Opens [`VARIABLE`]'s file now, for a process that may not later on.
+pub fn prepare() {
+    shifts();
+}
+
 fn shifts() -> (i64, i64) {
     static FILE: OnceLock<Option<File>> = OnceLock::new();
     let file = FILE.get_or_init(|| File::open(std::env::var_os(VARIABLE)?).ok());

@@ -2,11 +2,13 @@
 //!
 //! `BATON_FAILPOINTS="source.after_quiet=kill,run.before=hang"`; actions are `kill` (SIGKILL to the process
 //! itself), `hang` (for ever) and `error`. `BATON_FAILPOINTS=@/path/file` reads the same from a file each
-//! time a failpoint is reached, so that a test arms and disarms them while the process runs. A node's
+//! time a failpoint is reached, so that a test arms and disarms them while the process runs (in place: the file stays open). A node's
 //! daemon and its monitors inherit one value; each looks for its own names.
 
 use std::collections::HashMap;
-use std::sync::OnceLock;
+use std::fs::File;
+use std::io::{Read, Seek};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// The variable that arms them.
 pub const VARIABLE: &str = "BATON_FAILPOINTS";
@@ -31,10 +33,26 @@ fn action(name: &str) -> Option<Action> {
         .as_ref()?;
     match value.strip_prefix('@') {
         None => parse(value).get(name).copied(),
-        Some(path) => parse(std::fs::read_to_string(path).ok()?.trim())
-            .get(name)
-            .copied(),
+        Some(path) => parse(read(path).ok()?.trim()).get(name).copied(),
     }
+}
+
+/// Opens the file that arms them now, for a process that may not later on. It has to be there, and to be written in place.
+pub fn prepare() {
+    action("");
+}
+
+fn read(path: &str) -> std::io::Result<String> {
+    static FILE: Mutex<Option<File>> = Mutex::new(None);
+    let mut file = FILE.lock().unwrap_or_else(PoisonError::into_inner);
+    let file = match &mut *file {
+        Some(file) => file,
+        none => none.insert(File::open(path)?),
+    };
+    file.rewind()?;
+    let mut text = String::new();
+    file.read_to_string(&mut text)?;
+    Ok(text)
 }
 
 fn parse(text: &str) -> HashMap<String, Action> {
@@ -73,10 +91,10 @@ pub async fn reach(name: &'static str) -> Result<(), Tripped> {
         }
         Some(Action::Kill) => {
             tracing::warn!(name, "failpoint kills this process");
-            // SIGKILL cannot be refused; should it be late, nothing goes on here.
             let _ =
                 nix::sys::signal::kill(nix::unistd::Pid::this(), nix::sys::signal::Signal::SIGKILL);
-            std::future::pending().await
+            // The first process of a PID namespace does not hear its own SIGKILL.
+            std::process::abort()
         }
     }
 }

@@ -36,6 +36,9 @@ pub enum BootError {
         /// Why.
         source: std::io::Error,
     },
+    /// The files were to be opened before the monitor gave up its rights.
+    #[error("the kernel was not opened in time")]
+    NotOpened,
     /// The kernel is not one.
     #[error("cannot load {}: {reason}; give an ELF vmlinux or a bzImage for x86-64", path.display())]
     Kernel {

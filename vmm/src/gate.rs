@@ -14,6 +14,7 @@ use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFl
 use storage_broker::disk::Disk;
 
 use crate::clock;
+use crate::confine::{ThreadKind, narrow};
 use crate::devices::Migratable;
 use crate::permit::RunPermit;
 use crate::vcpu::{PauseTimedOut, Vcpus};
@@ -99,7 +100,10 @@ impl Gate {
         let watched = Arc::downgrade(&gate);
         std::thread::Builder::new()
             .name("lease".into())
-            .spawn(move || watch(&watched, &timer, lapsed))?;
+            .spawn(move || {
+                narrow(ThreadKind::Lease);
+                watch(&watched, &timer, lapsed);
+            })?;
         Ok(gate)
     }
 

@@ -6,11 +6,13 @@
 
 pub mod boot;
 pub mod clock;
+pub mod confine;
 pub mod console;
 pub mod control;
 pub mod devices;
 pub mod gate;
 pub mod guest;
+pub mod handles;
 pub mod kvm;
 pub mod layout;
 pub mod machine;

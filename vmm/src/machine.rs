@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::{join_all, try_join_all};
+use kvm_ioctls::Kvm;
 use storage_broker::disk::{Disk, DrainError};
 use tokio::sync::mpsc;
 
@@ -27,6 +28,8 @@ const ELAPSED_MAX: Duration = Duration::from_secs(60);
 /// What a machine consists of.
 #[derive(Debug)]
 pub struct Config {
+    /// KVM, open.
+    pub kvm: Kvm,
     /// Memory, MiB.
     pub memory_mib: u64,
     /// Virtual processors.
@@ -149,7 +152,7 @@ impl Machine {
         lapsed: impl Fn(Lapsed) + Send + 'static,
     ) -> Result<Machine, AssembleError> {
         let memory = memory::allocate(config.memory_mib)?;
-        let vm = Arc::new(Vm::new(memory.clone())?);
+        let vm = Arc::new(Vm::new(config.kvm, memory.clone())?);
         let host = HostCpu::new(vm.kvm(), vm.has_irqchip())?;
         let mut vcpus = Vec::new();
         for index in 0..config.vcpus {

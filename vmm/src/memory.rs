@@ -67,6 +67,10 @@ pub fn allocate(mib: u64) -> Result<GuestMemory, MemoryError> {
             reason: error.to_string(),
         })?;
     for region in memory.iter() {
+        // Not in anybody's core dump.
+        if let Err(error) = advise(region.as_ptr(), region.len() as usize, libc::MADV_DONTDUMP) {
+            tracing::debug!(%error, "guest memory would be in a core dump");
+        }
         // Refused where the host has no huge pages for shared memory; small pages serve as well.
         if let Err(error) = advise(region.as_ptr(), region.len() as usize, libc::MADV_HUGEPAGE) {
             tracing::debug!(%error, "no huge pages for guest memory");

@@ -31,10 +31,11 @@ use crate::clock;
 use crate::console::Console;
 use crate::devices::MachineEvent;
 use crate::gate::{Lapsed, TooLate};
+use crate::handles::Handles;
 use crate::permit::{Expected, PermitRefused, RunPermit};
 use crate::phase::{Event, NotNow, Phase};
 use crate::platform::{self, BuildError, Platform};
-use crate::spec::ValidatedSpec;
+use crate::spec::{Measure, ValidatedSpec};
 use crate::vcpu::PauseTimedOut;
 
 pub use migration::{CancelError, ExpectError, IncomingError, SendRefused, SendRequest};
@@ -56,6 +57,8 @@ pub struct Monitor {
     nonce: u64,
     /// Who it is on memory channels: of this process alone, and of no use to anybody once it has ended.
     identity: Identity,
+    /// What confines it.
+    measures: Vec<wire::Measure>,
     state: Mutex<State>,
     operation: tokio::sync::Mutex<()>,
     changed: watch::Sender<u64>,
@@ -175,11 +178,15 @@ pub enum StopError {
 }
 
 impl Monitor {
-    /// Builds the machine and starts to watch over it.
+    /// Builds the machine and starts to watch over it. `measures` confine this process.
     ///
     /// # Errors
     /// See [`BuildError`].
-    pub async fn start(spec: ValidatedSpec) -> Result<Arc<Monitor>, BuildError> {
+    pub async fn start(
+        spec: ValidatedSpec,
+        handles: Handles,
+        measures: Vec<Measure>,
+    ) -> Result<Arc<Monitor>, BuildError> {
         let identity = Identity::draw()?;
         let (happened, happenings) = mpsc::channel(HAPPENINGS_MAX);
         let (guest_events, mut guest) = mpsc::channel(HAPPENINGS_MAX);
@@ -189,7 +196,7 @@ impl Monitor {
                 tracing::debug!("the lease lapsed as the monitor ended");
             }
         };
-        let platform = platform::build(&spec, guest_events, lapsed).await?;
+        let platform = platform::build(&spec, handles, guest_events, lapsed).await?;
         let file = spec.file();
         let phase = if spec.incoming().is_some() {
             Phase::Incoming
@@ -211,6 +218,7 @@ impl Monitor {
         let monitor = Arc::new(Monitor {
             nonce: draw_nonce(),
             identity,
+            measures: measures.into_iter().map(Measure::into_wire).collect(),
             platform,
             spec,
             state: Mutex::new(state),

@@ -1,10 +1,11 @@
 //! From a machine file to a machine: disks opened, devices built and put where the guest looks for them.
 
+use std::fs::File;
 use std::sync::Arc;
 
 use cluster_model::state::{Boot, OnIsolation};
 use storage_broker::dialer::Dialer;
-use storage_broker::disk::{Disk, OpenError, open_disk};
+use storage_broker::disk::{DirDisk, Disk, OpenError, open_disk};
 use tokio::sync::mpsc;
 
 use crate::boot::linux::{self, LinuxImage};
@@ -13,13 +14,16 @@ use crate::boot::{BootError, selfcheck};
 use crate::console::Console;
 use crate::devices::i8042::I8042;
 use crate::devices::selfcheck::SelfCheck;
+use crate::devices::selfcheck::witness::WitnessError;
 use crate::devices::serial::Serial;
 use crate::devices::virtio::block::{Block, BlockConfig};
 use crate::devices::virtio::net::announce::MacAddress;
-use crate::devices::virtio::net::tap::Tap;
+use crate::devices::virtio::net::tap::{Tap, TapError};
 use crate::devices::virtio::net::{Net, NetConfig};
 use crate::devices::{DeviceContext, GuestMemory, MachineEvent};
 use crate::gate::{Lapsed, OnLapse};
+use crate::handles::{Handles, Images};
+use crate::kvm::vm::KvmError;
 use crate::guest::{GuestDisk, REPORT_ADDRESS, boot_params};
 use crate::layout::{
     I8042_PORT, I8042_PORTS, REPORT_PORT, REPORT_PORTS, SERIAL_IRQ, SERIAL_PORT, SERIAL_PORTS,
@@ -39,6 +43,8 @@ pub struct Platform {
     pub selfcheck: Option<Arc<SelfCheck>>,
     /// Its network interfaces.
     pub nics: Vec<Arc<Net>>,
+    /// The kernel's count of this process's memory.
+    pub memory_counts: Option<File>,
 }
 
 /// Why a machine could not be built from its file.
@@ -62,6 +68,18 @@ pub enum BuildError {
     /// The hardware.
     #[error(transparent)]
     Assemble(#[from] AssembleError),
+    /// A tap cannot be had.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// KVM cannot be opened.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// What it should boot cannot be opened.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The witness cannot be kept.
+    #[error(transparent)]
+    Witness(#[from] WitnessError),
     /// It would have nobody to be on its memory channels.
     #[error(transparent)]
     Identity(#[from] migration_core::tls::DrawError),
@@ -73,12 +91,22 @@ pub enum BuildError {
 /// See [`BuildError`].
 pub async fn build(
     spec: &ValidatedSpec,
+    handles: Handles,
     events: mpsc::Sender<MachineEvent>,
     lapsed: impl Fn(Lapsed) + Send + 'static,
 ) -> Result<Platform, BuildError> {
-    let disks = open_disks(spec).await?;
+    let Handles {
+        kvm,
+        taps,
+        directory_disks,
+        images,
+        witness,
+        memory_counts,
+    } = handles;
+    let disks = open_disks(spec, directory_disks).await?;
     let file = spec.file();
     let config = Config {
+        kvm,
         memory_mib: file.memory_mib,
         vcpus: file.vcpus,
         disks: disks.clone(),
@@ -102,7 +130,7 @@ pub async fn build(
             .insert(I8042_PORT, I8042_PORTS, i8042.clone())?;
         set.migratable.push(i8042);
         if matches!(file.boot, Boot::SelfCheck { .. }) {
-            let port = SelfCheck::new(context, REPORT_ADDRESS, file.witness.clone());
+            let port = SelfCheck::new(context, REPORT_ADDRESS, witness);
             set.buses
                 .pio
                 .insert(REPORT_PORT, REPORT_PORTS, port.clone())?;
@@ -125,10 +153,10 @@ pub async fn build(
                 .insert(address, VIRTIO_MMIO_SLOT_BYTES, block.clone())?;
             set.migratable.push(block);
         }
-        for (index, (nic, mac)) in file.nics.iter().zip(spec.macs()).enumerate() {
+        for (index, (tap, mac)) in taps.into_iter().zip(spec.macs()).enumerate() {
             let slot = disks.len() + index;
             let (address, irq) = (virtio_mmio_address(slot), virtio_irq(slot));
-            let tap = Tap::open(&nic.tap, &nic.bridge)?;
+            let tap = Tap::new(tap)?;
             let net = Net::new(
                 context,
                 &NetConfig {
@@ -147,7 +175,9 @@ pub async fn build(
         }
         Ok(set)
     };
-    let load = |memory: &GuestMemory, tsc_khz: u64| load_guest(spec, memory, tsc_khz);
+    let load = |memory: &GuestMemory, tsc_khz: u64| {
+        load_guest(spec, images.as_ref(), memory, tsc_khz)
+    };
     let load = spec.incoming().is_none().then_some(load);
     let machine = Machine::assemble(config, events, attach, load, lapsed)?;
     Ok(Platform {
@@ -155,17 +185,33 @@ pub async fn build(
         console,
         selfcheck,
         nics,
+        memory_counts,
     })
 }
 
-async fn open_disks(spec: &ValidatedSpec) -> Result<Vec<Arc<dyn Disk>>, BuildError> {
+async fn open_disks(
+    spec: &ValidatedSpec,
+    directory_disks: Vec<Option<File>>,
+) -> Result<Vec<Arc<dyn Disk>>, BuildError> {
     let dialer = spec
         .file()
         .node_address
         .map_or_else(Dialer::default, Dialer::from_source);
     let mut disks = Vec::new();
-    for (index, (open, recorded)) in spec.disks().iter().zip(&spec.file().disks).enumerate() {
-        let disk = open_disk(open, &dialer).await?;
+    let opened = directory_disks
+        .into_iter()
+        .chain(std::iter::repeat_with(|| None));
+    for (index, ((open, recorded), file)) in spec
+        .disks()
+        .iter()
+        .zip(&spec.file().disks)
+        .zip(opened)
+        .enumerate()
+    {
+        let disk: Arc<dyn Disk> = match file {
+            Some(file) => Arc::new(DirDisk::from_file(file, open)?),
+            None => open_disk(open, &dialer).await?,
+        };
         let (found, expected) = (disk.size_bytes(), recorded.size_bytes);
         if found != expected {
             return Err(BuildError::DiskSize {
@@ -181,6 +227,7 @@ async fn open_disks(spec: &ValidatedSpec) -> Result<Vec<Arc<dyn Disk>>, BuildErr
 
 fn load_guest(
     spec: &ValidatedSpec,
+    images: Option<&Images>,
     memory: &GuestMemory,
     tsc_khz: u64,
 ) -> Result<Start, BootError> {
@@ -205,19 +252,16 @@ fn load_guest(
             )?;
             selfcheck::load(memory, &params)
         }
-        Boot::Linux {
-            kernel,
-            initrd,
-            cmdline,
-        } => linux::load(
-            memory,
-            &LinuxImage {
-                kernel: kernel.as_ref(),
-                initrd: initrd.as_ref().map(AsRef::as_ref),
+        Boot::Linux { cmdline, .. } => {
+            let images = images.ok_or(BootError::NotOpened)?;
+            let image = LinuxImage {
+                kernel: &images.kernel,
+                initrd: images.initrd.as_ref(),
                 cmdline,
                 vcpus: file.vcpus,
                 virtio_slots: file.disks.len() + file.nics.len(),
-            },
-        ),
+            };
+            linux::load(memory, &image)
+        }
     }
 }

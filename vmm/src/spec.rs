@@ -69,6 +69,44 @@ pub struct MachineFile {
     /// What to log, as in `RUST_LOG`; the environment's variable goes first.
     #[serde(default)]
     pub log: Option<String>,
+    /// How it is confined.
+    #[serde(default)]
+    pub confinement: Confinement,
+}
+
+/// What a monitor gives up before its guest's first instruction. What takes no privilege it gives up in any case.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Confinement {
+    /// The user and group (one number) that it becomes; takes root. Without it the monitor stays who it is.
+    #[serde(default)]
+    pub uid: Option<u32>,
+    /// What whoever started it has done to it already, or could not: told on in its status.
+    #[serde(default)]
+    pub measures: Vec<Measure>,
+}
+
+/// One measure of confinement, as it came out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Measure {
+    /// Its name: `uid`, `seccomp`, `memory-limit`, …
+    pub name: String,
+    /// Whether it holds.
+    pub applied: bool,
+    /// What was done, or why it could not be.
+    pub detail: String,
+}
+
+impl Measure {
+    /// As the control service shows it.
+    pub fn into_wire(self) -> proto::monitor::Measure {
+        proto::monitor::Measure {
+            name: self.name,
+            applied: self.applied,
+            detail: self.detail,
+        }
+    }
 }
 
 /// A disk.

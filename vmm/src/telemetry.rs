@@ -33,6 +33,11 @@ pub struct Telemetry {
     traces: Option<SdkTracerProvider>,
 }
 
+/// Whether traces go to a collector.
+pub fn exports() -> bool {
+    std::env::var_os(ENDPOINT).is_some()
+}
+
 /// Starts to log, and to trace if a collector is configured. Called once.
 pub fn start(file: &MachineFile) -> Telemetry {
     let level = file.log.as_deref().unwrap_or(LOG_DEFAULT);

@@ -15,6 +15,7 @@ use kvm_ioctls::VcpuFd;
 use tokio::sync::mpsc;
 
 use crate::clock;
+use crate::confine::{ThreadKind, narrow};
 use crate::devices::{Bus, ExitContext, MachineEvent, WakeHub};
 use crate::kvm::exits::{self, Exit};
 use crate::kvm::kick::{Registration, Target};
@@ -139,6 +140,7 @@ impl Vcpus {
             let handle = std::thread::Builder::new()
                 .name(format!("vcpu-{index}"))
                 .spawn(move || {
+                    narrow(ThreadKind::Vcpu);
                     let registration = Registration::of_this_thread(&mut fd);
                     // The receiver waits for it just below.
                     let _ = send_target.send(registration.target());

@@ -19,6 +19,7 @@ use vmm::guest::abi::{
     make_block, read_block,
 };
 use vmm::guest::{DISK_BLOCKS, record_bytes};
+use vmm::handles::Handles;
 use vmm::platform::{self, Platform};
 use vmm::spec::{Incoming, MachineDisk, MachineFile, ValidatedSpec};
 
@@ -89,10 +90,11 @@ impl Host {
                 listen: vec!["127.0.0.1:0".parse().unwrap()],
             }),
             log: None,
+            confinement: Default::default(),
         };
         let spec = ValidatedSpec::new(file).unwrap();
         let (sender, events) = mpsc::channel(16);
-        let platform = platform::build(&spec, sender, |_| {}).await.unwrap();
+        let platform = platform::build(&spec, Handles::open(&spec).unwrap(), sender, |_| {}).await.unwrap();
         let port = platform.selfcheck.clone().unwrap();
         Guest {
             platform,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, unshare};
 use vmm::devices::virtio::net::announce::{MacAddress, rarp};
-use vmm::devices::virtio::net::tap::{Tap, TapError};
+use vmm::devices::virtio::net::tap::{PluggedTap, Tap, TapError};
 
 /// Runs `test` on a thread of its own that has a fresh network namespace; says so when the host does not allow it.
 fn in_namespace(name: &'static str, test: impl FnOnce() + Send + 'static) {
@@ -74,8 +74,8 @@ fn an_announcement_moves_the_bridges_entry() {
         run("ip link set br0 up");
         let mac: MacAddress = "52:54:00:aa:bb:cc".parse().unwrap();
         runtime.block_on(async {
-            let source = Tap::open("tap-s", "br0").unwrap();
-            let destination = Tap::open("tap-d", "br0").unwrap();
+            let source = Tap::new(PluggedTap::open("tap-s", "br0").unwrap()).unwrap();
+            let destination = Tap::new(PluggedTap::open("tap-d", "br0").unwrap()).unwrap();
             assert!(
                 source.write(&rarp(mac)).await.is_err(),
                 "its link is down at first"
@@ -106,10 +106,10 @@ fn a_tap_without_its_bridge_or_with_an_impossible_name_is_refused() {
                 .build()
                 .unwrap();
             runtime.block_on(async {
-            let refused = Tap::open("tap-x", "no-bridge").unwrap_err();
+            let refused = PluggedTap::open("tap-x", "no-bridge").unwrap_err();
             assert!(matches!(&refused, TapError::Bridge { source, .. } if source.kind() != io::ErrorKind::Other));
             for name in ["", "a name", "sixteen-letters-", "../x"] {
-                assert!(matches!(Tap::open(name, "br0"), Err(TapError::Name(_))), "{name:?}");
+                assert!(matches!(PluggedTap::open(name, "br0"), Err(TapError::Name(_))), "{name:?}");
             }
         });
         },

@@ -1,6 +1,7 @@
 //! `clusterctl node`: who is in the cluster, and emptying one of them.
 
 mod add;
+mod check;
 mod drain;
 mod join_tokens;
 
@@ -31,6 +32,9 @@ pub enum Command {
     /// Lines that `node add` printed: list, revoke.
     #[command(subcommand)]
     JoinTokens(join_tokens::Command),
+    /// Look at nodes' hosts, there and now: KVM, processor, memory, disk, MTU, clock, volumes, and what confines
+    /// the machines' monitors. The exit code is 1 when a check failed; warnings do not count.
+    Check(check::CheckArgs),
     /// Take an empty node out of the cluster.
     Remove {
         /// Its name.
@@ -74,6 +78,7 @@ pub async fn run(c: &Context, command: Command) -> Result<ExitCode, CliError> {
         Command::Show { name } => show(c, &name).await,
         Command::Add(args) => add::run(c, args).await,
         Command::JoinTokens(command) => join_tokens::run(c, command).await,
+        Command::Check(args) => check::run(c, args).await,
         Command::Remove { name } => {
             if !output::confirm(c.yes, &format!("Take node {name} out of the cluster?"))? {
                 return Ok(ExitCode::FAILURE);

@@ -12,7 +12,7 @@ use crate::FIRST_NODE;
 use crate::command::{Outcome, Rejection};
 use crate::event::{Object, Severity};
 use crate::ids::{Name, NodeId};
-use crate::state::{ClusterState, Liveness};
+use crate::state::{ClusterState, Liveness, NodeRole};
 use crate::trust::{
     ACCESS_TOKENS_MAX, AccessToken, Authority, Issuing, JOIN_TOKENS_MAX, JoinToken, JoinedAs,
     PEM_BYTES_MAX, Root, SEALED_KEY_BYTES_MAX, Sha256, TAGS_MAX, TOKEN_ID_BYTES_MAX,
@@ -124,14 +124,14 @@ impl ClusterState {
         Ok(Outcome::Nothing)
     }
 
-    pub(super) fn join_node(
-        &mut self,
-        entry: &mut Entry<'_>,
+    /// The join token `id` for a node called `name`: that it is one, of that secret, for that name, in its time.
+    /// Whether it was used is the caller's to look at.
+    fn join_token(
+        &self,
         (id, secret_hash): (&str, &Sha256),
         name: &Name,
-        address: &str,
-        key: Sha256,
-    ) -> Applied {
+        at_ms: u64,
+    ) -> Result<&JoinToken, TrustRefusal> {
         let token = self
             .trust
             .join_tokens
@@ -141,11 +141,49 @@ impl ClusterState {
         let node = token.node.clone();
         if node != *name {
             let name = name.clone();
-            return Err(TrustRefusal::JoinTokenForOther { node, name }.into());
+            return Err(TrustRefusal::JoinTokenForOther { node, name });
         }
-        if token.expires_at_ms <= entry.at_ms {
-            return Err(TrustRefusal::JoinTokenExpired { node }.into());
+        if token.expires_at_ms <= at_ms {
+            return Err(TrustRefusal::JoinTokenExpired { node });
         }
+        Ok(token)
+    }
+
+    /// Whether a node called `name` would be let in now by the join token `id`, and as what. Nothing is changed:
+    /// the token stays good.
+    ///
+    /// # Errors
+    /// Why it would not be let in; what of a [`Command::JoinNode`](crate::Command::JoinNode) depends on its key
+    /// and address is not looked at.
+    pub fn would_join(
+        &self,
+        id: &str,
+        secret_hash: &Sha256,
+        name: &Name,
+        at_ms: u64,
+    ) -> Result<NodeRole, Rejection> {
+        let token = self.join_token((id, secret_hash), name, at_ms)?;
+        if token.used_by.is_some() {
+            let node = token.node.clone();
+            return Err(TrustRefusal::JoinTokenUsed { node }.into());
+        }
+        if self.node_named(name).is_some() {
+            return Err(name_taken("node", name));
+        }
+        room_for("nodes", self.nodes.len(), NODES_MAX)?;
+        Ok(token.role)
+    }
+
+    pub(super) fn join_node(
+        &mut self,
+        entry: &mut Entry<'_>,
+        (id, secret_hash): (&str, &Sha256),
+        name: &Name,
+        address: &str,
+        key: Sha256,
+    ) -> Applied {
+        let token = self.join_token((id, secret_hash), name, entry.at_ms)?;
+        let node = token.node.clone();
         if let Some(used) = &token.used_by {
             // The same node asking again (its first answer was lost) is let in as who it is.
             let same = used.key.matches(&key)

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use cluster_model::trust::Authority;
 use cluster_model::{ClusterState, Envelope, NodeId, Reply, VmId};
+use proto::admin::NodeCheckReply;
 use tokio::sync::{mpsc, watch};
 use tonic::Status;
 
@@ -82,6 +83,8 @@ pub trait Backend: Send + Sync + 'static {
     ) -> Result<Prepared, BackendError>;
     /// This node's storage broker.
     fn broker(&self) -> Result<Broker, BackendError>;
+    /// Looks at the host of a node, there.
+    async fn node_check(&self, node: NodeId) -> Result<NodeCheckReply, BackendError>;
     /// The serial console of a machine, wherever it runs; what arrives on `typed` is sent to it.
     async fn console(
         &self,

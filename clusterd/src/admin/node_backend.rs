@@ -6,8 +6,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use cluster_model::trust::Authority;
 use cluster_model::{ClusterState, Envelope, Name, NodeId, Reply, Settings, VmId};
-use proto::admin::VmConsoleInput;
 use proto::admin::admin_client::AdminClient;
+use proto::admin::{MonitorCheck, NodeCheckReply, NodeCheckRequest, VmConsoleInput};
 use proto::monitor::ConsoleInput;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::StreamExt;
@@ -18,6 +18,7 @@ use super::asker::Asker;
 use super::backend::{Backend, BackendError, ConsoleChunks};
 use super::soft::{Soft, SoftNode};
 use crate::broker::Broker;
+use crate::check;
 use crate::member::PROPOSE_TIMEOUT;
 use crate::node::{BeginError, Founded, NodeHandle};
 use crate::raft::RaftStatus;
@@ -30,6 +31,8 @@ const APPLY_TIMEOUT: Duration = Duration::from_secs(8);
 const CONFIRM_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long the leader may take to tell the nodes' soft state.
 const REPORTS_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a node may take to look at itself: its volumes above all.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(25);
 /// Chunks of console output that wait for a slow reader.
 const CONSOLE_QUEUE: usize = 64;
 
@@ -210,6 +213,55 @@ impl Backend for NodeBackend {
             .member()
             .map(|member| member.broker.clone())
             .ok_or(BackendError::NoCluster)
+    }
+
+    async fn node_check(&self, node: NodeId) -> Result<NodeCheckReply, BackendError> {
+        let member = self.node.member().ok_or(BackendError::NoCluster)?;
+        let state = member.state();
+        let label = state.node_label(node);
+        if node == member.node {
+            let checked = check::node::check(&member).await;
+            return Ok(NodeCheckReply {
+                node: label,
+                checks: checked.findings.into_iter().map(Into::into).collect(),
+                monitors: checked
+                    .monitors
+                    .into_iter()
+                    .map(|monitor| MonitorCheck {
+                        vm: state
+                            .vms
+                            .get(&monitor.vm)
+                            .map_or_else(|| monitor.vm.to_string(), |vm| vm.name.to_string()),
+                        pid: monitor.pid,
+                        measures: monitor.measures.into_iter().map(Into::into).collect(),
+                    })
+                    .collect(),
+            });
+        }
+        let silent = |why: String| {
+            BackendError::Failed(format!(
+                "{label} cannot be asked: {why}; on it: systemctl status clusterd"
+            ))
+        };
+        let channel = self
+            .node
+            .node_channel(node)
+            .map_err(|error| silent(error.to_string()))?;
+        // It answers for itself: whoever it is by the log, it is not handed on a second time.
+        let mut request = tonic::Request::new(NodeCheckRequest {
+            node: String::new(),
+        });
+        Asker::hand_on(request.metadata_mut());
+        let mut client = AdminClient::new(channel);
+        let asked = tokio::time::timeout(CHECK_TIMEOUT, client.node_check(request)).await;
+        match asked {
+            Ok(Ok(reply)) => Ok(reply.into_inner()),
+            Ok(Err(status)) => Err(silent(status.message().to_owned())),
+            Err(_) => Err(silent(format!(
+                "no answer within {} s",
+                CHECK_TIMEOUT.as_secs()
+            ))),
+        }
     }
 
     async fn console(

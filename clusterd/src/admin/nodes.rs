@@ -8,11 +8,12 @@ use cluster_model::{
     ClusterState, Command, Duty, MigrationCause, MigrationOptions, MigrationState, NodeId, Vm, Why,
 };
 use proto::admin::{
-    DrainMove, DrainStatus, NodeDrainStatusRequest, NodeListReply, NodeListRequest,
-    NodeRemoveRequest, NodeUncordonReply, NodeUncordonRequest,
+    DrainMove, DrainStatus, NodeCheckReply, NodeCheckRequest, NodeDrainStatusRequest,
+    NodeListReply, NodeListRequest, NodeRemoveRequest, NodeUncordonReply, NodeUncordonRequest,
 };
 use tonic::Status;
 
+use super::asker::{is_narrowed, sees};
 use super::predict::Basis;
 use super::service::{AdminService, asked, node_named};
 use super::views;
@@ -49,6 +50,27 @@ impl AdminService {
             .map(|node| views::node(&state, &soft, leader, node))
             .collect();
         Ok(NodeListReply { nodes })
+    }
+
+    pub(super) async fn node_check(
+        &self,
+        request: NodeCheckRequest,
+    ) -> Result<NodeCheckReply, Status> {
+        let state = self.cluster_state()?;
+        let named = if request.node.is_empty() {
+            self.backend.name()
+        } else {
+            request.node
+        };
+        let node = node_named(&state, &named)?.id;
+        let mut reply = self.backend.node_check(node).await?;
+        if is_narrowed() {
+            reply.monitors.retain(|monitor| {
+                let vm = state.vms.values().find(|vm| vm.name.as_str() == monitor.vm);
+                vm.is_some_and(sees)
+            });
+        }
+        Ok(reply)
     }
 
     pub(super) async fn node_remove(

@@ -240,6 +240,7 @@ hand_on! {
     node_join(NodeJoinRequest) -> NodeJoinReply;
     join_token_list(JoinTokenListRequest) -> JoinTokenListReply;
     join_token_revoke(JoinTokenRevokeRequest) -> Done;
+    node_check(NodeCheckRequest) -> NodeCheckReply;
     node_remove(NodeRemoveRequest) -> Done;
     node_drain(NodeDrainRequest) -> DrainPlan;
     node_drain_status(NodeDrainStatusRequest) -> DrainStatus;

@@ -280,11 +280,7 @@ impl Flow {
         };
         let bridges = &self.member.config.bridges;
         let file = machine_file::write(&self.state, vm, token, place, bridges, incoming)?;
-        Ok(self
-            .member
-            .monitors
-            .spawn(&name, &file, is_incoming)
-            .await?)
+        Ok(self.member.monitors.spawn(&name, file, is_incoming).await?)
     }
 
     /// Makes the permit and uses it; when it returns, the monitor's entry shows what came of it.

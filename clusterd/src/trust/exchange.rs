@@ -4,11 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cluster_model::trust::Sha256;
-use cluster_model::{ClusterState, Command, Name, NodeId, Outcome, RequestId};
+use cluster_model::{
+    ClusterState, Command, Name, NodeId, Outcome, Rejection, RequestId, TrustRefusal,
+};
 use proto::peer::peer_client::PeerClient;
 use proto::peer::{
-    Certificate, IssuingKeyReply, IssuingKeyRequest, JoinReply, JoinRequest, RenewReply,
-    RenewRequest,
+    Certificate, IssuingKeyReply, IssuingKeyRequest, JoinCheckReply, JoinCheckRequest, JoinReply,
+    JoinRequest, JoinVolume, NodeCpu, RenewReply, RenewRequest,
 };
 use proto::tls::{self, Expect};
 use proto::token::{JoinToken, Secret};
@@ -16,6 +18,7 @@ use proto::token::{JoinToken, Secret};
 use super::authority::{Certified, PublicKey, identity};
 use super::caller::{Caller, Shown};
 use super::keeper::{Keeper, Papers};
+use crate::check::node;
 use crate::member::{Member, PROPOSE_TIMEOUT};
 use crate::net::Dialer;
 
@@ -126,6 +129,80 @@ async fn let_in(
             .map(|root| root.certificate_pem.clone())
             .collect(),
     })
+}
+
+/// Answers a host that shows a join token and asks what it would join. Nothing is written: the token stays good.
+/// Who guesses learns as little as from [`answer_join`].
+pub async fn answer_join_check(
+    member: &Member,
+    request: JoinCheckRequest,
+    from: &str,
+) -> JoinCheckReply {
+    let state = member.state();
+    let admitted = Name::new(request.name)
+        .map_err(|error| (error.to_string(), false))
+        .and_then(|name| {
+            let hash = Sha256(Secret::from_text(&request.secret).hash());
+            let now_ms = member.clock.wall_ms();
+            state
+                .would_join(&request.token_id, &hash, &name, now_ms)
+                .map_err(|rejection| {
+                    let used = TrustRefusal::JoinTokenUsed { node: name };
+                    (rejection.to_string(), rejection == Rejection::Trust(used))
+                })
+        });
+    let role = match admitted {
+        Ok(role) => role,
+        Err((refused, used)) => {
+            tracing::warn!(
+                from,
+                refused,
+                "a host that is no node's asks what it would join"
+            );
+            return JoinCheckReply {
+                refused,
+                used,
+                ..JoinCheckReply::default()
+            };
+        }
+    };
+    let (name, id, broker_uid) = state
+        .cluster
+        .as_ref()
+        .map(|cluster| {
+            (
+                cluster.name.to_string(),
+                cluster.id.clone(),
+                cluster.broker_uid,
+            )
+        })
+        .unwrap_or_default();
+    let cpus = node::cpus(&state, NodeId(0)).into_iter();
+    let volumes = state.volumes.values();
+    JoinCheckReply {
+        refused: String::new(),
+        used: false,
+        cluster_name: name,
+        cluster_id: id,
+        broker_uid,
+        role: role.as_str().into(),
+        host: Some(node::host_facts(member).await),
+        cpus: cpus
+            .map(|(node, cpu)| NodeCpu {
+                node,
+                vendor: cpu.vendor,
+                model: cpu.model,
+            })
+            .collect(),
+        volumes: volumes
+            .filter(|volume| volume.nodes.is_empty())
+            .map(|volume| JoinVolume {
+                name: volume.name.to_string(),
+                url: volume.url.clone(),
+                tls_ca: volume.tls_ca.clone().unwrap_or_default(),
+            })
+            .collect(),
+    }
 }
 
 /// Answers a node that asks for a new certificate.
@@ -244,7 +321,7 @@ fn joined(token: &JoinToken, reply: JoinReply) -> Result<(NodeId, Papers), Strin
 }
 
 /// The innermost cause: a connection's errors are wrapped in several that say nothing.
-fn deepest(status: &tonic::Status) -> String {
+pub fn deepest(status: &tonic::Status) -> String {
     let mut cause: Option<&(dyn std::error::Error + 'static)> = std::error::Error::source(status);
     let mut said = status.message().to_owned();
     while let Some(error) = cause {

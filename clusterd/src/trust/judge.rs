@@ -10,7 +10,11 @@ use super::caller::{Caller, Shown};
 const RAFT: &str = "/baton.peer.v1.Raft/";
 const PEER: &str = "/baton.peer.v1.Peer/";
 /// Calls of a node that has no certificate, or one that has ended: they bring their own proof.
-const OPEN: [&str; 2] = ["/baton.peer.v1.Peer/Join", "/baton.peer.v1.Peer/Renew"];
+const OPEN: [&str; 3] = [
+    "/baton.peer.v1.Peer/Join",
+    "/baton.peer.v1.Peer/JoinCheck",
+    "/baton.peer.v1.Peer/Renew",
+];
 
 /// Whether `caller` may make the call `path` at all. The admin API looks closer by itself.
 ///

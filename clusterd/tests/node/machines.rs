@@ -313,6 +313,71 @@ async fn a_machine_starts_moves_live_and_stops() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_check_of_a_confined_monitor_agrees_with_the_kernel_and_its_groups_go_with_it() {
+    let scene = scene!(
+        "a_check_of_a_confined_monitor_agrees_with_the_kernel_and_its_groups_go_with_it",
+        1
+    );
+    let vm = scene.create("vm-a").await;
+    let node = scene.running_on(vm, 1).await;
+    scene.works(node, vm).await;
+    let member = scene.rig.handle(1).member().unwrap();
+    let checked = clusterd::check::node::check(&member).await;
+    let [monitor] = checked.monitors.as_slice() else {
+        panic!("{checked:#?}");
+    };
+    let pid = scene.status(node, vm).unwrap().pid;
+    assert_eq!(monitor.pid, pid, "as this host numbers it");
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    for measure in &monitor.measures {
+        let contradicted = measure.detail.contains("though it should be");
+        assert!(!contradicted, "{measure:?}\n{status}");
+    }
+    let said = |name: &str| {
+        let measure = monitor.measures.iter().find(|measure| measure.name == name);
+        measure.is_some_and(|measure| measure.applied)
+    };
+    let volume = checked
+        .findings
+        .iter()
+        .find(|finding| finding.name == "volume vol-a");
+    assert_eq!(
+        volume.unwrap().state,
+        clusterd::check::State::Ok,
+        "{checked:#?}"
+    );
+    eprintln!(
+        "{}\n{:#?}",
+        clusterd::check::table(&checked.findings),
+        monitor.measures
+    );
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("SKIPPED the rest: only root confines monitors in every way");
+        return;
+    }
+    assert!(said("uid") && said("processes"), "{monitor:#?}");
+    let folder = format!(
+        "/vm-{}",
+        clusterd::monitors::name_of_start(vm, scene.rig.handle(1).state().vms[&vm].ownership.token)
+    );
+    let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    assert_eq!(groups.contains(&folder), said("memory-limit"), "{groups}");
+    scene
+        .propose(Command::SetDesired {
+            vm,
+            desired: Desired::Stopped,
+            forced: true,
+        })
+        .await;
+    eventually("no monitor is left", || scene.monitors_of(vm) == 0).await;
+    let confiner = member.monitors.confiner().clone();
+    eventually("its groups are gone", || {
+        confiner.groups.remove(folder.trim_start_matches("/vm-"))
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_crash_of_clusterd_touches_no_guest_when_it_comes_back_in_time() {
     let mut scene = scene!(
         "a_crash_of_clusterd_touches_no_guest_when_it_comes_back_in_time",

@@ -58,7 +58,7 @@ impl Rig {
         SocketAddr::new(self.ip(number), 7440)
     }
 
-    fn config(&self, number: usize) -> Config {
+    pub fn config(&self, number: usize) -> Config {
         let data_dir = self.folder.path().join(format!("n{number}"));
         let flags = [
             "clusterd".to_owned(),
@@ -176,8 +176,20 @@ impl Rig {
 
     /// Ends whatever runs in the folders of the nodes.
     fn end_processes(&self) {
-        for pid in clusterd::process::of_folder(self.folder.path()) {
-            clusterd::process::kill(pid, self.folder.path());
+        let folder = self.folder.path();
+        for _ in 0..100 {
+            let left = clusterd::process::of_folder(folder);
+            if left.is_empty() {
+                break;
+            }
+            for pid in left {
+                clusterd::process::kill(pid, folder);
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        for number in 1..=self.nodes.len() {
+            let data_dir = folder.join(format!("n{number}"));
+            clusterd::cgroups::Groups::of_host(&data_dir).sweep();
         }
     }
 }

@@ -17,10 +17,11 @@ use clusterd::trust::ephemeral::Authority;
 use clusterd::trust::{Door, Judge};
 use proto::peer::peer_server::{Peer, PeerServer};
 use proto::peer::{
-    HeartbeatReply, HeartbeatRequest, IssuingKeyReply, IssuingKeyRequest, JoinReply, JoinRequest,
-    ObservedReply, ObservedRequest, PrepareIncomingReply, PrepareIncomingRequest, ProposeReply,
-    ProposeRequest, ReadIndexReply, ReadIndexRequest, RenewReply, RenewRequest,
-    SourceProgressReply, SourceProgressRequest,
+    HeartbeatReply, HeartbeatRequest, HostFactsReply, HostFactsRequest, IssuingKeyReply,
+    IssuingKeyRequest, JoinCheckReply, JoinCheckRequest, JoinReply, JoinRequest, ObservedReply,
+    ObservedRequest, PrepareIncomingReply, PrepareIncomingRequest, ProposeReply, ProposeRequest,
+    ReadIndexReply, ReadIndexRequest, RenewReply, RenewRequest, SourceProgressReply,
+    SourceProgressRequest,
 };
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
@@ -111,6 +112,18 @@ impl Peer for LogPeer {
         Err(Status::unimplemented("this peer has only a log"))
     }
     async fn join(&self, _: Request<JoinRequest>) -> Result<Response<JoinReply>, Status> {
+        Err(Status::unimplemented("this peer has only a log"))
+    }
+    async fn join_check(
+        &self,
+        _: Request<JoinCheckRequest>,
+    ) -> Result<Response<JoinCheckReply>, Status> {
+        Err(Status::unimplemented("this peer has only a log"))
+    }
+    async fn host_facts(
+        &self,
+        _: Request<HostFactsRequest>,
+    ) -> Result<Response<HostFactsReply>, Status> {
         Err(Status::unimplemented("this peer has only a log"))
     }
     async fn renew(&self, _: Request<RenewRequest>) -> Result<Response<RenewReply>, Status> {

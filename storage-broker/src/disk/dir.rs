@@ -82,36 +82,53 @@ impl DirDisk {
     /// # Errors
     /// See [`OpenError`].
     pub async fn open(directory: &Path, spec: &DiskSpec) -> Result<DirDisk, OpenError> {
-        let (directory, path) = (directory.to_owned(), spec.path.clone());
-        let volume = spec.volume.to_string();
-        let opened = tokio::task::spawn_blocking(move || {
-            let file = open_beneath(&directory, path.as_str(), OFlag::O_RDWR, Mode::empty());
-            match file.and_then(|file| file.metadata().map(|metadata| (file, metadata))) {
-                Ok((_, metadata)) if !metadata.is_file() => {
-                    Err(OpenError::NotAFile { volume, path })
-                }
-                Ok((file, metadata)) => Ok((file, metadata.len())),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    Err(OpenError::NotFound { volume, path })
-                }
-                Err(source) => Err(OpenError::Io {
-                    directory,
-                    path,
-                    source,
-                }),
-            }
-        })
-        .await;
-        let (file, size_bytes) = opened.unwrap_or_else(|error| {
+        let (directory, asked) = (directory.to_owned(), spec.clone());
+        let opened =
+            tokio::task::spawn_blocking(move || DirDisk::open_file(&directory, &asked)).await;
+        let file = opened.unwrap_or_else(|error| {
             Err(OpenError::Io {
                 directory: Default::default(),
                 path: spec.path.clone(),
                 source: io::Error::other(error),
             })
         })?;
+        DirDisk::from_file(file, spec)
+    }
+
+    /// Opens the file alone, for a process that may not later on. Blocks.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub fn open_file(directory: &Path, spec: &DiskSpec) -> Result<File, OpenError> {
+        let (volume, path) = (spec.volume.to_string(), spec.path.clone());
+        let file = open_beneath(directory, path.as_str(), OFlag::O_RDWR, Mode::empty());
+        match file.and_then(|file| file.metadata().map(|metadata| (file, metadata))) {
+            Ok((_, metadata)) if !metadata.is_file() => Err(OpenError::NotAFile { volume, path }),
+            Ok((file, _)) => Ok(file),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Err(OpenError::NotFound { volume, path })
+            }
+            Err(source) => Err(OpenError::Io {
+                directory: directory.to_owned(),
+                path,
+                source,
+            }),
+        }
+    }
+
+    /// A disk in a file that [`DirDisk::open_file`] opened.
+    ///
+    /// # Errors
+    /// [`OpenError::Io`] when its size cannot be read.
+    pub fn from_file(file: File, spec: &DiskSpec) -> Result<DirDisk, OpenError> {
+        let metadata = file.metadata().map_err(|source| OpenError::Io {
+            directory: Default::default(),
+            path: spec.path.clone(),
+            source,
+        })?;
         Ok(DirDisk {
             file: Arc::new(file),
-            size_bytes,
+            size_bytes: metadata.len(),
             held: watch::Sender::new(false),
             status: watch::Sender::new(DiskStatus {
                 state: DiskState::Ready,

@@ -13,8 +13,9 @@ use clusterd::raft::RaftStatus;
 use clusterd::trust::{Caller, Papers, Prepared, RecoveryKey, Shown};
 use proto::admin::admin_server::Admin;
 use proto::admin::{
-    BalanceStatusRequest, LeaseListRequest, MigrationListRequest, NodeDrainStatusRequest,
-    NodeListRequest, RuleListRequest, VmListRequest, VolumeListRequest, WhyRequest,
+    BalanceStatusRequest, LeaseListRequest, MigrationListRequest, NodeCheckReply,
+    NodeDrainStatusRequest, NodeListRequest, RuleListRequest, VmListRequest, VolumeListRequest,
+    WhyRequest,
 };
 use tokio::sync::{mpsc, watch};
 use tonic::Request;
@@ -85,6 +86,10 @@ impl Backend for Alone {
 
     fn broker(&self) -> Result<Broker, BackendError> {
         Err(BackendError::Failed("there is no broker".into()))
+    }
+
+    async fn node_check(&self, _: NodeId) -> Result<NodeCheckReply, BackendError> {
+        Err(BackendError::Failed("there is no host".into()))
     }
 
     async fn console(

@@ -118,9 +118,17 @@ impl World {
         match message {
             Message::Raft(message) => {
                 let Place::Daemon(peer) = from else { return };
-                let heard = matches!(message, crate::raft::RaftMessage::Append { .. });
+                let leaders = match &message {
+                    crate::raft::RaftMessage::Append { commit, .. } => Some(*commit),
+                    _ => None,
+                };
+                let heard = leaders.is_some();
                 let (vote, commit) = (self.hosts[node].raft.vote, self.hosts[node].raft.commit);
                 let out = self.hosts[node].raft.take_in(peer, message);
+                if let (Some(Mutant::CommitFallsBack), Some(leaders)) = (self.mutant, leaders) {
+                    let raft = &mut self.hosts[node].raft;
+                    raft.commit = raft.commit.min(leaders);
+                }
                 let raft = &self.hosts[node].raft;
                 if raft.vote < vote || raft.commit < commit || raft.log.len() < raft.commit {
                     let what = format!("vote, commit or log of n{} fell back", node + 1);

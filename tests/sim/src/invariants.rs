@@ -13,7 +13,7 @@ mod tokens;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use cluster_model::{ClusterState, LogIndex, MigrationId, Reply, Token, VmId};
+use cluster_model::{ClusterState, LogIndex, MigrationId, NodeId, Reply, Token, VmId};
 
 use crate::mutants::{self, Mutant};
 use crate::raft::Entry;
@@ -34,6 +34,8 @@ pub struct Truth {
     pub digests: BTreeMap<usize, u64>,
     /// How migrations ended.
     pub ended: BTreeMap<MigrationId, &'static str>,
+    /// Whom the entries made each machine's owner.
+    pub holders: BTreeMap<VmId, Option<NodeId>>,
 }
 
 impl Truth {
@@ -46,11 +48,14 @@ impl Truth {
             claimed: BTreeSet::new(),
             digests: BTreeMap::new(),
             ended: BTreeMap::new(),
+            holders: BTreeMap::new(),
         };
         for entry in log {
             truth.log.push(entry.clone());
             apply_entry(&mut truth.state, truth.log.len(), entry, None);
         }
+        let owners = truth.state.vms.values();
+        truth.holders = owners.map(|vm| (vm.id, vm.ownership.owner)).collect();
         truth
     }
 }
@@ -64,10 +69,14 @@ pub fn apply_entry(
 ) -> Option<Reply> {
     let index = LogIndex(index as u64);
     match &entry.command {
-        Some(envelope) => match mutants::on_apply(mutant, state, envelope) {
-            Some(changed) => Some(state.apply(index, &changed)),
-            None => Some(state.apply(index, envelope)),
-        },
+        Some(envelope) => {
+            let reply = match mutants::on_apply(mutant, state, envelope) {
+                Some(changed) => state.apply(index, &changed),
+                None => state.apply(index, envelope),
+            };
+            mutants::applied(mutant, state, envelope);
+            Some(reply)
+        }
         None => {
             state.applied = index;
             None
@@ -92,7 +101,7 @@ pub fn commit(world: &mut World, entry: Entry) {
         world.say(|| format!("entry {index}: {:?}: {said}", envelope.command));
     }
     tokens::check(world, &before);
-    leases::check(world);
+    leases::check(world, &before, &envelope.command, reply.as_ref());
     one_end::check(world, &before);
     fit::check(world, &before, &envelope.command, reply.as_ref());
     reasons::check(world, &before, &envelope);

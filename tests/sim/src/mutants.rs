@@ -1,7 +1,7 @@
 //! Faults put in on purpose: each shows that an invariant can fail, and how soon.
 
 use cluster_model::agent::{Act, MonitorPhase, MonitorView, Work};
-use cluster_model::{ClusterState, Command, Duty, Envelope, MigrationState, Why};
+use cluster_model::{ClusterState, Command, Duty, Envelope, MigrationState, Severity, Why};
 
 /// What is broken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -64,11 +64,17 @@ pub enum Mutant {
     SnapshotForgets,
     /// A node that restarts has lost what it acknowledged last, and its vote.
     LogForgotten,
+    /// A cutover leaves the leases with the source.
+    LeasesStay,
+    /// An abort is written down and changes nothing.
+    AbortsIgnored,
+    /// A follower takes its leader's word for what is committed, also when that is less than it knew.
+    CommitFallsBack,
 }
 
 impl Mutant {
     /// Every one of them.
-    pub const ALL: [Mutant; 29] = [
+    pub const ALL: [Mutant; 32] = [
         Mutant::NoConfirm,
         Mutant::ConfirmIsLocal,
         Mutant::LeaseWithoutQuorum,
@@ -98,6 +104,9 @@ impl Mutant {
         Mutant::ApplyReadsClock,
         Mutant::SnapshotForgets,
         Mutant::LogForgotten,
+        Mutant::LeasesStay,
+        Mutant::AbortsIgnored,
+        Mutant::CommitFallsBack,
     ];
 }
 
@@ -178,6 +187,17 @@ pub fn on_apply(
             state.nodes.get_mut(node)?.duty = Duty::Drained;
             None
         }
+        (Some(Mutant::AbortsIgnored), Command::AbortMigration { reason, .. }) => {
+            let mut changed = envelope.clone();
+            changed.command = Command::Note {
+                objects: Vec::new(),
+                severity: Severity::Warn,
+                kind: "mutant".into(),
+                detail: reason.clone(),
+                why: Why::default(),
+            };
+            Some(changed)
+        }
         (Some(Mutant::NoReason), Command::StartVm { .. }) => {
             let mut changed = envelope.clone();
             if let Command::StartVm { why, .. } = &mut changed.command {
@@ -202,5 +222,19 @@ pub fn on_apply(
             None
         }
         _ => None,
+    }
+}
+
+/// Changes the state that an entry left, the same on every replica.
+pub fn applied(mutant: Option<Mutant>, state: &mut ClusterState, envelope: &Envelope) {
+    if let (Some(Mutant::LeasesStay), Command::Cutover { migration, .. }) =
+        (mutant, &envelope.command)
+        && let Some(known) = state.migrations.get(migration)
+        && matches!(known.state, MigrationState::CutOver { .. })
+    {
+        let (vm, from) = (known.vm, known.from);
+        if let Some(vm) = state.vms.get_mut(&vm) {
+            vm.ownership.owner = Some(from);
+        }
     }
 }

@@ -4,7 +4,8 @@
 //! and Xen's docs/misc/pvh.pandoc.
 
 use std::fs::File;
-use std::path::Path;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 
 use linux_loader::cmdline::Cmdline;
 use linux_loader::configurator::linux::LinuxBootConfigurator;
@@ -45,13 +46,34 @@ const HDRS: u32 = 0x5372_6448;
 /// "A loader without a number of its own".
 const LOADER_UNKNOWN: u8 = 0xff;
 
+/// A file to load from, open.
+#[derive(Debug)]
+pub struct ImageFile {
+    path: PathBuf,
+    file: File,
+}
+
+impl ImageFile {
+    /// Opens the `what` at `path`.
+    ///
+    /// # Errors
+    /// [`BootError::File`].
+    pub fn open(what: &'static str, path: &Path) -> Result<ImageFile, BootError> {
+        let path = path.to_owned();
+        match File::open(&path) {
+            Ok(file) => Ok(ImageFile { path, file }),
+            Err(source) => Err(BootError::File { what, path, source }),
+        }
+    }
+}
+
 /// What to load.
 #[derive(Clone, Debug)]
 pub struct LinuxImage<'a> {
     /// An ELF vmlinux or a bzImage.
-    pub kernel: &'a Path,
+    pub kernel: &'a ImageFile,
     /// An initramfs.
-    pub initrd: Option<&'a Path>,
+    pub initrd: Option<&'a ImageFile>,
     /// The command line; the devices are appended.
     pub cmdline: &'a str,
     /// How many vCPUs the machine has.
@@ -66,13 +88,18 @@ pub struct LinuxImage<'a> {
 /// See [`BootError`].
 pub fn load(memory: &GuestMemory, image: &LinuxImage<'_>) -> Result<Start, BootError> {
     let memory_mib = memory.iter().map(|region| region.len()).sum::<u64>() >> 20;
-    let mut file = File::open(image.kernel).map_err(|source| BootError::File {
-        what: "kernel",
-        path: image.kernel.into(),
-        source,
-    })?;
+    let path = &image.kernel.path;
+    let mut file = image
+        .kernel
+        .file
+        .try_clone()
+        .map_err(|source| BootError::File {
+            what: "kernel",
+            path: path.clone(),
+            source,
+        })?;
     let bad = |reason: String| BootError::Kernel {
-        path: image.kernel.into(),
+        path: path.clone(),
         reason,
     };
     let magic = read_start(image.kernel, 4)?;
@@ -113,7 +140,7 @@ pub fn load(memory: &GuestMemory, image: &LinuxImage<'_>) -> Result<Start, BootE
         (kernel, end)
     };
     let initrd = match image.initrd {
-        Some(path) => Some(load_initrd(memory, path, end, memory_mib)?),
+        Some(initrd) => Some(load_initrd(memory, initrd, end, memory_mib)?),
         None => None,
     };
     write_cmdline(memory, image)?;
@@ -150,25 +177,24 @@ pub fn load(memory: &GuestMemory, image: &LinuxImage<'_>) -> Result<Start, BootE
     }
 }
 
-fn read_start(path: &Path, bytes: u64) -> Result<Vec<u8>, BootError> {
-    use std::io::Read;
-    let error = |source| BootError::File {
-        what: "kernel",
-        path: path.into(),
-        source,
+/// A kernel's first `bytes`, or as many as it has.
+fn read_start(kernel: &ImageFile, bytes: u64) -> Result<Vec<u8>, BootError> {
+    let read = || -> std::io::Result<Vec<u8>> {
+        let bytes = bytes.min(kernel.file.metadata()?.len());
+        let mut start = vec![0; bytes as usize];
+        kernel.file.read_exact_at(&mut start, 0)?;
+        Ok(start)
     };
-    let mut start = Vec::new();
-    File::open(path)
-        .map_err(error)?
-        .take(bytes)
-        .read_to_end(&mut start)
-        .map_err(error)?;
-    Ok(start)
+    read().map_err(|source| BootError::File {
+        what: "kernel",
+        path: kernel.path.clone(),
+        source,
+    })
 }
 
 /// The end of an ELF's memory, its unwritten part (bss, brk) included, which the loader leaves out.
-fn elf_end(path: &Path) -> Option<u64> {
-    let header = read_start(path, 64).ok()?;
+fn elf_end(kernel: &ImageFile) -> Option<u64> {
+    let header = read_start(kernel, 64).ok()?;
     let at = |bytes: &[u8], offset: usize| -> Option<u64> {
         Some(u64::from_le_bytes(
             bytes.get(offset..offset + 8)?.try_into().ok()?,
@@ -178,7 +204,7 @@ fn elf_end(path: &Path) -> Option<u64> {
         at(&header, 32)?,
         u16::from_le_bytes([*header.get(56)?, *header.get(57)?]),
     );
-    let bytes = read_start(path, table.checked_add(u64::from(entries) * 56)?).ok()?;
+    let bytes = read_start(kernel, table.checked_add(u64::from(entries) * 56)?).ok()?;
     let mut end = 0;
     for index in 0..usize::from(entries) {
         let entry = bytes.get(table as usize + index * 56..)?;
@@ -193,16 +219,16 @@ fn elf_end(path: &Path) -> Option<u64> {
 /// Puts the initramfs behind the kernel, so that a `mem=` on the command line leaves it inside.
 fn load_initrd(
     memory: &GuestMemory,
-    path: &Path,
+    initrd: &ImageFile,
     kernel_end: u64,
     memory_mib: u64,
 ) -> Result<(u64, u64), BootError> {
     let error = |source| BootError::File {
         what: "initrd",
-        path: path.into(),
+        path: initrd.path.clone(),
         source,
     };
-    let mut file = File::open(path).map_err(error)?;
+    let mut file = initrd.file.try_clone().map_err(error)?;
     let length = file.metadata().map_err(error)?.len();
     let fits = |address: &u64| {
         length <= INITRD_BYTES_MAX

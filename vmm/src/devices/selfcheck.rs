@@ -11,7 +11,6 @@ mod report;
 mod state;
 pub mod witness;
 
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -44,14 +43,14 @@ impl SelfCheck {
     pub fn new(
         context: &DeviceContext,
         report_address: u64,
-        witness: Option<PathBuf>,
+        witness: Option<Witness>,
     ) -> Arc<Self> {
         Arc::new(Self {
             memory: context.memory.clone(),
             report_address,
             events: context.events.clone(),
             report: watch::Sender::new(GuestReport::default()),
-            witness: witness.map(|path| Mutex::new(Witness::new(path))),
+            witness: witness.map(Mutex::new),
         })
     }
 

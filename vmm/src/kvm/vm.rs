@@ -49,15 +49,22 @@ pub struct Vm {
     manual_dirty_log: bool,
 }
 
+/// Opens KVM.
+///
+/// # Errors
+/// When /dev/kvm is not there or this user may not open it.
+pub fn open() -> Result<Kvm, KvmError> {
+    Kvm::new().map_err(asked(
+        "to be opened (is /dev/kvm there, and may this user open it?)",
+    ))
+}
+
 impl Vm {
     /// Makes the VM with `memory` as its RAM, and irqchip and PIT where KVM has them.
     ///
     /// # Errors
-    /// When /dev/kvm cannot be opened or refuses.
-    pub fn new(memory: GuestMemory) -> Result<Vm, KvmError> {
-        let kvm = Kvm::new().map_err(asked(
-            "to be opened (is /dev/kvm there, and may this user open it?)",
-        ))?;
+    /// When KVM refuses.
+    pub fn new(kvm: Kvm, memory: GuestMemory) -> Result<Vm, KvmError> {
         let fd = kvm.create_vm().map_err(asked("a VM"))?;
         fd.set_identity_map_address(IDENTITY_MAP_ADDRESS)
             .map_err(asked("the identity map's address"))?;

@@ -1,5 +1,8 @@
 //! The status that the control service shows.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
 use proto::monitor as wire;
 
 use super::Monitor;
@@ -40,13 +43,19 @@ impl Monitor {
             stop_asked: state.stop_asked,
             undrained: state.undrained,
             channel_fingerprint: self.identity.fingerprint().0.to_vec(),
+            measures: self.measures.clone(),
         }
     }
 
     fn usage(&self) -> wire::Usage {
         let mut usage = wire::Usage {
             cpu_ns: clock::process_cpu_ns(),
-            memory_resident_bytes: resident_bytes().unwrap_or(0),
+            memory_resident_bytes: self
+                .platform
+                .memory_counts
+                .as_ref()
+                .and_then(resident_bytes)
+                .unwrap_or(0),
             ..Default::default()
         };
         for disk in self.platform.machine.disks() {
@@ -79,9 +88,11 @@ fn guest(port: &selfcheck::SelfCheck) -> wire::GuestReport {
 }
 
 /// Pages in memory, from the kernel's own count.
-fn resident_bytes() -> Option<u64> {
-    let counts = std::fs::read_to_string("/proc/self/statm").ok()?;
-    counts
+fn resident_bytes(counts: &File) -> Option<u64> {
+    let mut bytes = [0; 128];
+    let read = counts.read_at(&mut bytes, 0).ok()?;
+    std::str::from_utf8(&bytes[..read])
+        .ok()?
         .split_whitespace()
         .nth(1)?
         .parse::<u64>()

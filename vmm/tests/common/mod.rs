@@ -124,6 +124,7 @@ pub fn with_code(code: &'static [u8], vcpus: u32, empty: bool) -> Counting {
     let (send_event, events) = mpsc::channel(16);
     let (send_lapse, lapses) = mpsc::unbounded_channel();
     let config = Config {
+        kvm: vmm::kvm::vm::open().expect("KVM"),
         memory_mib: 16,
         vcpus,
         disks: Vec::new(),

@@ -1,7 +1,7 @@
 //! Kernels and initramfs that a machine boots: ELF with a PVH note or without, bzImage, or neither.
 
 use vmm::boot::BootError;
-use vmm::boot::linux::{LinuxImage, load};
+use vmm::boot::linux::{ImageFile, LinuxImage, load};
 use vmm::boot::start::Start;
 
 use crate::file;
@@ -42,10 +42,11 @@ fn boot(data: &[u8]) -> Option<Result<Start, BootError>> {
     });
     let (kernel_file, initrd_file) = files.ok()?;
     let memory = vmm::memory::allocate(MEMORY_MIB).ok()?;
-    let (kernel, initrd) = (file::path(&kernel_file), file::path(&initrd_file));
+    let kernel = ImageFile::open("kernel", &file::path(&kernel_file)).ok()?;
+    let initrd = ImageFile::open("initrd", &file::path(&initrd_file)).ok()?;
     let image = LinuxImage {
         kernel: &kernel,
-        initrd: (flags & 1 != 0).then_some(initrd.as_path()),
+        initrd: (flags & 1 != 0).then_some(&initrd),
         cmdline: &cmdline,
         vcpus: u32::from(flags >> 1 & 7) + 1,
         virtio_slots: usize::from(flags >> 4) % 10,

@@ -7,6 +7,13 @@ use crate::world::World;
 /// Checks the world at its end.
 pub fn check(world: &mut World) {
     let state = world.truth.state.clone();
+    if let Some(migration) = state
+        .migrations
+        .values()
+        .find(|migration| migration.is_open())
+    {
+        return world.violate("every migration ends", format!("{migration:?}"));
+    }
     for vm in state.vms.values() {
         if vm.desired == Desired::Running && vm.held.is_none() && world.executing(vm.id).is_empty()
         {
@@ -35,12 +42,5 @@ pub fn check(world: &mut World) {
                 format!("{} is held: {why}", vm.name),
             );
         }
-    }
-    if let Some(migration) = state
-        .migrations
-        .values()
-        .find(|migration| migration.is_open())
-    {
-        world.violate("every migration ends", format!("{migration:?}"));
     }
 }

@@ -11,8 +11,12 @@ fn refused(kernel: &[u8]) -> String {
     std::fs::write(&path, kernel).unwrap();
     std::fs::write(&initrd, b"initrd").unwrap();
     let memory = crate::memory::allocate(MEMORY_MIB).unwrap();
+    let (kernel, initrd) = (
+        ImageFile::open("kernel", &path).unwrap(),
+        ImageFile::open("initrd", &initrd).unwrap(),
+    );
     let image = LinuxImage {
-        kernel: &path,
+        kernel: &kernel,
         initrd: Some(&initrd),
         cmdline: "",
         vcpus: 1,

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::witness::{Loss, WitnessEvent, losses};
+use super::witness::{Loss, Witness, WitnessEvent, losses};
 use super::*;
 use crate::devices::testing::Bench;
 use crate::guest::abi::{ErrorCode, FLAG_SCANNED};
@@ -103,7 +103,7 @@ async fn the_witness_has_every_flush_and_every_boot_once() {
     let bench = Bench::new();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("witness");
-    let device = SelfCheck::new(&bench.context, REPORT_ADDRESS, Some(path.clone()));
+    let device = SelfCheck::new(&bench.context, REPORT_ADDRESS, Some(Witness::open(path.clone()).unwrap()));
     send(
         &bench,
         &device,
@@ -118,13 +118,13 @@ async fn the_witness_has_every_flush_and_every_boot_once() {
         send(&bench, &device, &report(1, 8, flushed));
     }
     // The destination of a migration goes on in the same file and repeats nothing.
-    let there = SelfCheck::new(&bench.context, REPORT_ADDRESS, Some(path.clone()));
+    let there = SelfCheck::new(&bench.context, REPORT_ADDRESS, Some(Witness::open(path.clone()).unwrap()));
     there.restore(1, &device.save().unwrap()).unwrap();
     assert_eq!(there.report(), device.report());
     send(&bench, &there, &report(1, 8, 12));
     send(&bench, &there, &report(1, 8, 16));
     // A failover: a fresh device, a guest that found everything.
-    let again = SelfCheck::new(&bench.context, REPORT_ADDRESS, Some(path.clone()));
+    let again = SelfCheck::new(&bench.context, REPORT_ADDRESS, Some(Witness::open(path.clone()).unwrap()));
     send(&bench, &again, &report(2, 16, 0));
     let events = witness::read(&path).unwrap();
     assert_eq!(
@@ -175,15 +175,15 @@ fn a_boot_that_finds_less_than_was_flushed_is_a_loss() {
 #[tokio::test]
 async fn a_witness_that_cannot_be_written_is_told() {
     let bench = Bench::new();
-    let path = PathBuf::from("/nonexistent/witness");
-    let device = SelfCheck::new(&bench.context, REPORT_ADDRESS, Some(path));
+    let path = std::path::PathBuf::from("/dev/full");
+    let device = SelfCheck::new(&bench.context, REPORT_ADDRESS, Some(Witness::open(path).unwrap()));
     send(&bench, &device, &report(1, 0, 4));
     assert!(
         device
             .report()
             .error()
             .unwrap()
-            .contains("/nonexistent/witness")
+            .contains("/dev/full")
     );
 }
 

@@ -15,11 +15,11 @@ use std::path::{Path, PathBuf};
 
 use crate::guest::abi::{FLAG_SCANNED, Report};
 
-/// The file's writer; opened at the first event, so that a destination that never runs leaves no trace.
+/// The file's writer.
 #[derive(Debug)]
 pub struct Witness {
     path: PathBuf,
-    file: Option<File>,
+    file: File,
 }
 
 /// The witness cannot be written.
@@ -31,15 +31,21 @@ pub struct WitnessError {
 }
 
 impl Witness {
-    /// A writer of the file at `path`.
-    pub fn new(path: PathBuf) -> Self {
-        Self { path, file: None }
+    /// Opens the file at `path`, makes it where there is none.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    pub fn open(path: PathBuf) -> Result<Self, WitnessError> {
+        match OpenOptions::new().append(true).create(true).open(&path) {
+            Ok(file) => Ok(Self { path, file }),
+            Err(source) => Err(WitnessError { path, source }),
+        }
     }
 
     /// Appends what `report` says beyond `before`.
     ///
     /// # Errors
-    /// When the file cannot be opened or written.
+    /// When the file cannot be written.
     pub fn note(&mut self, before: Option<&Report>, report: &Report) -> Result<(), WitnessError> {
         let mut lines = String::new();
         let known = before.filter(|before| before.life == report.life);
@@ -53,25 +59,13 @@ impl Witness {
         if lines.is_empty() {
             return Ok(());
         }
-        self.append(&lines).map_err(|source| WitnessError {
-            path: self.path.clone(),
-            source,
-        })
-    }
-
-    fn append(&mut self, lines: &str) -> io::Result<()> {
-        if self.file.is_none() {
-            self.file = Some(
-                OpenOptions::new()
-                    .append(true)
-                    .create(true)
-                    .open(&self.path)?,
-            );
-        }
         // One write a call: lines of two monitors never mix.
         self.file
-            .as_mut()
-            .map_or(Ok(()), |file| file.write_all(lines.as_bytes()))
+            .write_all(lines.as_bytes())
+            .map_err(|source| WitnessError {
+                path: self.path.clone(),
+                source,
+            })
     }
 }
 

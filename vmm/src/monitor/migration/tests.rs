@@ -46,7 +46,9 @@ async fn a_drain_that_outlives_its_stop_leaves_the_disks_to_the_guest_and_no_qui
         return;
     }
     let directory = tempfile::tempdir().unwrap();
-    let monitor = Monitor::start(spec(directory.path())).await.unwrap();
+    let spec = spec(directory.path());
+    let handles = Handles::open(&spec).unwrap();
+    let monitor = Monitor::start(spec, handles, Vec::new()).await.unwrap();
     monitor.run(&permit(&monitor, 5)).await.unwrap();
     let source = Source::new(monitor.clone());
     source.pause().await.unwrap();

@@ -71,6 +71,44 @@ fn a_node_comes_in_by_its_token_with_the_tokens_role_and_its_own_key() {
 }
 
 #[test]
+fn asking_what_would_be_joined_is_judged_as_the_join_is_and_spends_nothing() {
+    let mut world = World::new(1, 64);
+    let end = world.now_ms + 1_000;
+    world.done(expiring("n2", end));
+    let Command::JoinNode {
+        token, secret_hash, ..
+    } = join("n2")
+    else {
+        panic!("not a join");
+    };
+    let (n2, n3) = (name("n2"), name("n3"));
+    let ask = |world: &World, secret: &Sha256, name, at_ms| {
+        world.state.would_join(&token, secret, name, at_ms)
+    };
+    let before = world.state.clone();
+    assert_eq!(ask(&world, &secret_hash, &n2, end - 1), Ok(NodeRole::Voter));
+    let wrong = TrustRefusal::JoinTokenWrong;
+    let other = TrustRefusal::JoinTokenForOther {
+        node: n2.clone(),
+        name: n3.clone(),
+    };
+    let expired = TrustRefusal::JoinTokenExpired { node: n2.clone() };
+    for (secret, name, at_ms, refusal) in [
+        (hash("guess"), &n2, end - 1, wrong),
+        (secret_hash, &n3, end - 1, other),
+        (secret_hash, &n2, end, expired),
+    ] {
+        let refused = ask(&world, &secret, name, at_ms);
+        assert_eq!(refused, Err(Rejection::Trust(refusal)));
+    }
+    assert_eq!(world.state, before);
+    world.done(join("n2"));
+    let used = TrustRefusal::JoinTokenUsed { node: n2.clone() };
+    let refused = ask(&world, &secret_hash, &n2, end - 1);
+    assert_eq!(refused, Err(Rejection::Trust(used)));
+}
+
+#[test]
 fn whoever_guesses_learns_nothing_and_whoever_knows_the_secret_is_told_what_is_wrong() {
     let mut world = World::new(1, 64);
     let end = world.now_ms + 1_000;

@@ -14,6 +14,7 @@ use std::path::Path;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use crate::confine::TUNSETCARRIER;
 use crate::devices::virtio::ready::watch_file;
 
 /// The longest name of an interface.
@@ -22,19 +23,19 @@ const NAME_BYTES_MAX: usize = libc::IFNAMSIZ - 1;
 /// Adds a port to a bridge (linux/sockios.h).
 const SIOCBRADDIF: libc::c_ulong = 0x89a2;
 
+/// A tap that is plugged in, its link down.
+#[derive(Debug)]
+pub struct PluggedTap {
+    name: String,
+    file: File,
+}
+
 /// An open tap, for whole Ethernet frames.
 #[derive(Debug)]
 pub struct Tap {
     file: AsyncFd<File>,
-    /// `None`: not an interface, there is no link to set.
-    link: Option<Link>,
-}
-
-/// What an interface's link is set through.
-#[derive(Debug)]
-struct Link {
-    control: OwnedFd,
-    name: String,
+    /// Whether it is an interface, with a link to set.
+    has_link: bool,
 }
 
 /// Why a tap cannot be had.
@@ -70,9 +71,9 @@ pub enum TapError {
     },
 }
 
-impl Tap {
-    /// Opens the tap `name`, makes it where it is missing and plugs it into `bridge`, its link down. Called on a
-    /// tokio runtime. A tap made here is gone when it is closed.
+impl PluggedTap {
+    /// Opens the tap `name`, makes it where it is missing and plugs it into `bridge`, its link down. A tap made here
+    /// is gone when it is closed. Takes CAP_NET_ADMIN; what is done with the tap later does not.
     ///
     /// # Errors
     /// See [`TapError`].
@@ -90,15 +91,31 @@ impl Tap {
             bridge: bridge.into(),
             source,
         })?;
-        let link = Link {
-            control,
+        // The interface is up for good, its carrier comes and goes: a bridge looks at both, and only the first
+        // takes a privilege.
+        set_carrier(&file, false)
+            .and_then(|()| take_up(&control, name))
+            .map_err(|source| refused("take up", source))?;
+        Ok(PluggedTap {
             name: name.into(),
-        };
-        link.set(false)
-            .map_err(|source| refused("take down the link of", source))?;
-        let tap = Self::from_file(file).map_err(|source| refused("wait for", source))?;
+            file,
+        })
+    }
+}
+
+impl Tap {
+    /// Puts a tap to use. Called on a tokio runtime.
+    ///
+    /// # Errors
+    /// [`TapError::Refused`] when it cannot be waited for.
+    pub fn new(plugged: PluggedTap) -> Result<Self, TapError> {
+        let tap = Self::from_file(plugged.file).map_err(|source| TapError::Refused {
+            doing: "wait for",
+            name: plugged.name,
+            source,
+        })?;
         Ok(Self {
-            link: Some(link),
+            has_link: true,
             ..tap
         })
     }
@@ -108,7 +125,11 @@ impl Tap {
     /// # Errors
     /// What the host says.
     pub fn set_link(&self, up: bool) -> io::Result<()> {
-        self.link.as_ref().map_or(Ok(()), |link| link.set(up))
+        if self.has_link {
+            set_carrier(self.file.get_ref(), up)
+        } else {
+            Ok(())
+        }
     }
 
     /// A tap, or anything else that carries one frame a read and write, already open and not blocking.
@@ -118,7 +139,7 @@ impl Tap {
     pub fn from_file(file: File) -> io::Result<Self> {
         Ok(Self {
             file: watch_file(file)?,
-            link: None,
+            has_link: false,
         })
     }
 
@@ -217,24 +238,34 @@ fn plug(control: &OwnedFd, mut port: libc::ifreq, bridge: &str) -> io::Result<()
     }
 }
 
-impl Link {
-    fn set(&self, up: bool) -> io::Result<()> {
-        let mut interface = request(&self.name).map_err(io::Error::other)?;
-        ioctl(
-            &self.control,
-            libc::SIOCGIFFLAGS as libc::c_ulong,
-            &mut interface,
-        )?;
-        // SAFETY: SIOCGIFFLAGS has filled this member.
-        let flags = unsafe { interface.ifr_ifru.ifru_flags };
-        let is_up = libc::IFF_UP as libc::c_short;
-        interface.ifr_ifru.ifru_flags = if up { flags | is_up } else { flags & !is_up };
-        ioctl(
-            &self.control,
-            libc::SIOCSIFFLAGS as libc::c_ulong,
-            &mut interface,
+fn take_up(control: &OwnedFd, name: &str) -> io::Result<()> {
+    let mut interface = request(name).map_err(io::Error::other)?;
+    ioctl(
+        control,
+        libc::SIOCGIFFLAGS as libc::c_ulong,
+        &mut interface,
+    )?;
+    // SAFETY: SIOCGIFFLAGS has filled this member.
+    let flags = unsafe { interface.ifr_ifru.ifru_flags };
+    interface.ifr_ifru.ifru_flags = flags | libc::IFF_UP as libc::c_short;
+    ioctl(
+        control,
+        libc::SIOCSIFFLAGS as libc::c_ulong,
+        &mut interface,
+    )
+}
+
+/// Plugs the cable in or out (linux/if_tun.h, since Linux 5.0); asks for nothing but the open tap.
+fn set_carrier(tap: &File, on: bool) -> io::Result<()> {
+    let on = libc::c_int::from(on);
+    // SAFETY: the descriptor is open, and TUNSETCARRIER reads one integer.
+    check(unsafe {
+        libc::ioctl(
+            tap.as_raw_fd(),
+            TUNSETCARRIER as libc::c_ulong,
+            std::ptr::from_ref(&on),
         )
-    }
+    })
 }
 
 fn ioctl(control: &OwnedFd, number: libc::c_ulong, interface: &mut libc::ifreq) -> io::Result<()> {
