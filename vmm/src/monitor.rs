@@ -46,6 +46,17 @@ const HAPPENINGS_MAX: usize = 64;
 /// How long sending again what was in doubt may take when the disks are re-keyed.
 const REKEY_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// The pauses between announcements after a migration: a port whose link has just come up forwards nothing for a
+/// moment, and a frame may be lost.
+const ANNOUNCED_AFTER: [Duration; 6] = [
+    Duration::ZERO,
+    Duration::from_millis(2),
+    Duration::from_millis(50),
+    Duration::from_millis(150),
+    Duration::from_millis(250),
+    Duration::from_millis(350),
+];
+
 /// How long a stop waits for the disks.
 const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -347,13 +358,19 @@ impl Monitor {
         Ok(running_ns)
     }
 
-    /// Tells the networks where the machine is now.
+    /// Tells the networks where the machine is now, as long as it is here.
     fn announce(&self) {
         for nic in &self.platform.nics {
-            let nic = nic.clone();
+            let (nic, gate) = (nic.clone(), self.platform.machine.gate().clone());
             tokio::spawn(async move {
-                if let Err(error) = nic.announce().await {
-                    tracing::warn!(%error, "the network was not told where the machine is now");
+                for pause in ANNOUNCED_AFTER {
+                    tokio::time::sleep(pause).await;
+                    if !gate.is_open() {
+                        return;
+                    }
+                    if let Err(error) = nic.announce().await {
+                        tracing::warn!(%error, "the network was not told where the machine is now");
+                    }
                 }
             });
         }

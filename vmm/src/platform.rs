@@ -22,9 +22,9 @@ use crate::devices::virtio::net::tap::{Tap, TapError};
 use crate::devices::virtio::net::{Net, NetConfig};
 use crate::devices::{DeviceContext, GuestMemory, MachineEvent};
 use crate::gate::{Lapsed, OnLapse};
+use crate::guest::{GuestDisk, REPORT_ADDRESS, boot_params};
 use crate::handles::{Handles, Images};
 use crate::kvm::vm::KvmError;
-use crate::guest::{GuestDisk, REPORT_ADDRESS, boot_params};
 use crate::layout::{
     I8042_PORT, I8042_PORTS, REPORT_PORT, REPORT_PORTS, SERIAL_IRQ, SERIAL_PORT, SERIAL_PORTS,
     VIRTIO_MMIO_SLOT_BYTES, virtio_irq, virtio_mmio_address,
@@ -175,9 +175,8 @@ pub async fn build(
         }
         Ok(set)
     };
-    let load = |memory: &GuestMemory, tsc_khz: u64| {
-        load_guest(spec, images.as_ref(), memory, tsc_khz)
-    };
+    let load =
+        |memory: &GuestMemory, tsc_khz: u64| load_guest(spec, images.as_ref(), memory, tsc_khz);
     let load = spec.incoming().is_none().then_some(load);
     let machine = Machine::assemble(config, events, attach, load, lapsed)?;
     Ok(Platform {

@@ -94,7 +94,9 @@ impl Host {
         };
         let spec = ValidatedSpec::new(file).unwrap();
         let (sender, events) = mpsc::channel(16);
-        let platform = platform::build(&spec, Handles::open(&spec).unwrap(), sender, |_| {}).await.unwrap();
+        let platform = platform::build(&spec, Handles::open(&spec).unwrap(), sender, |_| {})
+            .await
+            .unwrap();
         let port = platform.selfcheck.clone().unwrap();
         Guest {
             platform,

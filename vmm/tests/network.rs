@@ -43,10 +43,12 @@ fn run(command: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Waits until the bridge sends frames for `mac` to `port`.
-fn wait_until_at(mac: MacAddress, port: &str) {
+/// Announces `mac` from `tap` until the bridge sends frames for it to `port`: a port whose carrier has just come
+/// is not forwarding yet.
+async fn move_to(mac: MacAddress, tap: &Tap, port: &str) {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
+        tap.write(&rarp(mac)).await.unwrap();
         let table = run("bridge fdb show br br0");
         let entry = table
             .lines()
@@ -76,10 +78,12 @@ fn an_announcement_moves_the_bridges_entry() {
         runtime.block_on(async {
             let source = Tap::new(PluggedTap::open("tap-s", "br0").unwrap()).unwrap();
             let destination = Tap::new(PluggedTap::open("tap-d", "br0").unwrap()).unwrap();
-            assert!(
-                source.write(&rarp(mac)).await.is_err(),
-                "its link is down at first"
-            );
+            // The kernel looks at carriers that went once a second.
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while !run("ip -br link show tap-s").contains("NO-CARRIER") {
+                assert!(Instant::now() < deadline, "its link is down at first");
+                std::thread::yield_now();
+            }
             source.set_link(true).unwrap();
             destination.set_link(true).unwrap();
             for (tap, port) in [
@@ -87,8 +91,7 @@ fn an_announcement_moves_the_bridges_entry() {
                 (&destination, "tap-d"),
                 (&source, "tap-s"),
             ] {
-                tap.write(&rarp(mac)).await.unwrap();
-                wait_until_at(mac, port);
+                move_to(mac, tap, port).await;
             }
         });
         // The taps were made for the test, and are gone with it.

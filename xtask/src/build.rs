@@ -69,6 +69,13 @@ pub fn programs(release: bool) -> anyhow::Result<PathBuf> {
     Ok(target_dir().join(if release { "release" } else { "debug" }))
 }
 
+/// Builds the programs for the tests, and the tests with them: together they need each dependency once, apart some twice,
+/// since the tests' own ask for more of the features.
+pub fn programs_and_tests() -> anyhow::Result<PathBuf> {
+    run(cargo().args(["build", "--workspace", "--all-targets"]))?;
+    Ok(target_dir().join("debug"))
+}
+
 /// Builds in release mode, then runs `clusterctl demo` from there.
 pub fn demo(args: &[String]) -> anyhow::Result<()> {
     require_kvm()?;

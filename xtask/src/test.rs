@@ -42,7 +42,7 @@ pub fn attack() -> anyhow::Result<()> {
 pub fn run(args: &TestArgs) -> anyhow::Result<()> {
     build::require_kvm()?;
     crate::layers::run()?;
-    let programs = build::programs(false)?;
+    let programs = build::programs_and_tests()?;
     let nextest = build::cargo()
         .args(["nextest", "--version"])
         .stdout(Stdio::null())

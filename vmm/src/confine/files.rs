@@ -1,8 +1,8 @@
 //! Landlock: of files, name resolution's alone may be read (Documentation/userspace-api/landlock.rst).
 
 use landlock::{
-    ABI, Access, AccessFs, Compatible, CompatLevel, LandlockStatus, PathBeneath, PathFd, Ruleset, RulesetAttr,
-    RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
+    ABI, Access, AccessFs, CompatLevel, Compatible, LandlockStatus, PathBeneath, PathFd, Ruleset,
+    RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
 };
 
 /// Read to find a server by its name; the C library loads modules for it.
@@ -48,12 +48,18 @@ pub(super) fn restrict(empty_root: bool) -> Result<String, FilesError> {
     }
     let status = rules.restrict_self()?;
     let abi = match status.landlock {
-        LandlockStatus::Available { effective_abi, .. } => format!("interface {}", effective_abi as i32),
+        LandlockStatus::Available { effective_abi, .. } => {
+            format!("interface {}", effective_abi as i32)
+        }
         _ => String::new(),
     };
     match status.ruleset {
         RulesetStatus::NotEnforced => Err(FilesError::Absent),
-        RulesetStatus::PartiallyEnforced => Ok(format!("no file but name resolution's, as far as {abi} of this kernel goes")),
-        RulesetStatus::FullyEnforced => Ok("no file but name resolution's; no signal to, no abstract socket of others".into()),
+        RulesetStatus::PartiallyEnforced => Ok(format!(
+            "no file but name resolution's, as far as {abi} of this kernel goes"
+        )),
+        RulesetStatus::FullyEnforced => {
+            Ok("no file but name resolution's; no signal to, no abstract socket of others".into())
+        }
     }
 }

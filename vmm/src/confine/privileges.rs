@@ -61,13 +61,8 @@ pub(super) fn drop_all() -> io::Result<()> {
         inheritable: 0,
     }; 2];
     // SAFETY: both structures are those of version 3 of the call, which reads them and writes neither.
-    let answer = unsafe {
-        libc::syscall(
-            libc::SYS_capset,
-            std::ptr::from_ref(&header),
-            none.as_ptr(),
-        )
-    };
+    let answer =
+        unsafe { libc::syscall(libc::SYS_capset, std::ptr::from_ref(&header), none.as_ptr()) };
     if answer != 0 {
         return Err(io::Error::last_os_error());
     }

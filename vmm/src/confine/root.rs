@@ -43,7 +43,13 @@ pub(super) fn empty(folder: &Path) -> io::Result<()> {
     for (path, bytes) in taken {
         std::fs::write(folder.join(path.trim_start_matches('/')), bytes)?;
     }
-    mount(NONE, folder, NONE, plain | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY, NONE)?;
+    mount(
+        NONE,
+        folder,
+        NONE,
+        plain | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY,
+        NONE,
+    )?;
     chdir(folder)?;
     match pivot_root(".", ".") {
         // The old root lies on top of the new one now, and is taken away.

@@ -156,12 +156,7 @@ fn compare(
 }
 
 fn equals(argument: u8, value: u64) -> Result<SeccompRule, FilterError> {
-    compare(
-        argument,
-        SeccompCmpArgLen::Dword,
-        SeccompCmpOp::Eq,
-        value,
-    )
+    compare(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
 }
 
 fn masked(argument: u8, mask: u64, value: u64) -> Result<SeccompRule, FilterError> {
@@ -215,9 +210,15 @@ fn process(names: bool) -> Result<Rules, FilterError> {
         libc::SYS_prctl,
         vec![
             equals(0, libc::PR_SET_NAME as u64)?,
+            // Threads narrow themselves further.
+            equals(0, libc::PR_SET_NO_NEW_PRIVS as u64)?,
             // Anonymous memory's name, which newer C libraries give.
             equals(0, libc::PR_SET_VMA as u64)?,
         ],
+    );
+    rules.insert(
+        libc::SYS_seccomp,
+        vec![equals(0, libc::SECCOMP_SET_MODE_FILTER.into())?],
     );
     // Reading limits, not setting them.
     rules.insert(
@@ -245,7 +246,11 @@ fn thread(kind: ThreadKind) -> Result<Rules, FilterError> {
     Ok(rules)
 }
 
-fn install(rules: Rules, otherwise: SeccompAction, listed: SeccompAction) -> Result<(), FilterError> {
+fn install(
+    rules: Rules,
+    otherwise: SeccompAction,
+    listed: SeccompAction,
+) -> Result<(), FilterError> {
     let target = TargetArch::try_from(std::env::consts::ARCH)?;
     let program: BpfProgram = SeccompFilter::new(rules, otherwise, listed, target)?.try_into()?;
     Ok(seccompiler::apply_filter(&program)?)

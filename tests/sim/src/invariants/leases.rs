@@ -21,13 +21,20 @@ pub fn check(world: &mut World, before: &ClusterState, command: &Command, reply:
     });
     if let Some(lease) = wrong {
         let book = world.truth.holders.get(&lease.vm);
-        world.violate("leases follow the owner", format!("{lease:?}, and by the book {book:?}"));
+        world.violate(
+            "leases follow the owner",
+            format!("{lease:?}, and by the book {book:?}"),
+        );
     }
 }
 
 fn enter(world: &mut World, before: &ClusterState, command: &Command) {
     let now = world.truth.log.len() as u64;
-    let Truth { holders: book, state, .. } = &mut world.truth;
+    let Truth {
+        holders: book,
+        state,
+        ..
+    } = &mut world.truth;
     match command {
         Command::StartVm { vm, node, .. } => {
             book.insert(*vm, Some(*node));

@@ -103,7 +103,11 @@ async fn the_witness_has_every_flush_and_every_boot_once() {
     let bench = Bench::new();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("witness");
-    let device = SelfCheck::new(&bench.context, REPORT_ADDRESS, Some(Witness::open(path.clone()).unwrap()));
+    let device = SelfCheck::new(
+        &bench.context,
+        REPORT_ADDRESS,
+        Some(Witness::open(path.clone()).unwrap()),
+    );
     send(
         &bench,
         &device,
@@ -113,18 +117,26 @@ async fn the_witness_has_every_flush_and_every_boot_once() {
             ..report(0, 0, 0)
         },
     );
-    assert!(!path.exists());
+    assert!(witness::read(&path).unwrap().is_empty());
     for flushed in [0, 8, 8, 12] {
         send(&bench, &device, &report(1, 8, flushed));
     }
     // The destination of a migration goes on in the same file and repeats nothing.
-    let there = SelfCheck::new(&bench.context, REPORT_ADDRESS, Some(Witness::open(path.clone()).unwrap()));
+    let there = SelfCheck::new(
+        &bench.context,
+        REPORT_ADDRESS,
+        Some(Witness::open(path.clone()).unwrap()),
+    );
     there.restore(1, &device.save().unwrap()).unwrap();
     assert_eq!(there.report(), device.report());
     send(&bench, &there, &report(1, 8, 12));
     send(&bench, &there, &report(1, 8, 16));
     // A failover: a fresh device, a guest that found everything.
-    let again = SelfCheck::new(&bench.context, REPORT_ADDRESS, Some(Witness::open(path.clone()).unwrap()));
+    let again = SelfCheck::new(
+        &bench.context,
+        REPORT_ADDRESS,
+        Some(Witness::open(path.clone()).unwrap()),
+    );
     send(&bench, &again, &report(2, 16, 0));
     let events = witness::read(&path).unwrap();
     assert_eq!(
@@ -176,15 +188,13 @@ fn a_boot_that_finds_less_than_was_flushed_is_a_loss() {
 async fn a_witness_that_cannot_be_written_is_told() {
     let bench = Bench::new();
     let path = std::path::PathBuf::from("/dev/full");
-    let device = SelfCheck::new(&bench.context, REPORT_ADDRESS, Some(Witness::open(path).unwrap()));
-    send(&bench, &device, &report(1, 0, 4));
-    assert!(
-        device
-            .report()
-            .error()
-            .unwrap()
-            .contains("/dev/full")
+    let device = SelfCheck::new(
+        &bench.context,
+        REPORT_ADDRESS,
+        Some(Witness::open(path).unwrap()),
     );
+    send(&bench, &device, &report(1, 0, 4));
+    assert!(device.report().error().unwrap().contains("/dev/full"));
 }
 
 #[test]

@@ -2,7 +2,8 @@
 //!
 //! Its link is down until the guest runs, and down again once the guest is quiet: a bridge then neither
 //! sends frames to it nor remembers the guest's address there, so that of a migration's two taps it
-//! sees one at a time.
+//! sees one at a time (but for up to a second after a link went down: the kernel looks at carriers that are gone once
+//! a second, and meanwhile the other side's announcement decides).
 #![allow(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
@@ -240,19 +241,11 @@ fn plug(control: &OwnedFd, mut port: libc::ifreq, bridge: &str) -> io::Result<()
 
 fn take_up(control: &OwnedFd, name: &str) -> io::Result<()> {
     let mut interface = request(name).map_err(io::Error::other)?;
-    ioctl(
-        control,
-        libc::SIOCGIFFLAGS as libc::c_ulong,
-        &mut interface,
-    )?;
+    ioctl(control, libc::SIOCGIFFLAGS as libc::c_ulong, &mut interface)?;
     // SAFETY: SIOCGIFFLAGS has filled this member.
     let flags = unsafe { interface.ifr_ifru.ifru_flags };
     interface.ifr_ifru.ifru_flags = flags | libc::IFF_UP as libc::c_short;
-    ioctl(
-        control,
-        libc::SIOCSIFFLAGS as libc::c_ulong,
-        &mut interface,
-    )
+    ioctl(control, libc::SIOCSIFFLAGS as libc::c_ulong, &mut interface)
 }
 
 /// Plugs the cable in or out (linux/if_tun.h, since Linux 5.0); asks for nothing but the open tap.
