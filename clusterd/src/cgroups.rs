@@ -178,7 +178,7 @@ fn mount(line: &str) -> Option<Mount<'_>> {
 }
 
 /// Our own group in a hierarchy, from `/proc/self/cgroup`: `number:controllers:path`, with 0 and none for v2.
-fn own_group<'t>(groups: &'t str, of: impl Fn(&str, &str) -> bool) -> Option<&'t str> {
+fn own_group(groups: &str, of: impl Fn(&str, &str) -> bool) -> Option<&str> {
     groups.lines().find_map(|line| {
         let (number, rest) = line.split_once(':')?;
         let (controllers, path) = rest.split_once(':')?;
