@@ -61,10 +61,14 @@ pub async fn run(c: &Context, args: Args) -> Result<ExitCode, CliError> {
             "the demo runs real machines, and /dev/kvm cannot be opened ({error}).\n  try: load kvm_intel or kvm_amd; add yourself to the group kvm; in a virtual machine ask for nested virtualisation"
         )));
     }
-    let folder = args
-        .folder
-        .clone()
-        .unwrap_or_else(|| std::env::temp_dir().join(format!("baton-demo-{}", std::process::id())));
+    let folder = match args.folder.clone() {
+        Some(folder) => folder,
+        // Of a name that nobody can have taken before.
+        None => tempfile::Builder::new()
+            .prefix("baton-demo-")
+            .tempdir()?
+            .keep(),
+    };
     // Loopback addresses of its own, so that demos and the dev cluster do not meet.
     let third = u8::try_from(std::process::id() % 200 + 20).unwrap_or(20);
     let plan = Plan {

@@ -11,6 +11,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 #[tokio::main]
 async fn main() -> anyhow::Result<ExitCode> {
+    proto::core_dump::rule_out();
     let cli = Cli::parse();
     let config = cli.load()?;
     match cli.action {

@@ -27,6 +27,7 @@ pub mod admin {
 }
 
 pub mod clock;
+pub mod core_dump;
 pub mod failpoint;
 pub mod tls;
 pub mod token;

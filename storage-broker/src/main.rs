@@ -27,6 +27,7 @@ enum Command {
 
 #[tokio::main]
 async fn main() -> ExitCode {
+    proto::core_dump::rule_out();
     let log = tracing_subscriber::fmt()
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()),

@@ -158,6 +158,15 @@ async fn no_secret_is_in_any_log_argument_environment_or_file_but_its_own() -> a
             let path = format!("/proc/{pid}/{file}");
             find(&secrets, &std::fs::read(&path).unwrap_or_default(), &path);
         }
+        // A core dump would hold them all.
+        let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap_or_default();
+        let core = limits
+            .lines()
+            .find_map(|line| line.strip_prefix("Max core file size"));
+        if let Some(core) = core {
+            let allowed: Vec<&str> = core.split_whitespace().take(2).collect();
+            assert_eq!(allowed, ["0", "0"], "process {pid}");
+        }
     }
     Ok(())
 }

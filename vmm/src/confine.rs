@@ -129,9 +129,7 @@ fn needs_names(spec: &ValidatedSpec) -> bool {
 
 /// A core dump holds the guest's memory and the keys of its channels.
 fn bound_resources() {
-    if let Err(error) = setrlimit(Resource::RLIMIT_CORE, 0, 0) {
-        tracing::debug!(%error, "core dumps are not ruled out");
-    }
+    proto::core_dump::rule_out();
     let bounded = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| {
         let most = hard.min(DESCRIPTORS_MAX);
         setrlimit(Resource::RLIMIT_NOFILE, most, most)

@@ -105,6 +105,13 @@ async fn a_monitor_started_by_root_is_a_user_without_rights_in_an_empty_root_and
         }
     }
 
+    let limits = std::fs::read_to_string(proc.join("limits")).unwrap();
+    let core = limits
+        .lines()
+        .find(|line| line.starts_with("Max core file size"));
+    let core: Vec<&str> = core.unwrap().split_whitespace().collect();
+    assert_eq!(core[4..6], ["0", "0"]);
+
     // Nothing is open but what it needs.
     let disk = folder.path().join("disk.raw");
     let (witness, log) = (
