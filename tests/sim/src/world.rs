@@ -1,6 +1,7 @@
 //! The simulated world: virtual time, hosts with their own clocks, links, and the queue of what happens next.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::sync::Arc;
 
 use cluster_model::agent::Memory;
@@ -123,7 +124,11 @@ pub struct Counts {
 pub struct World {
     /// Real time, µs.
     pub now: u64,
-    queue: BTreeMap<(u64, u64), Event>,
+    /// When, its number (two at one time happen as they were put in), and which of `events`.
+    queue: BinaryHeap<Reverse<(u64, u64, usize)>>,
+    /// What waits, each where it stays; `free` are the empty places.
+    events: Vec<Option<Event>>,
+    free: Vec<usize>,
     sequence: u64,
     /// The one source of chance.
     pub rng: StdRng,
@@ -171,7 +176,9 @@ impl World {
         let log = setup::log(count, machines);
         let mut world = World {
             now: S,
-            queue: BTreeMap::new(),
+            queue: BinaryHeap::new(),
+            events: Vec::new(),
+            free: Vec::new(),
             sequence: 0,
             hosts: Vec::new(),
             server: Server {
@@ -222,10 +229,14 @@ impl World {
 
     /// Runs to the end, or to the first thing that must not be.
     pub fn run(&mut self) {
-        while let Some(((at, _), event)) = self.queue.pop_first() {
+        while let Some(Reverse((at, _, place))) = self.queue.pop() {
             if at > self.end_at || self.violation.is_some() {
                 break;
             }
+            self.free.push(place);
+            let Some(event) = self.events[place].take() else {
+                continue;
+            };
             self.now = at;
             self.counts.events += 1;
             self.happen(event);
@@ -252,7 +263,18 @@ impl World {
     /// Puts something into the queue.
     pub fn at(&mut self, at: u64, event: Event) {
         self.sequence += 1;
-        self.queue.insert((at.max(self.now), self.sequence), event);
+        let place = match self.free.pop() {
+            Some(place) => {
+                self.events[place] = Some(event);
+                place
+            }
+            None => {
+                self.events.push(Some(event));
+                self.events.len() - 1
+            }
+        };
+        let at = at.max(self.now);
+        self.queue.push(Reverse((at, self.sequence, place)));
     }
 
     /// A number that nobody has.
@@ -568,24 +590,18 @@ impl World {
         format!("n{}", node + 1)
     }
 
-    /// The monitors of a machine that execute now: node and nonce.
-    pub fn executing(&self, vm: VmId) -> Vec<(usize, u64)> {
-        let mut who = Vec::new();
-        for (node, host) in self.hosts.iter().enumerate() {
-            if host.monitors.is_empty() {
-                continue;
-            }
+    /// The monitors whose guests execute now, and their nodes.
+    pub fn executing(&self) -> impl Iterator<Item = (usize, &Monitor)> {
+        let hosts = self.hosts.iter().enumerate();
+        let hosts = hosts.filter(|(_, host)| !host.monitors.is_empty());
+        hosts.flat_map(move |(node, host)| {
             let clock = self.clock(node);
-            for monitor in host.monitors.values() {
-                if monitor.vm == vm
-                    && monitor.phase == MonitorPhase::Running
-                    && monitor.executes(clock, self.now)
-                {
-                    who.push((node, monitor.nonce));
-                }
-            }
-        }
-        who
+            let monitors = host.monitors.values();
+            let runs = move |monitor: &&Monitor| {
+                monitor.phase == MonitorPhase::Running && monitor.executes(clock, self.now)
+            };
+            monitors.filter(runs).map(move |monitor| (node, monitor))
+        })
     }
 
     /// The committed log as far as somebody knows it.

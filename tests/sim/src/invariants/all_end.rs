@@ -15,8 +15,8 @@ pub fn check(world: &mut World) {
         return world.violate("every migration ends", format!("{migration:?}"));
     }
     for vm in state.vms.values() {
-        if vm.desired == Desired::Running && vm.held.is_none() && world.executing(vm.id).is_empty()
-        {
+        let executes = world.executing().any(|(_, monitor)| monitor.vm == vm.id);
+        if vm.desired == Desired::Running && vm.held.is_none() && !executes {
             let monitors: Vec<String> = world
                 .hosts
                 .iter()
