@@ -3,25 +3,25 @@
 //! [`Dialer`] connects, [`serve`] accepts. What holds for all connections (source address, time limits,
 //! keepalive, `TCP_NODELAY`, sizes; TLS, and who is at the other end) is therefore said once.
 
+mod breakable;
+
 use std::collections::HashMap;
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
 use proto::tls;
 use rustls::ClientConfig;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::Routes;
 use tonic::transport::{Channel, Endpoint, Server, Uri};
 
+pub use self::breakable::Breakable;
 use crate::trust::{Door, Guard, Judge, Keeper, KeeperError};
 
 /// The largest message either side takes, bytes: a batch of log entries (1 MiB and one entry), a chunk
@@ -41,6 +41,8 @@ const STREAMS_MAX: u32 = 1_024;
 const WINDOW_BYTES: u32 = 4 << 20;
 /// Addresses that a dialer keeps channels to; a cluster has at most 1,000 nodes.
 const CHANNELS_MAX: usize = 4_096;
+/// Why a connection of a cut link breaks.
+const LINK_CUT: &str = "this link is cut on purpose";
 
 /// Connects to other nodes, always from this node's own address. Clones share their channels.
 #[derive(Clone, Debug)]
@@ -185,7 +187,7 @@ pub struct AddressError {
     pub address: String,
 }
 
-async fn connect(uri: &Uri, local: IpAddr, links: &Links) -> io::Result<LinkStream> {
+async fn connect(uri: &Uri, local: IpAddr, links: &Links) -> io::Result<Breakable<TcpStream>> {
     let bad = || {
         io::Error::new(
             io::ErrorKind::InvalidInput,
@@ -204,10 +206,14 @@ async fn connect(uri: &Uri, local: IpAddr, links: &Links) -> io::Result<LinkStre
     Err(last)
 }
 
-async fn connect_to(address: SocketAddr, local: IpAddr, links: &Links) -> io::Result<LinkStream> {
+async fn connect_to(
+    address: SocketAddr,
+    local: IpAddr,
+    links: &Links,
+) -> io::Result<Breakable<TcpStream>> {
     let cut = links.switch(address);
     if cut.load(Ordering::Relaxed) {
-        return Err(link_cut());
+        return Err(io::Error::new(io::ErrorKind::ConnectionReset, LINK_CUT));
     }
     let socket = match (address, local) {
         (SocketAddr::V4(_), IpAddr::V4(_)) => TcpSocket::new_v4()?,
@@ -225,7 +231,7 @@ async fn connect_to(address: SocketAddr, local: IpAddr, links: &Links) -> io::Re
     let stream = socket.connect(address).await?;
     stream.set_nodelay(true)?;
     socket2::SockRef::from(&stream).set_tcp_keepalive(&keepalive())?;
-    Ok(LinkStream { stream, cut })
+    Ok(Breakable::new(stream, cut, LINK_CUT))
 }
 
 /// How a silent connection is found dead, on both sides.
@@ -258,73 +264,6 @@ impl Links {
 
     fn switch(&self, address: SocketAddr) -> Arc<AtomicBool> {
         lock(&self.switches).entry(address).or_default().clone()
-    }
-}
-
-fn link_cut() -> io::Error {
-    io::Error::new(
-        io::ErrorKind::ConnectionReset,
-        "this link is cut on purpose",
-    )
-}
-
-/// A connection that breaks when its link is cut.
-#[derive(Debug)]
-struct LinkStream {
-    stream: TcpStream,
-    cut: Arc<AtomicBool>,
-}
-
-impl LinkStream {
-    fn check(&self) -> io::Result<()> {
-        if self.cut.load(Ordering::Relaxed) {
-            Err(link_cut())
-        } else {
-            Ok(())
-        }
-    }
-}
-
-impl AsyncRead for LinkStream {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        self.check()?;
-        Pin::new(&mut self.stream).poll_read(cx, buffer)
-    }
-}
-
-impl AsyncWrite for LinkStream {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        self.check()?;
-        Pin::new(&mut self.stream).poll_write(cx, buffer)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffers: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        self.check()?;
-        Pin::new(&mut self.stream).poll_write_vectored(cx, buffers)
     }
 }
 

@@ -17,6 +17,7 @@ mod root;
 mod syscalls;
 
 use std::path::Path;
+use std::sync::OnceLock;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -24,6 +25,9 @@ use crate::spec::{Measure, ValidatedSpec};
 
 pub(crate) use syscalls::TUNSETCARRIER;
 pub use syscalls::ThreadKind;
+
+/// The measure that filters system calls.
+const SECCOMP: &str = "seccomp";
 
 /// The most descriptors that a monitor may have: disks, channels and queues come to some hundred.
 const DESCRIPTORS_MAX: u64 = 4096;
@@ -100,17 +104,44 @@ pub fn enter(spec: &ValidatedSpec, folder: &Path) -> Result<Vec<Measure>, Confin
             detail: "the host's, as any process has it".into(),
         },
     });
-    measures.push(measure("seccomp", filtered, |()| {
+    measures.push(measure(SECCOMP, filtered, |()| {
         "a filter for each kind of thread".into()
     }));
     Ok(measures)
 }
 
+/// The first thread that kept the rights of its process, and why.
+static WIDE_THREAD: OnceLock<String> = OnceLock::new();
+
 /// Narrows what the calling thread may ask of the kernel, where its process is confined; only its end undoes it.
+/// Where that fails, [`as_they_hold`] tells.
 pub fn narrow(kind: ThreadKind) {
     if let Err(error) = syscalls::enter_thread(kind) {
         tracing::warn!(?kind, %error, "a thread keeps the rights of its process");
+        WIDE_THREAD
+            .get_or_init(|| format!("a {kind:?} thread has no filter but the process's: {error}"));
     }
+}
+
+/// The measures that [`enter`] answered, as its threads have kept them since.
+pub fn as_they_hold(measures: &[proto::monitor::Measure]) -> Vec<proto::monitor::Measure> {
+    with_threads(measures, WIDE_THREAD.get().map(String::as_str))
+}
+
+fn with_threads(
+    measures: &[proto::monitor::Measure],
+    wide_thread: Option<&str>,
+) -> Vec<proto::monitor::Measure> {
+    let mut measures = measures.to_vec();
+    if let Some(why) = wide_thread
+        && let Some(seccomp) = measures
+            .iter_mut()
+            .find(|measure| measure.name == SECCOMP && measure.applied)
+    {
+        seccomp.applied = false;
+        seccomp.detail = why.into();
+    }
+    measures
 }
 
 /// Whether addresses are given by name, so that name servers are asked.
@@ -167,5 +198,30 @@ fn measure<T, E: std::fmt::Display>(
             applied: false,
             detail: error.to_string(),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_that_keeps_its_process_rights_is_told_as_a_filter_that_does_not_hold() {
+        let measures = [
+            holds("landlock", "nothing but its folder").into_wire(),
+            holds(SECCOMP, "a filter for each kind of thread").into_wire(),
+        ];
+        assert_eq!(with_threads(&measures, None), measures);
+        let told = with_threads(&measures, Some("a Vcpu thread has no filter"));
+        assert_eq!(told[0], measures[0]);
+        assert!(!told[1].applied);
+        assert_eq!(told[1].detail, "a Vcpu thread has no filter");
+    }
+
+    #[test]
+    fn a_process_without_a_filter_keeps_its_own_reason() {
+        let missing = measure::<(), _>(SECCOMP, Err("no seccomp here"), |()| String::new());
+        let measures = [missing.into_wire()];
+        assert_eq!(with_threads(&measures, Some("a thread")), measures);
     }
 }

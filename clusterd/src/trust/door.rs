@@ -25,6 +25,7 @@ use tonic::transport::server::Connected;
 
 use super::Keeper;
 use super::caller::{Caller, Shown};
+use crate::net::Breakable;
 
 /// Handshakes under way at a time, in all: each has a descriptor and some kilobytes.
 const HANDSHAKES_MAX: usize = 256;
@@ -182,12 +183,11 @@ impl Door {
             of_node.push(Arc::downgrade(&broken));
         }
         Ok(Guest {
-            stream,
+            stream: Breakable::new(stream, broken, "its node was removed from the cluster"),
             caller: Caller {
                 shown,
                 from: from.to_string(),
             },
-            broken,
             _counted: counted,
         })
     }
@@ -228,23 +228,9 @@ impl Door {
 /// A connection that has shaken hands.
 #[derive(Debug)]
 pub struct Guest {
-    stream: tls::ServerStream<TcpStream>,
+    stream: Breakable<tls::ServerStream<TcpStream>>,
     caller: Caller,
-    broken: Arc<AtomicBool>,
     _counted: Option<Counted>,
-}
-
-impl Guest {
-    fn check(&self) -> io::Result<()> {
-        if self.broken.load(Ordering::Relaxed) {
-            Err(io::Error::new(
-                io::ErrorKind::ConnectionReset,
-                "its node was removed from the cluster",
-            ))
-        } else {
-            Ok(())
-        }
-    }
 }
 
 impl Connected for Guest {
@@ -260,7 +246,6 @@ impl AsyncRead for Guest {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        self.check()?;
         Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }
@@ -271,7 +256,6 @@ impl AsyncWrite for Guest {
         cx: &mut Context<'_>,
         buffer: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.check()?;
         Pin::new(&mut self.stream).poll_write(cx, buffer)
     }
 
@@ -292,7 +276,6 @@ impl AsyncWrite for Guest {
         cx: &mut Context<'_>,
         buffers: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.check()?;
         Pin::new(&mut self.stream).poll_write_vectored(cx, buffers)
     }
 }

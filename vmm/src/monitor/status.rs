@@ -7,6 +7,7 @@ use proto::monitor as wire;
 
 use super::Monitor;
 use crate::clock;
+use crate::confine;
 use crate::devices::selfcheck;
 
 impl Monitor {
@@ -43,7 +44,7 @@ impl Monitor {
             stop_asked: state.stop_asked,
             undrained: state.undrained,
             channel_fingerprint: self.identity.fingerprint().0.to_vec(),
-            measures: self.measures.clone(),
+            measures: confine::as_they_hold(&self.measures),
         }
     }
 
