@@ -1,5 +1,6 @@
 //! Builds a measuring program in release mode and runs it.
 
+use std::path::Path;
 use std::process::Command;
 
 use clap::{Args, ValueEnum};
@@ -60,8 +61,13 @@ pub fn soak(args: &[String]) -> anyhow::Result<()> {
 }
 
 /// Runs the chaos program.
-pub fn chaos(args: &[String]) -> anyhow::Result<()> {
-    release_program("tests", "chaos", args)
+pub fn chaos(dev: bool, args: &[String]) -> anyhow::Result<()> {
+    if !dev {
+        return release_program("tests", "chaos", args);
+    }
+    build::require_kvm()?;
+    let programs = build::programs_and_tests()?;
+    run_beside(&programs, "chaos", args)
 }
 
 /// Runs a program of that package's name that needs no machine: optimised, with its assertions.
@@ -98,12 +104,17 @@ pub fn crash(args: &CrashArgs) -> anyhow::Result<()> {
 
 fn release_program(package: &str, program: &str, args: &[String]) -> anyhow::Result<()> {
     build::require_kvm()?;
-    let programs = build::programs(true)?;
+    let programs = build::programs()?;
     build_release(package, program)?;
+    run_beside(&programs, program, args)
+}
+
+/// Runs one of `programs`, which starts the others.
+fn run_beside(programs: &Path, program: &str, args: &[String]) -> anyhow::Result<()> {
     build::run(
         Command::new(programs.join(program))
             .args(args)
-            .env("BATON_PROGRAMS", &programs),
+            .env("BATON_PROGRAMS", programs),
     )
 }
 

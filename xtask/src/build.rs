@@ -56,17 +56,11 @@ pub fn require_kvm() -> anyhow::Result<()> {
     }
 }
 
-/// Builds the programs, in release mode or not, and says where they lie.
-pub fn programs(release: bool) -> anyhow::Result<PathBuf> {
-    let mut command = cargo();
-    command
-        .arg("build")
-        .args(PROGRAMS.iter().flat_map(|program| ["--package", program]));
-    if release {
-        command.arg("--release");
-    }
-    run(&mut command)?;
-    Ok(target_dir().join(if release { "release" } else { "debug" }))
+/// Builds the programs in release mode and says where they lie.
+pub fn programs() -> anyhow::Result<PathBuf> {
+    let packages = PROGRAMS.iter().flat_map(|program| ["--package", program]);
+    run(cargo().args(["build", "--release"]).args(packages))?;
+    Ok(target_dir().join("release"))
 }
 
 /// Builds the programs for the tests, and the tests with them: together they need each dependency once, apart some twice,
@@ -76,10 +70,14 @@ pub fn programs_and_tests() -> anyhow::Result<PathBuf> {
     Ok(target_dir().join("debug"))
 }
 
-/// Builds in release mode, then runs `clusterctl demo` from there.
-pub fn demo(args: &[String]) -> anyhow::Result<()> {
+/// Builds, in release mode or as for the tests, then runs `clusterctl demo` from there.
+pub fn demo(dev: bool, args: &[String]) -> anyhow::Result<()> {
     require_kvm()?;
-    let programs = programs(true)?;
+    let programs = if dev {
+        programs_and_tests()?
+    } else {
+        programs()?
+    };
     run(Command::new(programs.join("clusterctl"))
         .arg("demo")
         .args(args))

@@ -19,6 +19,9 @@ struct Args {
 enum Chore {
     /// Build in release mode and run the demo: three nodes, real machines, a migration, a drain, a failover.
     Demo {
+        /// With the programs that the tests use (assertions on, less optimised) instead of a release build.
+        #[arg(long)]
+        dev: bool,
         /// Given to `clusterctl demo`, for example `--json`.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
@@ -45,6 +48,9 @@ enum Chore {
     },
     /// Put faults into a real cluster in network namespaces (needs root): `--minutes 30`, `--nodes 5`, `--server ganesha`.
     Chaos {
+        /// With the programs that the tests use (assertions on, less optimised) instead of a release build.
+        #[arg(long)]
+        dev: bool,
         /// Given to the chaos program.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
@@ -70,14 +76,14 @@ enum Chore {
 
 fn main() -> anyhow::Result<()> {
     match Args::parse().chore {
-        Chore::Demo { args } => build::demo(&args),
+        Chore::Demo { dev, args } => build::demo(dev, &args),
         Chore::Test(args) => test::run(&args),
         Chore::Guest(args) => guest::run(&args),
         Chore::Layers => layers::run(),
         Chore::Bench(args) => bench::run(&args),
         Chore::Sim { args } => bench::pure_program("sim", &args),
         Chore::Model { args } => bench::pure_program("protocol-model", &args),
-        Chore::Chaos { args } => bench::chaos(&args),
+        Chore::Chaos { dev, args } => bench::chaos(dev, &args),
         Chore::Fuzz { args } => bench::pure_program("fuzz", &args),
         Chore::Crash(args) => bench::crash(&args),
         Chore::Attack => test::attack(),

@@ -93,7 +93,10 @@ impl World {
             if let Some(daemon) = self.daemon(node) {
                 daemon.election_at = due;
             }
-            self.hosts[node].raft.campaign()
+            let out = self.hosts[node].raft.campaign();
+            let term = self.hosts[node].raft.vote.term;
+            self.say(|| format!("n{} asks to lead in term {term}", node + 1));
+            out
         } else {
             Vec::new()
         };
@@ -124,7 +127,12 @@ impl World {
                 };
                 let heard = leaders.is_some();
                 let (vote, commit) = (self.hosts[node].raft.vote, self.hosts[node].raft.commit);
+                let led = self.hosts[node].raft.role == Role::Leader;
                 let out = self.hosts[node].raft.take_in(peer, message);
+                if !led && self.hosts[node].raft.role == Role::Leader {
+                    let term = self.hosts[node].raft.vote.term;
+                    self.say(|| format!("n{} leads in term {term}", node + 1));
+                }
                 if let (Some(Mutant::CommitFallsBack), Some(leaders)) = (self.mutant, leaders) {
                     let raft = &mut self.hosts[node].raft;
                     raft.commit = raft.commit.min(leaders);

@@ -31,7 +31,7 @@ pub fn check(world: &mut World) {
                 })
                 .collect();
             let what = format!(
-                "{} does not run 60 s after the last trouble: {:?}; monitors {monitors:?}",
+                "{} does not run at the end, 60 s after the last trouble: {:?}; monitors {monitors:?}",
                 vm.name, vm.ownership
             );
             return world.violate("every machine comes back", what);
