@@ -72,6 +72,7 @@ impl Server {
         let programs = std::env::var("BATON_PROGRAMS").context(
             "BATON_PROGRAMS does not say where storage-broker is; use cargo xtask bench nfs-tls",
         )?;
+        std::fs::create_dir_all(folder.join("root"))?;
         let mut child = Command::new(Path::new(&programs).join("storage-broker"))
             .args(["serve-nfs", "--listen", "127.0.0.1:0", "--root"])
             .arg(folder.join("root"))
