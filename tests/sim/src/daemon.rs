@@ -14,6 +14,7 @@ use cluster_model::{
 use rand::Rng;
 
 use crate::flows::Flow;
+use crate::invariants;
 use crate::leader::table_of;
 use crate::mutants::{self, Mutant};
 use crate::raft::Role;
@@ -65,6 +66,7 @@ impl World {
             supervisor: Supervisor::default(),
         });
         self.say(|| format!("clusterd of n{} starts", node + 1));
+        invariants::log_changed(self, node);
         self.apply(node);
         self.at(self.now, Event::Tick { node, life });
         self.at(self.now + 50 * MS, Event::Beat { node, life });
@@ -94,6 +96,7 @@ impl World {
                 daemon.election_at = due;
             }
             let out = self.hosts[node].raft.campaign();
+            invariants::log_changed(self, node);
             let term = self.hosts[node].raft.vote.term;
             self.say(|| format!("n{} asks to lead in term {term}", node + 1));
             out
@@ -126,22 +129,19 @@ impl World {
                     _ => None,
                 };
                 let heard = leaders.is_some();
-                let (vote, commit) = (self.hosts[node].raft.vote, self.hosts[node].raft.commit);
+                let commit = self.hosts[node].raft.commit;
                 let led = self.hosts[node].raft.role == Role::Leader;
                 let out = self.hosts[node].raft.take_in(peer, message);
                 if !led && self.hosts[node].raft.role == Role::Leader {
                     let term = self.hosts[node].raft.vote.term;
                     self.say(|| format!("n{} leads in term {term}", node + 1));
+                    invariants::elected(self, node);
                 }
                 if let (Some(Mutant::CommitFallsBack), Some(leaders)) = (self.mutant, leaders) {
                     let raft = &mut self.hosts[node].raft;
                     raft.commit = raft.commit.min(leaders);
                 }
-                let raft = &self.hosts[node].raft;
-                if raft.vote < vote || raft.commit < commit || raft.log.len() < raft.commit {
-                    let what = format!("vote, commit or log of n{} fell back", node + 1);
-                    self.violate("log only grows", what);
-                }
+                invariants::log_changed(self, node);
                 if heard && self.hosts[node].raft.leader == Some(peer) {
                     let due = self.election_due(node);
                     if let Some(daemon) = self.daemon(node) {
@@ -159,7 +159,9 @@ impl World {
             }
             Message::Propose { rpc, envelope } => self.leader_propose(node, from, rpc, envelope),
             Message::Confirm { rpc } => {
-                self.leader_confirm(node, ConfirmFor::Read { to: from, rpc })
+                let received = self.clock(node);
+                let to = from;
+                self.leader_confirm(node, ConfirmFor::Read { to, rpc, received })
             }
             Message::Heartbeat {
                 sequence,
@@ -262,7 +264,7 @@ impl World {
                 self.raft_out(node, out);
             }
             None => {
-                if let ConfirmFor::Read { to, rpc } = asked {
+                if let ConfirmFor::Read { to, rpc, .. } = asked {
                     let message = Message::Confirmed { rpc, index: None };
                     self.send(Place::Daemon(node), to, message);
                 }
@@ -284,7 +286,8 @@ impl World {
             return;
         };
         match asked {
-            ConfirmFor::Read { to, rpc } => {
+            ConfirmFor::Read { to, rpc, received } => {
+                invariants::answers(self, node, received);
                 let index = Some(index);
                 self.send(Place::Daemon(node), to, Message::Confirmed { rpc, index });
             }
@@ -321,6 +324,7 @@ impl World {
                     now_ns,
                 );
                 if let Ok(grant) = granted {
+                    invariants::answers(self, node, received);
                     let message = Message::Granted {
                         sequence,
                         grant,
@@ -423,7 +427,7 @@ impl World {
                 Arc::make_mut(envelope).at_ms = wall_ms;
             }
             let state = Arc::make_mut(&mut daemon.state);
-            let reply = crate::invariants::apply_entry(state, index, &entry, mutant);
+            let reply = invariants::apply_entry(state, index, &entry, mutant);
             daemon.applied = index;
             applied_any = true;
             let digest_of = daemon.state.clone();
@@ -434,7 +438,7 @@ impl World {
                 let message = Message::Proposed { rpc, answer };
                 self.send(Place::Daemon(node), to, message);
             }
-            crate::invariants::applied(self, node, index, &digest_of);
+            invariants::applied(self, node, index, &digest_of);
         }
         if applied_any {
             self.flows_applied(node);

@@ -363,6 +363,7 @@ impl World {
             }
             Step::Permit(vm, token) => self.permit(node, flow, vm, token),
             Step::End(nonce) => {
+                crate::invariants::ends(self, node, nonce);
                 self.end_monitor(node, nonce, "as the log says");
                 Ok(Done::Next)
             }

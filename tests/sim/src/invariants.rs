@@ -3,20 +3,27 @@
 mod all_end;
 mod asked;
 mod claimed;
+mod discarded;
+mod evidence;
 mod fit;
 mod leases;
+mod log_grows;
 mod one_end;
+mod one_log;
 mod one_runner;
 mod reasons;
+mod renewals;
 mod replicas;
+mod requests;
 mod tokens;
+mod writes;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use cluster_model::{ClusterState, LogIndex, MigrationId, NodeId, Reply, Token, VmId};
+use cluster_model::{ClusterState, LogIndex, MigrationId, NodeId, Reply, RequestId, Token, VmId};
 
 use crate::mutants::{self, Mutant};
-use crate::raft::Entry;
+use crate::raft::{Entry, Vote};
 use crate::world::World;
 
 /// What really happened: the committed log, and what guests were told.
@@ -36,6 +43,12 @@ pub struct Truth {
     pub ended: BTreeMap<MigrationId, &'static str>,
     /// Whom the entries made each machine's owner.
     pub holders: BTreeMap<VmId, Option<NodeId>>,
+    /// At which entry each request took effect.
+    pub done: BTreeMap<RequestId, u64>,
+    /// When the first entry of each term was committed, as far as somebody knew it, real time.
+    pub terms: BTreeMap<u64, u64>,
+    /// The vote and the count of committed entries that each node had last.
+    pub promised: BTreeMap<usize, (Vote, usize)>,
 }
 
 impl Truth {
@@ -49,6 +62,9 @@ impl Truth {
             digests: BTreeMap::new(),
             ended: BTreeMap::new(),
             holders: BTreeMap::new(),
+            done: BTreeMap::new(),
+            terms: BTreeMap::new(),
+            promised: BTreeMap::new(),
         };
         for entry in log {
             truth.log.push(entry.clone());
@@ -88,6 +104,7 @@ pub fn apply_entry(
 pub fn commit(world: &mut World, entry: Entry) {
     let before = world.truth.state.clone();
     world.truth.log.push(entry.clone());
+    world.truth.terms.entry(entry.leader.0).or_insert(world.now);
     let index = world.truth.log.len();
     let reply = apply_entry(&mut world.truth.state, index, &entry, world.mutant);
     let Some(envelope) = entry.command else {
@@ -106,6 +123,44 @@ pub fn commit(world: &mut World, entry: Entry) {
     fit::check(world, &before, &envelope.command, reply.as_ref());
     reasons::check(world, &before, &envelope);
     asked::check(world, &before, &envelope.command);
+    requests::check(world, &envelope, reply.as_ref());
+    evidence::check(world, &envelope.command, reply.as_ref());
+    claimed::cut_over(world, &envelope.command, reply.as_ref());
+}
+
+/// A node's log may have changed, or its daemon has started again with it.
+pub fn log_changed(world: &mut World, node: usize) {
+    log_grows::check(world, node);
+}
+
+/// A node was elected.
+pub fn elected(world: &mut World, node: usize) {
+    log_grows::elected(world, node);
+}
+
+/// A node is about to take up what it has for committed; says whether the others have the same.
+pub fn same_log(world: &mut World, node: usize) -> bool {
+    one_log::check(world, node)
+}
+
+/// The leader is about to answer what reached it at `received` on its clock, µs.
+pub fn answers(world: &mut World, node: usize, received: u64) {
+    renewals::check(world, node, received);
+}
+
+/// A node is about to end a monitor by the log.
+pub fn ends(world: &mut World, node: usize, nonce: u64) {
+    discarded::check(world, node, nonce);
+}
+
+/// A guest found its disk wrong.
+pub fn lost(world: &mut World, wrong: String) {
+    writes::lost(world, wrong);
+}
+
+/// A write landed though a newer owner had an answer.
+pub fn late(world: &mut World, vm: VmId, token: Token, newer: Token) {
+    writes::late(world, vm, token, newer);
 }
 
 /// A replica applied an entry.

@@ -23,6 +23,7 @@ mod leader;
 mod machines;
 mod monitor;
 mod mutants;
+mod queue;
 pub mod raft;
 mod setup;
 mod storage;

@@ -351,7 +351,7 @@ impl World {
                     return;
                 };
                 if let Some(wrong) = monitor.check(&blocks, witness) {
-                    self.violate("a flushed write is never lost", wrong);
+                    crate::invariants::lost(self, wrong);
                 }
             }
             _ => {}

@@ -70,11 +70,15 @@ pub enum Mutant {
     AbortsIgnored,
     /// A follower takes its leader's word for what is committed, also when that is less than it knew.
     CommitFallsBack,
+    /// Answers to requests are not kept: one that is sent again takes effect again.
+    RequestsForgotten,
+    /// A frozen machine's monitor is ended instead of let run again.
+    FrozenEnded,
 }
 
 impl Mutant {
     /// Every one of them.
-    pub const ALL: [Mutant; 32] = [
+    pub const ALL: [Mutant; 34] = [
         Mutant::NoConfirm,
         Mutant::ConfirmIsLocal,
         Mutant::LeaseWithoutQuorum,
@@ -107,6 +111,8 @@ impl Mutant {
         Mutant::LeasesStay,
         Mutant::AbortsIgnored,
         Mutant::CommitFallsBack,
+        Mutant::RequestsForgotten,
+        Mutant::FrozenEnded,
     ];
 }
 
@@ -130,6 +136,18 @@ pub fn on_work(mutant: Option<Mutant>, work: &mut Work) {
                 if let Act::Kill { nonce, .. } = act {
                     // Nobody has that number.
                     *nonce = 0;
+                }
+            }
+        }
+        Some(Mutant::FrozenEnded) => {
+            for act in &mut work.acts {
+                if let Act::Thaw { vm, token, nonce } = act {
+                    *act = Act::Kill {
+                        vm: *vm,
+                        token: *token,
+                        nonce: *nonce,
+                        why: "frozen".into(),
+                    };
                 }
             }
         }
@@ -227,6 +245,10 @@ pub fn on_apply(
 
 /// Changes the state that an entry left, the same on every replica.
 pub fn applied(mutant: Option<Mutant>, state: &mut ClusterState, envelope: &Envelope) {
+    if mutant == Some(Mutant::RequestsForgotten) {
+        state.answers.clear();
+        state.answer_order.clear();
+    }
     if let (Some(Mutant::LeasesStay), Command::Cutover { migration, .. }) =
         (mutant, &envelope.command)
         && let Some(known) = state.migrations.get(migration)

@@ -1,7 +1,6 @@
 //! The simulated world: virtual time, hosts with their own clocks, links, and the queue of what happens next.
 
-use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use cluster_model::agent::Memory;
@@ -14,6 +13,7 @@ use crate::flows::Flow;
 use crate::invariants::{self, Truth};
 use crate::monitor::Monitor;
 use crate::mutants::Mutant;
+use crate::queue::Queue;
 use crate::raft::{Entry, Raft, Vote};
 use crate::setup;
 use crate::storage::{Call, Server};
@@ -90,8 +90,8 @@ pub struct Daemon {
 /// Who waits for a confirm round.
 #[derive(Clone, Debug)]
 pub enum ConfirmFor {
-    /// A flow somewhere.
-    Read { to: Place, rpc: u64 },
+    /// A flow somewhere: asked then.
+    Read { to: Place, rpc: u64, received: u64 },
     /// A node's heartbeat: received then.
     Lease {
         node: usize,
@@ -124,12 +124,7 @@ pub struct Counts {
 pub struct World {
     /// Real time, µs.
     pub now: u64,
-    /// When, its number (two at one time happen as they were put in), and which of `events`.
-    queue: BinaryHeap<Reverse<(u64, u64, usize)>>,
-    /// What waits, each where it stays; `free` are the empty places.
-    events: Vec<Option<Event>>,
-    free: Vec<usize>,
-    sequence: u64,
+    queue: Queue,
     /// The one source of chance.
     pub rng: StdRng,
     /// The hosts.
@@ -176,10 +171,7 @@ impl World {
         let log = setup::log(count, machines);
         let mut world = World {
             now: S,
-            queue: BinaryHeap::new(),
-            events: Vec::new(),
-            free: Vec::new(),
-            sequence: 0,
+            queue: Queue::default(),
             hosts: Vec::new(),
             server: Server {
                 up: true,
@@ -229,14 +221,10 @@ impl World {
 
     /// Runs to the end, or to the first thing that must not be.
     pub fn run(&mut self) {
-        while let Some(Reverse((at, _, place))) = self.queue.pop() {
+        while let Some((at, event)) = self.queue.pop() {
             if at > self.end_at || self.violation.is_some() {
                 break;
             }
-            self.free.push(place);
-            let Some(event) = self.events[place].take() else {
-                continue;
-            };
             self.now = at;
             self.counts.events += 1;
             self.happen(event);
@@ -262,19 +250,7 @@ impl World {
 
     /// Puts something into the queue.
     pub fn at(&mut self, at: u64, event: Event) {
-        self.sequence += 1;
-        let place = match self.free.pop() {
-            Some(place) => {
-                self.events[place] = Some(event);
-                place
-            }
-            None => {
-                self.events.push(Some(event));
-                self.events.len() - 1
-            }
-        };
-        let at = at.max(self.now);
-        self.queue.push(Reverse((at, self.sequence, place)));
+        self.queue.push(at.max(self.now), event);
     }
 
     /// A number that nobody has.
@@ -578,10 +554,7 @@ impl World {
         }
         match self.server.land(vm, token, sequence) {
             Ok(answer) => self.send(Place::Server, to, Message::Answer { rpc, answer }),
-            Err(newer) => self.violate(
-                "late landing",
-                format!("{vm}: a write of {token} landed after {newer} was answered"),
-            ),
+            Err(newer) => invariants::late(self, vm, token, newer),
         }
     }
 
@@ -606,17 +579,12 @@ impl World {
 
     /// The committed log as far as somebody knows it.
     pub fn learn_commits(&mut self, node: usize) {
+        if !invariants::same_log(self, node) {
+            return;
+        }
         let raft = &self.hosts[node].raft;
         let (commit, log) = (raft.commit, &raft.log);
         let known = self.truth.log.len();
-        if let Some(at) = (0..commit.min(known))
-            .rev()
-            .take(4)
-            .find(|&at| log[at] != self.truth.log[at])
-        {
-            let what = format!("entry {} differs on n{}", at + 1, node + 1);
-            return self.violate("one log", what);
-        }
         let new: Vec<Entry> = log[known.min(commit)..commit].to_vec();
         for entry in new {
             invariants::commit(self, entry);

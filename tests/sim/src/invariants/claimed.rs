@@ -1,4 +1,6 @@
-//! Nobody runs under a token that its disk has not acknowledged.
+//! Nobody runs under a token that its disk has not acknowledged, and no machine is cut over to one.
+
+use cluster_model::{Command, Reply};
 
 use crate::world::World;
 
@@ -14,5 +16,26 @@ pub fn check(world: &mut World, node: usize, nonce: u64) {
             node + 1
         );
         world.violate("claim before run", what);
+    }
+}
+
+/// Checks the entry that was just committed.
+pub fn cut_over(world: &mut World, command: &Command, reply: Option<&Reply>) {
+    let (
+        Command::Cutover {
+            migration, claimed, ..
+        },
+        Some(Reply::Done { .. }),
+    ) = (command, reply)
+    else {
+        return;
+    };
+    let state = &world.truth.state;
+    let Some(vm) = state.migrations.get(migration).map(|known| known.vm) else {
+        return;
+    };
+    if !world.truth.claimed.contains(&(vm, *claimed)) {
+        let what = format!("{vm} is cut over to {claimed}, which no claim acknowledged");
+        world.violate("claim before cutover", what);
     }
 }
