@@ -21,6 +21,8 @@ use crate::report::Reporter;
 
 /// Heartbeats under way at once: a slow leader must not keep the node from asking its successor.
 const BEATS_MAX: usize = 8;
+/// The histogram of how long a renewal takes, seconds.
+pub const RENEWALS: &str = "clusterd_lease_renew_duration_seconds";
 /// How long a granted node waits for its replica to catch up with the grant.
 const CATCH_UP: Duration = Duration::from_secs(2);
 /// A registration that failed is tried again after this pause.
@@ -142,8 +144,7 @@ fn interval(member: &Member) -> Duration {
 async fn ask(member: &Arc<Member>, request: HeartbeatRequest) -> Option<HeartbeatReply> {
     let begun = std::time::Instant::now();
     let reply = answer_to(member, request).await?;
-    metrics::histogram!("clusterd_lease_renew_duration_seconds")
-        .record(begun.elapsed().as_secs_f64());
+    metrics::histogram!(RENEWALS).record(begun.elapsed().as_secs_f64());
     Some(reply)
 }
 

@@ -8,7 +8,7 @@ use axum::Router;
 use axum::routing::get;
 use cluster_model::{ClusterState, Liveness, MigrationState, NodeId};
 use metrics::gauge;
-use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
 use crate::member::Member;
 use crate::node::NodeHandle;
@@ -17,6 +17,12 @@ use crate::node::NodeHandle;
 const SECONDS: [f64; 18] = [
     0.000_5, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 1.0, 5.0,
     20.0, 60.0, 300.0,
+];
+
+/// Bounds of how long a lease's renewal takes, seconds: fine enough to see a p99 double.
+const RENEWAL_SECONDS: [f64; 24] = [
+    0.000_5, 0.000_75, 0.001, 0.001_5, 0.002, 0.003, 0.004, 0.005, 0.006, 0.008, 0.010, 0.012,
+    0.015, 0.020, 0.025, 0.030, 0.040, 0.060, 0.100, 0.200, 0.500, 1.0, 2.0, 5.0,
 ];
 
 /// A machine and the phase of its monitor.
@@ -48,6 +54,10 @@ fn recorder() -> Result<&'static PrometheusHandle, MetricsError> {
         .get_or_init(|| {
             PrometheusBuilder::new()
                 .set_buckets(&SECONDS)
+                .and_then(|builder| {
+                    let renewals = Matcher::Full(crate::heartbeat::RENEWALS.into());
+                    builder.set_buckets_for_metric(renewals, &RENEWAL_SECONDS)
+                })
                 .and_then(PrometheusBuilder::install_recorder)
                 .map_err(|error| error.to_string())
         })

@@ -11,6 +11,7 @@ pub mod lab;
 pub mod linux;
 pub mod loopback;
 pub mod relay;
+pub mod scrape;
 pub mod wire;
 
 /// Whether machines can run here; prints the reason as a skip if not.

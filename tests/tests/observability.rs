@@ -18,68 +18,14 @@ use opentelemetry_proto::tonic::common::v1::any_value::Value;
 use opentelemetry_proto::tonic::trace::v1::Span;
 use proto::admin::MigrationView;
 use tests::cluster::{Machine, Setup, TestCluster};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tests::scrape::{Figures, at, figures};
+use tokio::net::TcpListener;
 use tonic::{Request, Response, Status};
 
 /// Where OpenTelemetry sends to when it is not told where.
 const USUAL_COLLECTOR: &str = "127.0.0.1:4317";
 /// Says where a collector is.
 const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
-
-/// One node's figures: `name{labels}` to value.
-type Figures = BTreeMap<String, f64>;
-
-/// Fetches and parses `/metrics` as Prometheus does: every sample has a type, every value is a number.
-async fn figures(cluster: &TestCluster, node: &str) -> anyhow::Result<Figures> {
-    let address = cluster.address_of(node).context("no such node")?;
-    let address = SocketAddr::new(address.ip(), clusterctl::local::METRICS_PORT);
-    let fetch = async {
-        let mut stream = TcpStream::connect(address).await?;
-        stream
-            .write_all(b"GET /metrics HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n")
-            .await?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text).await?;
-        anyhow::Ok(text)
-    };
-    let text = tokio::time::timeout(Duration::from_secs(10), fetch).await??;
-    let (head, body) = text.split_once("\r\n\r\n").context("no body")?;
-    ensure!(
-        head.starts_with("HTTP/1.1 200") && head.to_ascii_lowercase().contains("text/plain"),
-        "{head}"
-    );
-    let mut typed = BTreeSet::new();
-    let mut figures = Figures::new();
-    for line in body.lines().filter(|line| !line.is_empty()) {
-        if let Some(rest) = line.strip_prefix("# TYPE ") {
-            typed.insert(rest.split(' ').next().unwrap_or_default().to_owned());
-            continue;
-        }
-        if line.starts_with('#') {
-            continue;
-        }
-        let (series, value) = line.rsplit_once(' ').with_context(|| line.to_owned())?;
-        let name = series.split('{').next().unwrap_or(series);
-        let family = ["_bucket", "_sum", "_count"]
-            .iter()
-            .filter_map(|suffix| name.strip_suffix(suffix))
-            .find(|family| typed.contains(*family))
-            .unwrap_or(name);
-        ensure!(typed.contains(family), "{name} has no type");
-        ensure!(
-            name.starts_with("clusterd_"),
-            "{name} does not bear the program's name"
-        );
-        figures.insert(series.to_owned(), value.parse().context(line.to_owned())?);
-    }
-    Ok(figures)
-}
-
-/// A figure, 0 where it has not been counted yet.
-fn at(figures: &Figures, series: &str) -> f64 {
-    figures.get(series).copied().unwrap_or(0.0)
-}
 
 async fn of_all(cluster: &TestCluster) -> anyhow::Result<BTreeMap<String, Figures>> {
     let mut all = BTreeMap::new();

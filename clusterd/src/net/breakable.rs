@@ -8,22 +8,37 @@ use std::task::{Context, Poll};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// `stream` until `broken` is set; from then on every read and write fails with `why`.
+/// `stream` until `broken` is set; from then on every read and write fails with `why`. It carries what is known of
+/// whose it is.
 #[derive(Debug)]
-pub struct Breakable<S> {
+pub struct Breakable<S, W = ()> {
     pub(super) stream: S,
     broken: Arc<AtomicBool>,
     why: &'static str,
+    whose: W,
 }
 
 impl<S> Breakable<S> {
     /// One that breaks when `broken` is set.
     pub fn new(stream: S, broken: Arc<AtomicBool>, why: &'static str) -> Breakable<S> {
+        Breakable::of((), stream, broken, why)
+    }
+}
+
+impl<S, W> Breakable<S, W> {
+    /// One of whom `whose` tells.
+    pub fn of(whose: W, stream: S, broken: Arc<AtomicBool>, why: &'static str) -> Breakable<S, W> {
         Breakable {
             stream,
             broken,
             why,
+            whose,
         }
+    }
+
+    /// Whose it is.
+    pub fn whose(&self) -> &W {
+        &self.whose
     }
 
     fn check(&self) -> io::Result<()> {
@@ -35,7 +50,7 @@ impl<S> Breakable<S> {
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Breakable<S> {
+impl<S: AsyncRead + Unpin, W: Unpin> AsyncRead for Breakable<S, W> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -46,7 +61,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Breakable<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Breakable<S> {
+impl<S: AsyncWrite + Unpin, W: Unpin> AsyncWrite for Breakable<S, W> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,

@@ -7,7 +7,6 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::task::{Context, Poll};
@@ -17,7 +16,6 @@ use cluster_model::NodeId;
 use futures::future::{Either, Ready, ready};
 use proto::tls::{self, Member, Usage};
 use rustls::pki_types::UnixTime;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tonic::Status;
@@ -182,14 +180,15 @@ impl Door {
             of_node.retain(|other| other.strong_count() > 0);
             of_node.push(Arc::downgrade(&broken));
         }
-        Ok(Guest {
-            stream: Breakable::new(stream, broken, "its node was removed from the cluster"),
+        let visitor = Visitor {
             caller: Caller {
                 shown,
                 from: from.to_string(),
             },
             _counted: counted,
-        })
+        };
+        let why = "its node was removed from the cluster";
+        Ok(Breakable::of(visitor, stream, broken, why))
     }
 
     /// Whom the connection's certificate names; TLS has found it good, and this tells of whose cluster it is.
@@ -225,58 +224,20 @@ impl Door {
     }
 }
 
-/// A connection that has shaken hands.
+/// Who is at the other end of a connection.
 #[derive(Debug)]
-pub struct Guest {
-    stream: Breakable<tls::ServerStream<TcpStream>>,
+pub struct Visitor {
     caller: Caller,
     _counted: Option<Counted>,
 }
 
+/// A connection that has shaken hands.
+pub type Guest = Breakable<tls::ServerStream<TcpStream>, Visitor>;
+
 impl Connected for Guest {
     type ConnectInfo = Caller;
     fn connect_info(&self) -> Caller {
-        self.caller.clone()
-    }
-}
-
-impl AsyncRead for Guest {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buffer)
-    }
-}
-
-impl AsyncWrite for Guest {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buffer)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffers: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, buffers)
+        self.whose().caller.clone()
     }
 }
 

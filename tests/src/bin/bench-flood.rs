@@ -8,6 +8,7 @@ use clap::Parser;
 use proto::admin::SettingsSetRequest;
 use tests::cluster::{Setup, TestCluster};
 use tests::figures::{self, percentile};
+use tests::scrape::{self, Buckets};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
@@ -17,6 +18,11 @@ const HALF_OPEN: usize = 1_000;
 const PAUSE: Duration = Duration::from_millis(2);
 /// The pause between two commits: this measures how long one takes, not how many fit.
 const BREATH: Duration = Duration::from_millis(10);
+
+/// How often nodes renew their leases here, ms: so that a run has enough of them for a p99.
+const HEARTBEAT_MS: u32 = 100;
+/// How long a renewal takes, as every node counts it.
+const RENEWALS: &str = "clusterd_lease_renew_duration_seconds";
 
 #[derive(Parser)]
 struct Args {
@@ -36,6 +42,11 @@ async fn main() -> anyhow::Result<()> {
         ..Setup::default()
     })
     .await?;
+    let request = SettingsSetRequest {
+        change: Some(clusterctl::client::change(None, "bench")),
+        patch_json: format!("{{\"heartbeat_ms\": {HEARTBEAT_MS}}}"),
+    };
+    cluster.api().await?.api.settings_set(request).await?;
     let (mut quiet, mut flooded) = (Work::default(), Work::default());
     let tries = Arc::new(AtomicU64::new(0));
     for _ in 0..3 {
@@ -50,12 +61,27 @@ async fn main() -> anyhow::Result<()> {
             percentile(&quiet.commits_ms, share),
             percentile(&flooded.commits_ms, share),
         );
-        let peer = format!("without the flood: {before:.2} ms");
-        result.add_beside(&format!("commit_{what}_ms"), during, "ms", &peer, before);
+        let name = format!("commit_{what}_ms");
+        result.add_beside(&name, during, "ms", "without the flood", before);
     }
+    for (what, share) in [("p50", 0.5), ("p99", 0.99)] {
+        let (before, during) = (
+            scrape::quantile(&quiet.renewals, share) * 1e3,
+            scrape::quantile(&flooded.renewals, share) * 1e3,
+        );
+        let name = format!("heartbeat_{what}_ms");
+        result.add_beside(&name, during, "ms", "without the flood", before);
+    }
+    let count = flooded.renewals.last().map_or(0.0, |(_, count)| *count);
+    result.add("heartbeats_under_the_flood", count, "");
     let (before, during) = (quiet.slack_ms(), flooded.slack_ms());
-    let peer = format!("without the flood: {before:.0} ms");
-    result.add_beside("lease_slack_least_ms", during, "ms", &peer, before);
+    result.add_beside(
+        "lease_slack_least_ms",
+        during,
+        "ms",
+        "without the flood",
+        before,
+    );
     result.add("strangers_tries", tries.load(Ordering::Relaxed) as f64, "");
     let lost = cluster.events().await?;
     let lost = lost
@@ -73,11 +99,13 @@ async fn main() -> anyhow::Result<()> {
 struct Work {
     commits_ms: Vec<f64>,
     slacks_ms: Vec<f64>,
+    renewals: Buckets,
 }
 
 impl Work {
     async fn measure(&mut self, cluster: &TestCluster, seconds: u64) -> anyhow::Result<()> {
         let mut api = cluster.api().await?;
+        let before = renewals(cluster).await?;
         let end = Instant::now() + Duration::from_secs(seconds);
         let mut downtime_ms = 200;
         while Instant::now() < end {
@@ -91,6 +119,8 @@ impl Work {
             self.commits_ms.push(begun.elapsed().as_secs_f64() * 1e3);
             tokio::time::sleep(BREATH).await;
         }
+        let after = renewals(cluster).await?;
+        scrape::add(&mut self.renewals, &scrape::since(&before, &after));
         for node in cluster.nodes().await? {
             if node.lease_slack_ms >= 0 {
                 self.slacks_ms.push(node.lease_slack_ms as f64);
@@ -102,6 +132,16 @@ impl Work {
     fn slack_ms(&self) -> f64 {
         self.slacks_ms.iter().copied().fold(f64::INFINITY, f64::min)
     }
+}
+
+/// The renewals of all nodes until now.
+async fn renewals(cluster: &TestCluster) -> anyhow::Result<Buckets> {
+    let mut all = Buckets::new();
+    for node in &cluster.local.nodes {
+        let figures = scrape::figures(cluster, &node.name).await?;
+        scrape::add(&mut all, &scrape::buckets(&figures, RENEWALS));
+    }
+    Ok(all)
 }
 
 /// Strangers at every node's port: some say nothing, some say nonsense.
