@@ -4,7 +4,7 @@
 //! Who does not shake hands in time, or of whom there are too many, is turned away without costing the others
 //! anything: handshakes are run apart, and only so many of one source and in all.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -25,7 +25,7 @@ use super::Keeper;
 use super::caller::{Caller, Shown};
 use crate::net::Breakable;
 
-/// Handshakes under way at a time, in all: each has a descriptor and some kilobytes.
+/// Handshakes under way at a time with whoever is not at a node's address: each has a descriptor and some kilobytes.
 const HANDSHAKES_MAX: usize = 256;
 /// Of one source: a node opens some ten connections to another at once.
 const HANDSHAKES_OF_ONE_MAX: usize = 64;
@@ -93,6 +93,8 @@ pub struct Door {
     keeper: Keeper,
     /// Connections of each node, to be broken when it is removed.
     of_nodes: Arc<Mutex<HashMap<NodeId, Vec<Weak<AtomicBool>>>>>,
+    /// Where the cluster's nodes are: strangers must not take their places in the queue.
+    nodes_at: Arc<Mutex<HashSet<IpAddr>>>,
 }
 
 impl Door {
@@ -101,7 +103,13 @@ impl Door {
         Door {
             keeper,
             of_nodes: Arc::default(),
+            nodes_at: Arc::default(),
         }
+    }
+
+    /// Nodes are at these addresses, and connect from there: however many strangers there are, each of these gets its share.
+    pub fn expect(&self, addresses: impl IntoIterator<Item = IpAddr>) {
+        *lock(&self.nodes_at) = addresses.into_iter().collect();
     }
 
     /// Accepts on `listener`; gives connections that have shaken hands. It ends when the receiver is dropped.
@@ -112,7 +120,8 @@ impl Door {
     }
 
     async fn keep(self, listener: TcpListener, guests: mpsc::Sender<io::Result<Guest>>) {
-        let (handshakes, unnamed) = (Arc::<Count>::default(), Arc::<Count>::default());
+        let (of_nodes, of_others) = (Arc::<Count>::default(), Arc::<Count>::default());
+        let unnamed = Arc::<Count>::default();
         loop {
             let accepted = tokio::select! {
                 () = guests.closed() => return,
@@ -126,8 +135,12 @@ impl Door {
                     continue;
                 }
             };
-            let Some(counted) = handshakes.one(from.ip(), HANDSHAKES_OF_ONE_MAX, HANDSHAKES_MAX)
-            else {
+            let (count, all_max) = if lock(&self.nodes_at).contains(&from.ip()) {
+                (&of_nodes, usize::MAX)
+            } else {
+                (&of_others, HANDSHAKES_MAX)
+            };
+            let Some(counted) = count.one(from.ip(), HANDSHAKES_OF_ONE_MAX, all_max) else {
                 metrics::counter!("clusterd_connections_refused_total", "reason" => "handshakes")
                     .increment(1);
                 continue;

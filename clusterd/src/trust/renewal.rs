@@ -4,6 +4,7 @@
 //! Level-triggered: each look compares what is with what should be. A certificate is renewed at two thirds of
 //! its life, and at once when the issuing CA is another; connections that stand go on with the old one.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -47,6 +48,8 @@ pub async fn keep_current(node: NodeHandle, member: Arc<Member>, door: Door) {
         if let Err(error) = member.keeper.believe(&now) {
             tracing::error!(%error, "what the log says of trust cannot be used");
         }
+        let addresses = now.nodes.values().map(|node| node.address.parse());
+        door.expect(addresses.flatten().map(|address: SocketAddr| address.ip()));
         door.break_removed(|node| now.peer_standing(node) == Standing::Removed);
         let wait = match look(&member).await {
             Ok(()) => {
