@@ -13,7 +13,7 @@
 
 mod flows;
 mod handover;
-mod summary;
+pub mod summary;
 mod view;
 
 pub use summary::{MigrationSummary, Part, Round};

@@ -14,6 +14,7 @@ use proto::peer::{
 };
 use tonic::{Request, Response, Status};
 
+use crate::agent::summary;
 use crate::check;
 use crate::leader;
 use crate::member::Member;
@@ -121,16 +122,8 @@ impl Peer for PeerService {
     ) -> Result<Response<SourceProgressReply>, Status> {
         let member = self.member()?;
         let migration = MigrationId(request.into_inner().migration_id);
-        let kept = member.measured(migration).source;
-        // A monitor that still runs says more than what was kept of it.
-        let table = member.monitors.table().borrow().clone();
-        let running = table
-            .values()
-            .filter(|monitor| monitor.incoming != Some(migration))
-            .filter(|monitor| monitor.migration() == Some(migration))
-            .find_map(|monitor| monitor.status.migration.clone());
-        let progress = running
-            .or(kept)
+        let progress = summary::of_source(&member, migration)
+            .await
             .map(|progress| serde_json::to_vec(&progress).unwrap_or_default())
             .unwrap_or_default();
         Ok(Response::new(SourceProgressReply { progress }))

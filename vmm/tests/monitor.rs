@@ -248,6 +248,35 @@ async fn a_working_guest_moves_to_another_process_and_finds_its_memory_disk_and_
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_idle_machine_that_arrived_is_sent_once_when_it_moves_on() {
+    needs_kvm!("an_idle_machine_that_arrived_is_sent_once_when_it_moves_on");
+    let directory = tempfile::tempdir().unwrap();
+    let file = machine_file(directory.path(), 64, 0, 0);
+    let mut source = Process::start(directory.path(), "m0", &file, "").await;
+    source.run(5, LEASE).await.unwrap();
+    let mut token = 5;
+    for id in 1..=3 {
+        source
+            .wait("at work", |status| {
+                status.guest.as_ref().is_some_and(|g| g.memory_checks > 100)
+            })
+            .await;
+        token += 1;
+        let name = format!("m{id}");
+        let mut destination =
+            Process::start(directory.path(), &name, &incoming(&file, id, token), "").await;
+        source.send_to(id, &mut destination).await.unwrap();
+        destination.wait_phase(Phase::Complete).await;
+        let left = source.wait_phase(Phase::Quiet).await;
+        let rounds = left.migration.unwrap().rounds;
+        let (all, again) = (rounds[0].pages, rounds[0].dirty_pages_after);
+        assert!(again < all / 8, "move {id}: {again} of {all} pages again");
+        destination.run(token, LEASE).await.unwrap();
+        source = destination;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_cancelled_migration_costs_nothing_before_quiet_and_a_re_key_after() {
     needs_kvm!("a_cancelled_migration_costs_nothing_before_quiet_and_a_re_key_after");
     let directory = tempfile::tempdir().unwrap();

@@ -9,7 +9,7 @@ use proto::peer::peer_client::PeerClient;
 use serde::{Deserialize, Serialize};
 
 use super::flows::{ActError, Flow};
-use crate::member::Handover;
+use crate::member::{Handover, Member};
 
 /// The source is asked this often for what it measured; it may be gone.
 const ASK_TRIES: u32 = 5;
@@ -144,6 +144,44 @@ impl MigrationSummary {
     }
 }
 
+/// Whether a source's figures are whole: its guest has stopped, and it has said *quiet*.
+pub fn is_whole(source: &wire::MigrationProgress) -> bool {
+    let timings = source.timings.as_ref();
+    timings.is_some_and(|timings| timings.vcpus_stopped_ns != 0 && timings.quiet_ns != 0)
+}
+
+/// What the source of a migration measured here, as far as this node knows: of its monitor's life, or of its end.
+pub async fn of_source(member: &Member, id: MigrationId) -> Option<wire::MigrationProgress> {
+    let running = || {
+        let table = member.monitors.table().borrow().clone();
+        let monitors = table
+            .values()
+            .filter(|monitor| monitor.incoming != Some(id) && monitor.migration() == Some(id));
+        let mut known = monitors
+            .filter_map(|monitor| Some((monitor.nonce(), monitor.status.migration.clone()?)));
+        known.next()
+    };
+    let kept = || member.measured(id).source;
+    if let Some(kept) = kept().filter(is_whole) {
+        return Some(kept);
+    }
+    let state = member.state();
+    let known = state.migrations.get(&id);
+    let over = known.is_some_and(|known| !known.is_open());
+    match running() {
+        // Its last word is on its way here: the migration has ended, and who asks wants the whole of it.
+        Some((nonce, progress)) if over && !is_whole(&progress) => {
+            member.monitors.refresh(nonce).await;
+        }
+        Some((_, progress)) => return Some(progress),
+        None => {}
+    }
+    match running().map(|(_, progress)| progress) {
+        Some(whole) if is_whole(&whole) => Some(whole),
+        part => kept().or(part),
+    }
+}
+
 /// From one moment to the next, µs; 0 when one is not known or they are in the other order.
 fn us_between(from_ns: u64, to_ns: u64) -> u64 {
     if from_ns == 0 {
@@ -170,15 +208,7 @@ impl Flow {
         let Some(migration) = self.migration(id) else {
             return Ok(());
         };
-        let progress = self
-            .member
-            .monitors
-            .table()
-            .borrow()
-            .values()
-            .find(|monitor| monitor.vm() == vm && monitor.migration() == Some(id))
-            .and_then(|monitor| monitor.status.migration.clone())
-            .unwrap_or_default();
+        let progress = self.own_progress(vm, id).await;
         let nodes = &self.state.nodes;
         let (from, to) = (nodes.get(&migration.from), nodes.get(&migration.to));
         let same_host = match (from, to) {
@@ -217,21 +247,45 @@ impl Flow {
         .await
     }
 
+    /// What this node's monitor measured: also when its last word has not come by itself yet.
+    async fn own_progress(&self, vm: VmId, id: MigrationId) -> wire::MigrationProgress {
+        let monitors = &self.member.monitors;
+        let find = || {
+            let table = monitors.table().borrow().clone();
+            let mut of_vm = table.values().filter(|monitor| monitor.vm() == vm);
+            let found = of_vm.find(|monitor| monitor.migration() == Some(id))?;
+            Some((found.nonce(), found.status.migration.clone()?))
+        };
+        let runs = |progress: &wire::MigrationProgress| {
+            let timings = progress.timings.as_ref();
+            timings.is_some_and(|timings| timings.running_ns != 0)
+        };
+        match find() {
+            Some((_, progress)) if runs(&progress) => return progress,
+            Some((nonce, _)) => monitors.refresh(nonce).await,
+            None => {}
+        }
+        find().map(|(_, progress)| progress).unwrap_or_default()
+    }
+
     async fn ask_source(&self, address: &str, id: MigrationId) -> Option<wire::MigrationProgress> {
         let mut client = PeerClient::new(self.member.dialer.channel(address).ok()?);
+        let mut last = None;
         for _ in 0..ASK_TRIES {
             let request = SourceProgressRequest { migration_id: id.0 };
             let asked = tokio::time::timeout(ASK_TIMEOUT, client.source_progress(request)).await;
-            if let Ok(Ok(reply)) = asked {
-                let progress = reply.into_inner().progress;
-                if !progress.is_empty() {
-                    return serde_json::from_slice(&progress).ok();
+            if let Ok(Ok(reply)) = asked
+                && let Ok(progress) = serde_json::from_slice(&reply.into_inner().progress)
+            {
+                if is_whole(&progress) {
+                    return Some(progress);
                 }
+                last = Some(progress);
             }
             tokio::time::sleep(ASK_PAUSE).await;
         }
-        tracing::info!(migration = %id, "the source cannot say what it measured");
-        None
+        tracing::info!(migration = %id, "the source cannot say all that it measured");
+        last
     }
 }
 
@@ -309,6 +363,16 @@ mod tests {
         assert_eq!(summary.blackout_us, 2_000 + 14_000);
         let sum: u64 = summary.parts.iter().map(|part| part.us).sum();
         assert_eq!(sum, summary.blackout_us);
+    }
+
+    #[test]
+    fn a_source_is_whole_when_it_has_said_quiet() {
+        let (mut source, ..) = both();
+        assert!(is_whole(&source));
+        source.timings.as_mut().unwrap().quiet_ns = 0;
+        assert!(!is_whole(&source));
+        source.timings = None;
+        assert!(!is_whole(&source));
     }
 
     #[test]

@@ -37,12 +37,16 @@ pub struct DirtyLog {
 }
 
 impl DirtyLog {
-    /// Begins to log. All pages count as dirty at first.
+    /// Begins to log; what was written before is not in it: whoever begins sends all pages once. (A machine that
+    /// arrived here itself has had every page written by the receiver.)
     ///
     /// # Errors
     /// When KVM refuses.
     pub fn begin(vm: Arc<Vm>) -> Result<DirtyLog, KvmError> {
         vm.log_dirty_pages(true)?;
+        for region in vm.memory().iter() {
+            region.bitmap_of_devices().reset();
+        }
         let words = |pages: u64| vec![0; pages.div_ceil(PAGES_PER_WORD) as usize];
         let written = vm
             .memory()

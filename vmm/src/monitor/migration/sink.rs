@@ -9,6 +9,7 @@ use futures::future::{BoxFuture, select_all};
 use migration_core::{Acceptor, BoxStream, HostError, MachineSink, MemorySink, PAGE_SIZE, Region};
 use proto::failpoint;
 use tokio::net::TcpListener;
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::super::{Monitor, blocking};
@@ -45,6 +46,15 @@ impl Sink {
     }
 }
 
+impl Sink {
+    /// Whether something was received for a page before.
+    fn was_written(&self, region: usize, page: u64) -> bool {
+        let region = self.monitor.platform.machine.memory().iter().nth(region);
+        let offset = page.saturating_mul(PAGE_SIZE as u64) as usize;
+        region.is_none_or(|region| region.bitmap().dirty_at(offset))
+    }
+}
+
 impl MemorySink for Sink {
     fn regions(&self) -> Vec<Region> {
         source::regions(&self.monitor)
@@ -63,7 +73,10 @@ impl MemorySink for Sink {
     fn zero_pages(&self, region: usize, first_page: u64, count: u64) -> Result<(), HostError> {
         const ZEROES: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
         for page in first_page..first_page.saturating_add(count) {
-            self.write_pages(region, page, &ZEROES)?;
+            // A page of a new machine that nobody wrote is zero, and takes no memory of the host.
+            if self.was_written(region, page) {
+                self.write_pages(region, page, &ZEROES)?;
+            }
         }
         Ok(())
     }
