@@ -62,9 +62,16 @@ async fn kill_once(cluster: &mut TestCluster, leader_dies: bool) -> anyhow::Resu
             .find(|name| *name != leader)
             .unwrap_or_default()
     };
-    if cluster.vm("vm-a").await?.node != victim {
-        ensure!(cluster.migrate("vm-a", &victim).await?.state == "cut-over");
-    }
+    // A node that has just come back may still show where the machine was before.
+    cluster
+        .wait("the machine on the node to kill", async || {
+            if cluster.vm("vm-a").await?.node == victim {
+                return Ok(Some(()));
+            }
+            ensure!(cluster.migrate("vm-a", &victim).await?.state == "cut-over");
+            Ok(None)
+        })
+        .await?;
     cluster.wait_progress("vm-a").await?;
     let at = cluster.local.index_of(&victim)?;
     let killed = Instant::now();

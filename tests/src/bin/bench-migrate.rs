@@ -44,6 +44,11 @@ async fn main() -> anyhow::Result<()> {
         "one raw TCP stream over loopback",
         loopback,
     );
+    let sent: Vec<f64> = idle
+        .iter()
+        .map(|end| end.sent_bytes as f64 / end.memory_total_bytes as f64)
+        .collect();
+    result.add("sent_over_memory_idle", percentile(&sent, 0.5), "×");
     result.add(
         "blackout_idle_p50_ms",
         percentile(&blackout(&idle), 0.5),
