@@ -111,6 +111,9 @@ pub fn add(to: &mut Buckets, more: &Buckets) {
 /// does; 0 of none.
 pub fn quantile(buckets: &Buckets, share: f64) -> f64 {
     let total = buckets.last().map_or(0.0, |(_, count)| *count);
+    if total == 0.0 {
+        return 0.0;
+    }
     let rank = share * total;
     let (mut bound_before, mut count_before) = (0.0, 0.0);
     for (bound, count) in buckets {
