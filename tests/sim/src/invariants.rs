@@ -124,7 +124,7 @@ pub fn commit(world: &mut World, entry: Entry) {
     reasons::check(world, &before, &envelope);
     asked::check(world, &before, &envelope.command);
     requests::check(world, &envelope, reply.as_ref());
-    evidence::check(world, &envelope.command, reply.as_ref());
+    evidence::check(world, &before, &envelope.command, reply.as_ref());
     claimed::cut_over(world, &envelope.command, reply.as_ref());
 }
 

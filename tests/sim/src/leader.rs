@@ -54,8 +54,10 @@ impl World {
                     .nodes
                     .get(node)
                     .map_or(LogIndex(0), |known| known.up_since);
-                table.2.insert((*node, up_since));
-                due.push((format!("lost/{node}/{incarnation}/term-{term}"), command));
+                // One loss is proposed once: it stays in this leader's log for as long as it leads.
+                if table.2.insert((*node, up_since)) {
+                    due.push((format!("lost/{node}/{incarnation}/term-{term}"), command));
+                }
             }
         }
         // Of a node that was lost and came up again nothing is proposed.

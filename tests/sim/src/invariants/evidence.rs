@@ -1,11 +1,11 @@
 //! A node is declared lost only when its lease has run out, by its own clock.
 
-use cluster_model::{Command, Reply};
+use cluster_model::{ClusterState, Command, Liveness, Reply};
 
 use crate::world::{World, node_of};
 
-/// Checks the entry that was just committed.
-pub fn check(world: &mut World, command: &Command, reply: Option<&Reply>) {
+/// Checks the entry that was just committed, if a node that was up is lost by it.
+pub fn check(world: &mut World, before: &ClusterState, command: &Command, reply: Option<&Reply>) {
     let now = world.truth.log.len() as u64;
     let (
         Command::NodeLost {
@@ -18,7 +18,9 @@ pub fn check(world: &mut World, command: &Command, reply: Option<&Reply>) {
     };
     let at = node_of(*node);
     let host = &world.hosts[at];
-    if index.0 != now || host.incarnation != incarnation.0 {
+    let known = before.nodes.get(node);
+    let was_up = known.is_some_and(|known| known.liveness == Liveness::Up);
+    if index.0 != now || !was_up || host.incarnation != incarnation.0 {
         return;
     }
     let clock_ns = world.clock(at) * 1_000;
