@@ -53,6 +53,17 @@ pub enum NotYours {
         /// Who.
         node: NodeId,
     },
+    /// It declares a node lost, which only who leads may: it led when it saw so, and its successor may have renewed
+    /// that node's lease since.
+    #[error(
+        "{node} does not lead any more and may not declare {object} lost; nothing to do: the leader counts that node's lease itself"
+    )]
+    LeadsNoMore {
+        /// Who.
+        node: Name,
+        /// Who would be lost, in words.
+        object: String,
+    },
     /// A learner asked for what is neither its own nor asked for by a person.
     #[error(
         "{node} is a learner and may not change {object}: it hands on what is its own, or what an access token allows; try a voter: clusterctl node list"
@@ -134,7 +145,13 @@ impl ClusterState {
             return Err(NotYours::NotAMember { node: from });
         };
         if node.role.may_lead() {
-            return Ok(());
+            return match envelope.command {
+                Command::NodeLost { .. } => Err(NotYours::LeadsNoMore {
+                    node: node.name.clone(),
+                    object: envelope.command.object(self),
+                }),
+                _ => Ok(()),
+            };
         }
         // Its own acts bear its own name, and are nobody's wish: they forge neither event nor audit.
         let speaks_for_itself =
