@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use cluster_model::{Command, Incarnation, LeaseTable, NodeId, RequestId};
+use cluster_model::{Command, Envelope, Incarnation, LeaseTable, NodeId, Reply, RequestId};
 use proto::peer::{HeartbeatReply, HeartbeatRequest};
 use tokio::sync::watch;
 
-use crate::member::{CommandError, Member};
+use crate::member::Member;
 use crate::report::{NodeReport, Reports};
 
 /// How long the leader's own replica may take to catch up with its confirm.
@@ -170,25 +170,35 @@ async fn declare(member: &Arc<Member>, term: u64, command: Command) {
         "lost/{node}/{incarnation}/term-{term}/{}",
         member.state().applied.0
     ));
+    // Here alone, and in the term in which it was seen: another leader may have renewed that lease since.
+    let envelope = Envelope {
+        request,
+        actor: "controller/leases".to_owned(),
+        at_ms: member.clock.wall_ms(),
+        asked: None,
+        command,
+    };
     loop {
-        let proposed = member
-            .propose("controller/leases", request.clone(), command.clone())
-            .await;
-        match &proposed {
-            Ok(_) => metrics::counter!("clusterd_nodes_lost_total").increment(1),
-            Err(error) => tracing::warn!(%node, %error, "a loss was not recorded"),
-        }
-        let known = match proposed {
-            Ok(_) | Err(CommandError::Rejected(_)) => true,
-            Err(CommandError::Propose(_) | CommandError::Behind(_)) => false,
-        };
         let still_leads = {
             let leadership = member.raft.leadership().borrow().clone();
             leadership.is_me && leadership.term == term
         };
-        if known || !still_leads {
+        if !still_leads {
             break;
         }
+        match member.raft.propose(&envelope).await {
+            Ok(applied) => {
+                match applied.reply {
+                    Reply::Done { .. } => {
+                        metrics::counter!("clusterd_nodes_lost_total").increment(1);
+                    }
+                    Reply::Rejected(why) => tracing::warn!(%node, %why, "the log refused a loss"),
+                }
+                break;
+            }
+            Err(error) => tracing::warn!(%node, %error, "a loss was not recorded"),
+        }
+        tokio::time::sleep(LOOK).await;
     }
     let now_ns = member.clock.boottime_ns();
     member
