@@ -9,6 +9,10 @@ use clusterd::node::Node;
 use clusterd::{check, join};
 use tokio::signal::unix::{SignalKind, signal};
 
+/// A commit allocates some hundred times on its way over the nodes: a fifth of its time with glibc's.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 #[tokio::main]
 async fn main() -> anyhow::Result<ExitCode> {
     proto::core_dump::rule_out();

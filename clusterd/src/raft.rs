@@ -12,6 +12,7 @@
 //! not the one it once acknowledged, and nothing here ever wipes a log.
 
 pub mod bench;
+mod carry;
 mod codec;
 #[cfg(test)]
 mod crash;
@@ -222,6 +223,7 @@ pub async fn start<M: Machine>(
     let (machine, published) = StateMachine::<M>::new(snapshots, snapshot);
     let network = Network {
         dialer: dialer.clone(),
+        log_end: log.end(),
     };
     let raft = openraft::Raft::new(options.node.0, config, network, log, machine).await;
     match raft {

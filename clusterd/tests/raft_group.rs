@@ -263,6 +263,39 @@ async fn leadership_is_handed_over_on_request() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_leader_decided_is_not_written_in_another_term_even_if_it_leads_again() {
+    let cluster = Cluster::start(3, Settings::default()).await;
+    let leader = cluster.leader().await;
+    let term = leader.leadership().borrow().term;
+    leader.propose_in_term(term, &set(0)).await.unwrap();
+    cluster.settle().await;
+    let other = cluster
+        .running()
+        .map(|node| node.id)
+        .find(|id| *id != leader.node())
+        .unwrap();
+    leader.transfer_leadership(other, PATIENCE).await.unwrap();
+    let refused = leader.propose_in_term(term, &set(1)).await;
+    assert!(matches!(refused, Err(ProposeError::NotLeader { .. })));
+    let successor = cluster.leader().await;
+    successor.propose(&set(2)).await.unwrap();
+    cluster.settle().await;
+    successor
+        .transfer_leadership(leader.node(), PATIENCE)
+        .await
+        .unwrap();
+    assert_eq!(cluster.leader().await.node(), leader.node());
+    let now = leader.leadership().borrow().term;
+    assert!(now > term);
+    let refused = leader.propose_in_term(term, &set(3)).await;
+    assert!(matches!(refused, Err(ProposeError::NotLeader { .. })));
+    leader.propose_in_term(now, &set(4)).await.unwrap();
+    let state = cluster.settle().await;
+    let written: Vec<u64> = state.done.keys().copied().collect();
+    assert_eq!(written, [0, 2, 4]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_command_over_the_limit_is_refused_before_the_log() {
     let cluster = Cluster::start(1, Settings::default()).await;
     let leader = cluster.leader().await;

@@ -7,6 +7,10 @@ use anyhow::Context;
 use clap::Parser;
 use clusterd::raft::bench::{self, BenchOptions};
 
+// As in the daemon that this measures.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Commit latency of three durable nodes beside one fdatasync on the same disk, in the same run.
 #[derive(Parser)]
 struct Args {

@@ -336,6 +336,10 @@ async fn measure(
         let (mut alone, mut shared, mut took) = (Vec::new(), Vec::new(), Vec::new());
         let mut committing = Duration::ZERO;
         for _ in 0..SLICES {
+            // What the stores put off would be measured with the disk.
+            for node in nodes {
+                node.handle.settle().await;
+            }
             alone.extend(disk(options, 1).await?);
             // All nodes of this measurement share one disk, which a real cluster's do not.
             shared.extend(disk(options, options.nodes).await?);

@@ -113,8 +113,11 @@ pub(super) struct JournaledDisk<F: Files, T> {
     sizes: Sizes,
     /// Written, not yet in the journal.
     unsynced: Vec<Change>,
-    /// In the journal, not yet in the table; the journal's size bounds it.
+    /// In the journal, not yet in the table; the journal's size bounds it. Entries and removals, in order.
     pending: VecDeque<Change>,
+    /// The small values among them, the newest of each: when they come to the table makes no difference, since
+    /// whoever opens it repeats the journal first.
+    small: BTreeMap<Key, Vec<u8>>,
 }
 
 /// The store of a real node.
@@ -204,11 +207,12 @@ impl<F: Files, T: Table> JournaledDisk<F, T> {
             sizes,
             unsynced: Vec::new(),
             pending: VecDeque::new(),
+            small: BTreeMap::new(),
         };
         for record in records {
             let changes = decode(&record)
                 .map_err(|error| failed(io::Error::new(io::ErrorKind::InvalidData, error)))?;
-            disk.pending.extend(changes);
+            disk.put_off(changes);
         }
         disk.checkpoint().map_err(failed)?;
         files.sync_dir(&table_dir).map_err(failed)?;
@@ -237,7 +241,6 @@ impl<F: Files, T: Table> JournaledDisk<F, T> {
         let count = count.min(self.pending.len());
         // What a later change of these overwrites or removes never reaches the table.
         let mut puts = BTreeMap::new();
-        let mut metas: BTreeMap<Key, Vec<u8>> = BTreeMap::new();
         for change in self.pending.drain(..count) {
             match change {
                 Change::Put { index, value } => drop(puts.insert(index, value)),
@@ -249,14 +252,35 @@ impl<F: Files, T: Table> JournaledDisk<F, T> {
                     puts = puts.split_off(&index.saturating_add(1));
                     self.table.remove(0..index.saturating_add(1))?;
                 }
-                Change::Meta { key, value } => drop(metas.insert(key, value)),
+                Change::Meta { key, value } => drop(self.small.insert(key, value)),
             }
         }
         self.table.put(puts)?;
-        for (key, value) in metas {
-            self.table.set_small(key.text(), value)?;
+        if self.pending.is_empty() {
+            for (key, value) in std::mem::take(&mut self.small) {
+                self.table.set_small(key.text(), value)?;
+            }
         }
         Ok(())
+    }
+
+    /// Puts changes off that are in the journal. Entries that are removed again before they came to the table
+    /// never go there: on a busy log that is nearly all of them.
+    fn put_off(&mut self, changes: Vec<Change>) {
+        for change in changes {
+            match change {
+                Change::Meta { key, value } => drop(self.small.insert(key, value)),
+                Change::RemoveThrough(last) => {
+                    while let Some(Change::Put { index, .. }) = self.pending.front()
+                        && *index <= last
+                    {
+                        self.pending.pop_front();
+                    }
+                    self.pending.push_back(change);
+                }
+                Change::Put { .. } | Change::RemoveFrom(_) => self.pending.push_back(change),
+            }
+        }
     }
 
     /// Writes changes as one record; they may go to the table as soon as that is durable, not before: a table
@@ -267,7 +291,7 @@ impl<F: Files, T: Table> JournaledDisk<F, T> {
             self.checkpoint()?;
         }
         self.journal.append(payload)?;
-        self.pending.extend(changes);
+        self.put_off(changes);
         Ok(())
     }
 }

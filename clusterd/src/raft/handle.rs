@@ -1,24 +1,27 @@
 //! What the rest of the node does with the log: propose, read, watch.
 
+use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use cluster_model::{ClusterState, NodeId};
 use openraft::async_runtime::watch::WatchReceiver;
-use openraft::errors::{Fatal, ForwardToLeader};
+use openraft::errors::{ClientWriteError, Fatal, ForwardToLeader};
+use openraft::impls::ProgressResponder;
+use openraft::vote::RaftLeaderId;
 use proto::peer::raft_server::RaftServer;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::latency::Histogram;
 use super::log::LogThread;
 use super::machine::Machine;
-use super::proposer::{self, Proposal};
+use super::proposer::{self, Proposal, Written};
 use super::reads::{self, ReadWaiter};
 use super::service::{Raft, RaftService};
 use super::state::{DigestAt, Published};
 use super::status::{self, Leadership};
-use super::types::{Member, TypeConfig};
+use super::types::{CommandBytes, LeaderId, Member, TypeConfig};
 use super::{COMMAND_BYTES_MAX, Options};
 use crate::net::Dialer;
 
@@ -283,7 +286,6 @@ impl<M: Machine> RaftHandle<M> {
                 bytes: command.len(),
             });
         }
-        let begun = Instant::now();
         let proposing = async {
             let (answer, written) = oneshot::channel();
             let proposal = Proposal { command, answer };
@@ -298,6 +300,50 @@ impl<M: Machine> RaftHandle<M> {
                 })
             })
         };
+        self.timed(patience, proposing).await
+    }
+
+    /// Proposes `command` as the leader of `term`: what a leader decided by what it knows as that leader. If
+    /// this node leads in that term no longer when the log takes it, nothing is written, even if it leads again.
+    ///
+    /// # Errors
+    /// See [`ProposeError`]; after `Unknown` the command may still be applied.
+    pub async fn propose_in_term(
+        &self,
+        term: u64,
+        command: &M::Command,
+    ) -> Result<Applied<M::Reply>, ProposeError> {
+        let command = CommandBytes(encode(command)?);
+        let proposing = async {
+            let (responder, written) = ProgressResponder::complete_only();
+            self.inner
+                .raft
+                .write(command)
+                .with_leader(LeaderId::new(term, self.node().0))
+                .responder(responder)
+                .await
+                .map_err(|fatal| stopped(&fatal))?;
+            match written.await {
+                Ok(Ok(written)) => Ok((written.log_id.index, written.data.0)),
+                Ok(Err(ClientWriteError::ForwardToLeader(to))) => Err(ProposeError::NotLeader {
+                    leader: leader_of(&to),
+                }),
+                Ok(Err(other)) => Err(ProposeError::Unknown {
+                    why: other.to_string(),
+                }),
+                Err(_) => Err(stopped(&Fatal::Stopped)),
+            }
+        };
+        let (index, answer) = self.timed(self.inner.options.patience, proposing).await?;
+        Ok(Applied {
+            index,
+            reply: decode(&answer)?,
+        })
+    }
+
+    /// Waits for a proposal for `patience`, and counts how long it took.
+    async fn timed(&self, patience: Duration, proposing: impl Future<Output = Written>) -> Written {
+        let begun = Instant::now();
         let Ok(written) = tokio::time::timeout(patience, proposing).await else {
             let why = format!("no answer within {} ms", patience.as_millis());
             return Err(ProposeError::Unknown { why });
@@ -308,6 +354,11 @@ impl<M: Machine> RaftHandle<M> {
             metrics::histogram!("clusterd_raft_commit_duration_seconds").record(took.as_secs_f64());
         }
         written
+    }
+
+    /// Returns when the log's disk has nothing left to do that was put off: what a measurement of the disk waits for.
+    pub(super) async fn settle(&self) {
+        self.inner.log.settle().await;
     }
 
     /// Leaves the group's work: stops openraft and closes the store, which can then be opened again.

@@ -22,6 +22,7 @@ use cluster_model::NodeId;
 use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use tokio::sync::{mpsc, oneshot};
 
+use super::carry::LogEnd;
 use super::codec::{self, DecodeError};
 use super::disk::{Change, Key, LogDisk, StoreError, VALUE_BYTES_MAX};
 use super::types::{Entry, LogId, TypeConfig, Vote};
@@ -41,6 +42,7 @@ const JOBS_MAX: usize = 4_096;
 pub(super) struct LogStore {
     memory: Arc<Mutex<Memory>>,
     jobs: mpsc::Sender<Job>,
+    end: LogEnd,
 }
 
 impl LogStore {
@@ -110,10 +112,17 @@ impl LogStore {
                 })?;
             }
         }
+        let end = LogEnd::default();
+        end.set(memory.range().end);
         let memory = Arc::new(Mutex::new(memory));
         let (jobs, waiting) = mpsc::channel(JOBS_MAX);
         let writer = Writer::new(disk, memory.clone());
-        Ok((LogStore { memory, jobs }, writer, waiting))
+        Ok((LogStore { memory, jobs, end }, writer, waiting))
+    }
+
+    /// Where the log ends, kept up to date.
+    pub(super) fn end(&self) -> LogEnd {
+        self.end.clone()
     }
 
     /// The last entry and the last purged one, as openraft calls them: `(last, purged)`.
@@ -177,7 +186,9 @@ impl LogStore {
     }
 
     /// Makes changes and returns when they are durable.
-    async fn durable(&self, changes: Vec<Change>) -> io::Result<()> {
+    async fn durable(&self, new: Vec<Change>) -> io::Result<()> {
+        let mut changes: Vec<Change> = lock(&self.memory).take_commit().into_iter().collect();
+        changes.extend(new);
         let (reply, answer) = oneshot::channel();
         self.send(Job::Durable { changes, reply }).await?;
         answer.await.map_err(|_| thread::gone())?
@@ -277,18 +288,12 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     }
 
     async fn save_committed(&mut self, committed: Option<LogId>) -> Result<(), io::Error> {
-        lock(&self.memory).committed = committed;
-        let mut value = Vec::new();
-        codec::put_log_id(&mut value, committed.as_ref());
-        // Not waited for: an older commit point only means that more is learnt again after a restart.
-        let change = Change::Meta {
-            key: Key::Committed,
-            value: codec::seal(&value),
-        };
-        self.send(Job::Lazy {
-            changes: vec![change],
-        })
-        .await
+        // Written with the next change, or when the log closes: to wake the log thread for it alone costs every
+        // commit, and an older commit point only means that more is learnt again after a restart.
+        let mut memory = lock(&self.memory);
+        memory.committed = committed;
+        memory.commit_unwritten = true;
+        Ok(())
     }
 
     async fn read_committed(&mut self) -> Result<Option<LogId>, io::Error> {
@@ -305,7 +310,9 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         I::IntoIter: Send,
     {
         let entries: Vec<Entry> = entries.into_iter().collect();
-        let mut changes = Vec::with_capacity(entries.len());
+        let mut changes = Vec::with_capacity(entries.len() + 1);
+        // What it commits was asked for before.
+        changes.extend(lock(&self.memory).take_commit());
         for entry in &entries {
             let mut value = Vec::new();
             codec::put_entry(&mut value, entry).map_err(invalid)?;
@@ -331,6 +338,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             }
             memory.range().end
         };
+        self.end.set(end);
         self.send(Job::Append {
             changes,
             end,
@@ -359,6 +367,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             memory.truncations += 1;
             from
         };
+        self.end.set(from);
         // Durable before openraft goes on: a snapshot that contradicts what is removed here may follow, and a
         // log that came back beside it would be one that never was.
         self.durable(vec![Change::RemoveFrom(from)]).await
@@ -383,13 +392,14 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         }
         let mut value = Vec::new();
         codec::put_log_id(&mut value, Some(&upto));
-        let changes = vec![
+        let mut changes: Vec<Change> = lock(&self.memory).take_commit().into_iter().collect();
+        changes.extend([
             Change::Meta {
                 key: Key::Purged,
                 value: codec::seal(&value),
             },
             Change::RemoveThrough(upto.index),
-        ];
+        ]);
         self.send(Job::Lazy { changes }).await
     }
 }

@@ -26,6 +26,7 @@ use proto::peer::raft_client::RaftClient;
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 
+use super::carry::{Carried, LogEnd};
 use super::snapshot::SnapshotData;
 use super::state::Snapshot;
 use super::types::{Member, TypeConfig, Vote};
@@ -44,6 +45,7 @@ type RpcResult<T> = Result<T, RpcError>;
 /// Makes the clients that openraft asks for.
 pub(super) struct Network {
     pub dialer: Dialer,
+    pub log_end: LogEnd,
 }
 
 impl Network {
@@ -57,7 +59,11 @@ impl Network {
                     .max_encoding_message_size(MESSAGE_BYTES_MAX)
             })
             .map_err(|error| error.to_string());
-        Client { target, client }
+        Client {
+            target,
+            client,
+            log_end: self.log_end.clone(),
+        }
     }
 }
 
@@ -82,6 +88,7 @@ pub(super) struct Client {
     target: u64,
     /// Or why its address cannot be used.
     client: Result<RaftClient<Channel>, String>,
+    log_end: LogEnd,
 }
 
 impl Client {
@@ -164,6 +171,7 @@ impl NetStreamAppend<TypeConfig> for Client {
             let target = self.target;
             let sent = Arc::new(AtomicU64::new(0));
             let counter = sent.clone();
+            let input = Carried::new(input, self.log_end.clone());
             let requests = tokio_stream::StreamExt::map_while(input, move |request| {
                 counter.fetch_add(1, Ordering::Relaxed);
                 wire::append_request(target, &request)

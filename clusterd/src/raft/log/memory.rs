@@ -6,7 +6,7 @@ use std::ops::Range;
 use cluster_model::NodeId;
 
 use super::super::codec::{self, DecodeError, Reader};
-use super::super::disk::{Contents, Key};
+use super::super::disk::{Change, Contents, Key};
 use super::super::types::{Entry, LogId, Vote};
 
 /// Entries kept in memory, bytes; older durable ones are read from the disk.
@@ -17,6 +17,8 @@ pub(super) const TAIL_BYTES_MAX: usize = 32 << 20;
 pub(super) struct Memory {
     pub(super) vote: Option<Vote>,
     pub(super) committed: Option<LogId>,
+    /// Whether `committed` has yet to be given to the log thread.
+    pub(super) commit_unwritten: bool,
     pub(super) purged: Option<LogId>,
     pub(super) last: Option<LogId>,
     /// Where the log begins, if anything is in it.
@@ -44,6 +46,19 @@ impl Memory {
         self.tail
             .front()
             .map_or_else(|| self.range().end, |entry| entry.log_id.index)
+    }
+
+    /// The commit point as a change, if the log thread does not have it yet.
+    pub(super) fn take_commit(&mut self) -> Option<Change> {
+        if !std::mem::take(&mut self.commit_unwritten) {
+            return None;
+        }
+        let mut value = Vec::new();
+        codec::put_log_id(&mut value, self.committed.as_ref());
+        Some(Change::Meta {
+            key: Key::Committed,
+            value: codec::seal(&value),
+        })
     }
 
     pub(super) fn push(&mut self, entry: Entry) {

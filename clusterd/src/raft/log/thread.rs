@@ -44,6 +44,8 @@ pub(in super::super) enum Job {
         range: Range<u64>,
         reply: oneshot::Sender<io::Result<Entries>>,
     },
+    /// Does all that was put off.
+    Settle { reply: oneshot::Sender<()> },
     /// Syncs, closes the store and ends.
     Close,
 }
@@ -76,6 +78,14 @@ impl LogThread {
             jobs,
             thread: Arc::new(Mutex::new(Some(thread))),
         })
+    }
+
+    /// Returns when nothing is left of the work that the log thread puts off.
+    pub(in super::super) async fn settle(&self) {
+        let (reply, settled) = oneshot::channel();
+        // Either error means that the thread has ended.
+        let _ = self.jobs.send(Job::Settle { reply }).await;
+        let _ = settled.await;
     }
 
     /// Closes the store: returns when its files are closed and unlocked.
@@ -185,7 +195,11 @@ impl<D: LogDisk> Writer<D> {
         first: Job,
         mut more: impl FnMut() -> Option<Job>,
     ) -> bool {
-        let Writer { disk, failed, .. } = self;
+        let Writer {
+            disk,
+            failed,
+            memory,
+        } = self;
         let mut closing = false;
         let mut changes = Vec::new();
         let mut waiting = Vec::new();
@@ -220,7 +234,14 @@ impl<D: LogDisk> Writer<D> {
                     // The reader may have gone away.
                     let _ = reply.send(read);
                 }
+                Job::Settle { reply } => {
+                    // Not a part of the round: its changes are not in the journal yet.
+                    while guard(failed, || disk.settle()).unwrap_or(false) {}
+                    // The asker may have gone away.
+                    let _ = reply.send(());
+                }
                 Job::Close => {
+                    changes.extend(lock(memory).take_commit());
                     closing = true;
                     break;
                 }
