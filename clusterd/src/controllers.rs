@@ -33,9 +33,10 @@ async fn leads(member: &Member, led: &mut u64) -> bool {
     true
 }
 
-/// Proposes a controller's command, decided in `state`.
+/// Proposes a controller's command, decided in `state` by the leader of `term`.
 async fn propose(
     member: &Arc<Member>,
+    term: u64,
     state: &ClusterState,
     controller: &str,
     what: String,
@@ -43,7 +44,7 @@ async fn propose(
 ) {
     let request = RequestId(format!("{controller}/{what}/@{}", state.applied.0));
     let actor = format!("controller/{controller}");
-    match member.propose(&actor, request, command).await {
+    match member.propose_in_term(term, &actor, request, command).await {
         Ok((index, _)) => tracing::info!(controller, what, entry = %index, "decided"),
         // Somebody was faster, or the state has moved on: the next look sees it.
         Err(error) => tracing::info!(controller, what, %error, "not decided"),

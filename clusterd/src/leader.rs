@@ -9,6 +9,7 @@ use proto::peer::{HeartbeatReply, HeartbeatRequest};
 use tokio::sync::watch;
 
 use crate::member::Member;
+use crate::raft::ProposeError;
 use crate::report::{NodeReport, Reports};
 
 /// How long the leader's own replica may take to catch up with its confirm.
@@ -179,14 +180,7 @@ async fn declare(member: &Arc<Member>, term: u64, command: Command) {
         command,
     };
     loop {
-        let still_leads = {
-            let leadership = member.raft.leadership().borrow().clone();
-            leadership.is_me && leadership.term == term
-        };
-        if !still_leads {
-            break;
-        }
-        match member.raft.propose(&envelope).await {
+        match member.raft.propose_in_term(term, &envelope).await {
             Ok(applied) => {
                 match applied.reply {
                     Reply::Done { .. } => {
@@ -194,6 +188,10 @@ async fn declare(member: &Arc<Member>, term: u64, command: Command) {
                     }
                     Reply::Rejected(why) => tracing::warn!(%node, %why, "the log refused a loss"),
                 }
+                break;
+            }
+            Err(error @ ProposeError::NotLeader { .. }) => {
+                tracing::warn!(%node, %error, "a loss is not recorded: another leader looks anew");
                 break;
             }
             Err(error) => tracing::warn!(%node, %error, "a loss was not recorded"),

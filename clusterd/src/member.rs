@@ -158,6 +158,31 @@ impl Member {
         }
     }
 
+    /// Proposes what this node decided as the leader of `term`, and nothing if it is that no longer: its
+    /// successor knows more, and decides itself.
+    ///
+    /// # Errors
+    /// See [`CommandError`].
+    pub async fn propose_in_term(
+        &self,
+        term: u64,
+        actor: &str,
+        request: RequestId,
+        command: Command,
+    ) -> Result<(LogIndex, Outcome), CommandError> {
+        let envelope = Envelope {
+            request,
+            actor: actor.to_owned(),
+            at_ms: self.clock.wall_ms(),
+            asked: None,
+            command,
+        };
+        match self.raft.propose_in_term(term, &envelope).await?.reply {
+            Reply::Done { index, outcome } => Ok((index, outcome)),
+            Reply::Rejected(rejection) => Err(rejection.into()),
+        }
+    }
+
     /// Proposes a command of this node's own. Each call has a request id of its own: what must happen
     /// once is a compare-and-set on the token.
     ///

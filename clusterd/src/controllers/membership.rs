@@ -34,14 +34,14 @@ pub async fn run(member: Arc<Member>) {
         if !leads(&member, &mut led).await {
             continue;
         }
-        if let Err(error) = step(&member).await {
+        if let Err(error) = step(&member, led).await {
             tracing::info!(%error, "the Raft group was not changed");
             tokio::time::sleep(LOOK).await;
         }
     }
 }
 
-async fn step(member: &Arc<Member>) -> Result<(), MembershipError> {
+async fn step(member: &Arc<Member>, term: u64) -> Result<(), MembershipError> {
     let state = member.state();
     if state.cluster.is_none() {
         return Ok(());
@@ -94,7 +94,15 @@ async fn step(member: &Arc<Member>) -> Result<(), MembershipError> {
         ),
         why: change.why,
     };
-    propose(member, &state, "membership", "voters".to_owned(), note).await;
+    propose(
+        member,
+        term,
+        &state,
+        "membership",
+        "voters".to_owned(),
+        note,
+    )
+    .await;
     Ok(())
 }
 

@@ -62,7 +62,7 @@ pub async fn run(member: Arc<Member>) {
                 ("balance", what, one.command())
             }));
         }
-        carry_out(&member, &now, due).await;
+        carry_out(&member, led, &now, due).await;
     }
 }
 
@@ -102,11 +102,18 @@ fn plans(state: &ClusterState, observed: &Observed) -> Due {
     due
 }
 
-async fn carry_out(member: &Arc<Member>, state: &ClusterState, due: Due) {
+async fn carry_out(member: &Arc<Member>, term: u64, state: &ClusterState, due: Due) {
     for batch in due.chunks(TOGETHER) {
         let proposals = batch.iter().map(|(controller, what, command)| {
             count(state, command);
-            propose(member, state, controller, what.clone(), command.clone())
+            propose(
+                member,
+                term,
+                state,
+                controller,
+                what.clone(),
+                command.clone(),
+            )
         });
         futures::future::join_all(proposals).await;
     }

@@ -120,7 +120,22 @@ impl Rig {
             })
             .await;
         }
+        self.all_vote(count).await;
         founded.recovery_key
+    }
+
+    /// Waits until there are as many votes as `count` nodes make: before that, a node that stops may be half of
+    /// the quorum.
+    async fn all_vote(&self, count: usize) {
+        let raft = self.handle(1).member().unwrap().raft.clone();
+        // An odd number, at most five.
+        let expected = (count - (count + 1) % 2).min(5);
+        eventually("the voters are chosen", || {
+            let status = raft.metrics();
+            let voters = status.members.values().filter(|known| known.voter);
+            !status.joint && voters.count() == expected
+        })
+        .await;
     }
 
     /// Starts node `number` and lets it in.

@@ -57,6 +57,7 @@ impl World {
             flows: BTreeMap::new(),
             rpcs: BTreeMap::new(),
             waiting: BTreeMap::new(),
+            handed_on: BTreeMap::new(),
             confirms: BTreeMap::new(),
             table: None,
             volumes_down: BTreeSet::new(),
@@ -511,7 +512,7 @@ impl World {
     }
 
     /// A message that this replica is behind of: it is taken in again a little later.
-    fn later(&mut self, node: usize, message: Message) {
+    pub fn later(&mut self, node: usize, message: Message) {
         let here = Place::Daemon(node);
         let event = Event::Arrive {
             from: here,

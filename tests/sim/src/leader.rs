@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use cluster_model::queue::Next;
 use cluster_model::{
-    ClusterState, Command, Envelope, LeaseTable, Liveness, LogIndex, NodeLoad, Observed, RequestId,
-    Why, drain, failover, queue,
+    ClusterState, Command, Envelope, LeaseTable, Liveness, LogIndex, NodeLoad, Observed, Reply,
+    RequestId, Why, drain, failover, queue,
 };
 
 use crate::mutants::Mutant;
-use crate::world::{MS, Place, S, World, name, node_id};
+use crate::world::{MS, Message, Place, S, World, name, node_id};
 
 /// The leader's table is made anew after it stood still for this long.
 const STOOD_STILL: u64 = 1_500 * MS;
@@ -84,7 +84,35 @@ impl World {
                 asked: None,
                 command,
             });
+            if self.mutant == Some(Mutant::LossHandedOn)
+                && let Command::NodeLost { .. } = &envelope.command
+                && let Some(daemon) = self.daemon(node)
+            {
+                daemon.handed_on.insert(number, envelope.clone());
+            }
             self.leader_propose(node, Place::Daemon(node), number, envelope);
+        }
+    }
+
+    /// The mutant's: a loss that was not written here is asked for where the leader is now.
+    pub fn hand_on(&mut self, node: usize, rpc: u64, answer: Option<(usize, Reply)>) {
+        let leader = self.hosts[node].raft.leader;
+        let Some(daemon) = self.daemon(node) else {
+            return;
+        };
+        let Some(envelope) = daemon.handed_on.remove(&rpc) else {
+            return;
+        };
+        match leader {
+            _ if answer.is_some() => {}
+            Some(leader) if leader != node => {
+                let (from, to) = (Place::Daemon(node), Place::Daemon(leader));
+                self.send(from, to, Message::Propose { rpc, envelope });
+            }
+            _ => {
+                daemon.handed_on.insert(rpc, envelope);
+                self.later(node, Message::Proposed { rpc, answer });
+            }
         }
     }
 }

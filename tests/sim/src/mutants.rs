@@ -16,6 +16,8 @@ pub enum Mutant {
     LeaseFromReceipt,
     /// The leader declares nodes lost before they can have frozen.
     LostTooEarly,
+    /// A leader that leads no more hands the losses it saw to its successor.
+    LossHandedOn,
     /// Guests run on when their lease has run out.
     NoFreeze,
     /// The destination runs when it is complete, without the cutover.
@@ -78,12 +80,13 @@ pub enum Mutant {
 
 impl Mutant {
     /// Every one of them.
-    pub const ALL: [Mutant; 34] = [
+    pub const ALL: [Mutant; 35] = [
         Mutant::NoConfirm,
         Mutant::ConfirmIsLocal,
         Mutant::LeaseWithoutQuorum,
         Mutant::LeaseFromReceipt,
         Mutant::LostTooEarly,
+        Mutant::LossHandedOn,
         Mutant::NoFreeze,
         Mutant::RunWithoutCutover,
         Mutant::CutoverBeforeClaim,

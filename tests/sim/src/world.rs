@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use cluster_model::agent::Memory;
-use cluster_model::{ClusterState, LogIndex, MonitorPhase, Name, NodeId, NodeLease, Token, VmId};
+use cluster_model::{
+    ClusterState, Envelope, LogIndex, MonitorPhase, Name, NodeId, NodeLease, Token, VmId,
+};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -71,6 +73,8 @@ pub struct Daemon {
     pub rpcs: BTreeMap<u64, u64>,
     /// Leader: who waits for which entry, and the vote it led under.
     pub waiting: BTreeMap<usize, Vec<(Place, u64, Vote)>>,
+    /// The mutant's: losses that are handed on, by the number of their proposal.
+    pub handed_on: BTreeMap<u64, Arc<Envelope>>,
     /// Leader: what each confirm round is for.
     pub confirms: BTreeMap<u64, ConfirmFor>,
     /// Leader: the lease table of a term.

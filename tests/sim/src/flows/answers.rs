@@ -21,6 +21,9 @@ impl World {
             .daemon(node)
             .and_then(|daemon| daemon.rpcs.remove(&rpc))
         else {
+            if let Message::Proposed { answer, .. } = message {
+                self.hand_on(node, rpc, answer);
+            }
             return;
         };
         if id == 0 {
