@@ -130,6 +130,16 @@ impl Member {
         format!("node/{}", self.config.name)
     }
 
+    fn envelope(&self, actor: &str, request: RequestId, command: Command) -> Envelope {
+        Envelope {
+            request,
+            actor: actor.to_owned(),
+            at_ms: self.clock.wall_ms(),
+            asked: None,
+            command,
+        }
+    }
+
     /// Proposes a command under a request id and waits until its entry is applied here too.
     ///
     /// # Errors
@@ -140,13 +150,7 @@ impl Member {
         request: RequestId,
         command: Command,
     ) -> Result<(LogIndex, Outcome), CommandError> {
-        let envelope = Envelope {
-            request,
-            actor: actor.to_owned(),
-            at_ms: self.clock.wall_ms(),
-            asked: None,
-            command,
-        };
+        let envelope = self.envelope(actor, request, command);
         let applied = self
             .raft
             .propose_or_forward(&envelope, PROPOSE_TIMEOUT)
@@ -170,13 +174,7 @@ impl Member {
         request: RequestId,
         command: Command,
     ) -> Result<(LogIndex, Outcome), CommandError> {
-        let envelope = Envelope {
-            request,
-            actor: actor.to_owned(),
-            at_ms: self.clock.wall_ms(),
-            asked: None,
-            command,
-        };
+        let envelope = self.envelope(actor, request, command);
         match self.raft.propose_in_term(term, &envelope).await?.reply {
             Reply::Done { index, outcome } => Ok((index, outcome)),
             Reply::Rejected(rejection) => Err(rejection.into()),
