@@ -190,11 +190,14 @@ async fn declare(member: &Arc<Member>, term: u64, command: Command) {
                 }
                 break;
             }
-            Err(error @ ProposeError::NotLeader { .. }) => {
-                tracing::warn!(%node, %error, "a loss is not recorded: another leader looks anew");
+            Err(error @ ProposeError::Unknown { .. }) => {
+                tracing::warn!(%node, %error, "whether a loss is recorded is not known yet");
+            }
+            // Another leader looks anew; a log that has stopped records nothing more.
+            Err(error) => {
+                tracing::warn!(%node, %error, "a loss is not recorded");
                 break;
             }
-            Err(error) => tracing::warn!(%node, %error, "a loss was not recorded"),
         }
         tokio::time::sleep(LOOK).await;
     }

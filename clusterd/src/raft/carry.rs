@@ -15,7 +15,7 @@ use futures::Stream;
 
 use super::wire::AppendRequest;
 
-/// How often other tasks may run before a commit point goes alone: some ten microseconds.
+/// How often other tasks may run before a commit point goes alone.
 const TURNS: u32 = 64;
 
 /// The index that the log's next entry will have, for whoever does not hold the log. Only a hint.
