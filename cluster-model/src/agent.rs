@@ -55,12 +55,22 @@ use serde::{Deserialize, Serialize};
 use crate::RENEWALS_MAX;
 use crate::command::ReleaseReason;
 use crate::ids::{LogIndex, MigrationId, NodeId, Token, VmId};
+use crate::safeguards::{Safeguard, Safeguards};
 use crate::state::{
     ClusterState, Desired, Migration, MigrationState, Ownership, OwnershipCause, Vm,
 };
 
 /// What the node should do now, machine by machine. Empty when everything is as it should be.
 pub fn decide(state: &ClusterState, view: &NodeView) -> Vec<Act> {
+    decide_under(state, view, Safeguards::ALL)
+}
+
+/// [`decide`], where a safeguard may be missing.
+pub(crate) fn decide_under(
+    state: &ClusterState,
+    view: &NodeView,
+    safeguards: Safeguards,
+) -> Vec<Act> {
     let mut monitors: BTreeMap<VmId, Vec<&MonitorView>> = BTreeMap::new();
     for monitor in &view.monitors {
         monitors.entry(monitor.vm).or_default().push(monitor);
@@ -81,7 +91,7 @@ pub fn decide(state: &ClusterState, view: &NodeView) -> Vec<Act> {
     for vm in concerned {
         let monitors = monitors.get(&vm).map_or(&[][..], Vec::as_slice);
         let incoming = incoming.get(&vm).copied();
-        decide_machine(state, view, vm, monitors, incoming, &mut acts);
+        decide_machine(state, view, vm, monitors, incoming, safeguards, &mut acts);
     }
     acts.retain(|act| view.lease_valid || !act.lets_a_guest_run());
     acts
@@ -153,6 +163,7 @@ fn decide_machine(
     id: VmId,
     monitors: &[&MonitorView],
     incoming: Option<&Migration>,
+    safeguards: Safeguards,
     acts: &mut Vec<Act>,
 ) {
     let mut live: Option<(Token, &MonitorView)> = None;
@@ -193,6 +204,7 @@ fn decide_machine(
                     nonce: monitor.nonce,
                 });
             }
+            Standing::Void(_) if !safeguards.hold(Safeguard::VoidMonitorsEnd) => {}
             Standing::Void(why) => {
                 strays = true;
                 acts.push(kill(monitor, why));
@@ -223,6 +235,7 @@ fn decide_machine(
             view,
             vm,
             session_since,
+            safeguards,
         };
         match live {
             None => acts.extend(owned.without_monitor()),
@@ -335,6 +348,7 @@ struct Owned<'a> {
     view: &'a NodeView,
     vm: &'a Vm,
     session_since: LogIndex,
+    safeguards: Safeguards,
 }
 
 impl Owned<'_> {
@@ -363,7 +377,7 @@ impl Owned<'_> {
         self.view.lease_valid.then(|| Act::Rekey {
             vm: self.vm.id,
             expects: self.record().token,
-            settle,
+            settle: settle && self.safeguards.hold(Safeguard::RekeySettles),
             reason: reason.to_owned(),
         })
     }
@@ -373,6 +387,14 @@ impl Owned<'_> {
             vm: self.vm.id,
             expects: self.record().token,
             reason,
+        }
+    }
+
+    fn thaw(&self, monitor: &MonitorView) -> Act {
+        Act::Thaw {
+            vm: self.vm.id,
+            token: self.record().token,
+            nonce: monitor.nonce,
         }
     }
 
@@ -445,7 +467,12 @@ impl Owned<'_> {
             }
             // One that was told to stop did not do so of its own will: if it is to run again by now, it will.
             MonitorPhase::Stopped => vec![self.release(match self.vm.desired {
-                Desired::Running if !monitor.stop_asked => ReleaseReason::GuestShutDown,
+                Desired::Running
+                    if !monitor.stop_asked
+                        || !self.safeguards.hold(Safeguard::StopIsNoShutDown) =>
+                {
+                    ReleaseReason::GuestShutDown
+                }
                 Desired::Running | Desired::Stopped => ReleaseReason::Stopped,
             })],
             // Its status is behind the log by a moment, or it lies about it; both wait.
@@ -465,6 +492,9 @@ impl Owned<'_> {
             {
                 self.after_quiet(current, monitor).into_iter().collect()
             }
+            MonitorPhase::Quiet if !self.safeguards.hold(Safeguard::QuietBinds) => {
+                vec![self.thaw(monitor)]
+            }
             MonitorPhase::Quiet => self.after_quiet(current, monitor).into_iter().collect(),
             MonitorPhase::Running | MonitorPhase::Frozen | MonitorPhase::Refused if !current => {
                 self.catch_up(monitor, None).into_iter().collect()
@@ -475,12 +505,11 @@ impl Owned<'_> {
                     .into_iter()
                     .collect()
             }
+            MonitorPhase::Frozen if !self.safeguards.hold(Safeguard::FrozenThaws) => {
+                vec![kill(monitor, "frozen")]
+            }
             MonitorPhase::Frozen => {
-                let mut acts = vec![Act::Thaw {
-                    vm,
-                    token: record.token,
-                    nonce: monitor.nonce,
-                }];
+                let mut acts = vec![self.thaw(monitor)];
                 acts.extend(self.source_trouble(monitor));
                 acts
             }
@@ -500,7 +529,7 @@ impl Owned<'_> {
             Some(Act::TakeUpToken {
                 vm: self.vm.id,
                 token: record.token,
-                settle: record.settle || writes,
+                settle: (record.settle || writes) && self.safeguards.hold(Safeguard::RekeySettles),
                 nonce: monitor.nonce,
             })
         } else {
@@ -532,11 +561,7 @@ impl Owned<'_> {
         match (current, rekeyed_since) {
             // The fresh token was claimed, confirmed and taken up; only the permit is missing.
             (true, true) if aborted_at.is_some() && monitor.phase != MonitorPhase::Refused => {
-                Some(Act::Thaw {
-                    vm: self.vm.id,
-                    token: record.token,
-                    nonce: monitor.nonce,
-                })
+                Some(self.thaw(monitor))
             }
             (false, true) => self.catch_up(monitor, aborted_at),
             _ => self.rekey(

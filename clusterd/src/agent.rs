@@ -7,11 +7,12 @@
 //!        ▲                                     │ ends: what it did is in state and monitors by then
 //!        └─────────────────────────────────────┘
 //! ```
-//! One task owns the [`Memory`] and starts flows; a flow is bounded, works on one machine and ends in
-//! an [`Ended`]. A flow that failed is logged and, after a pause, decided anew. Nothing here matters for
-//! safety: after a restart the memory is empty, and `decide` is written for that.
+//! One task owns the [`Memory`] and starts flows; a flow is bounded, works on one machine and ends in an [`Ended`].
+//! Which steps it takes is decided in `cluster_model::flow`, for this agent and for the simulation; `executor.rs` carries
+//! them out. A flow that failed is logged and, after a pause, decided anew. Nothing here matters for safety: after a
+//! restart the memory is empty, and `decide` is written for that.
 
-mod flows;
+mod executor;
 mod handover;
 pub mod summary;
 mod view;
@@ -22,7 +23,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cluster_model::ClusterState;
-use cluster_model::agent::{Act, Ended, Learnt, Memory, Work};
+use cluster_model::agent::{Ended, Memory, Work};
+use cluster_model::flow::Flow;
+use cluster_model::safeguards::Safeguards;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
@@ -31,10 +34,6 @@ use crate::monitors::Table;
 
 /// The agent looks at everything at least this often.
 const TICK: Duration = Duration::from_millis(500);
-/// A failed flow pauses this long before its machine is decided anew, doubling...
-const PAUSE_FIRST: Duration = Duration::from_millis(50);
-/// ...up to this.
-const PAUSE_MAX: Duration = Duration::from_secs(2);
 /// Flows that may end at once without waiting for the agent.
 const ENDED_MAX: usize = 1_024;
 
@@ -96,79 +95,11 @@ impl Agent {
     }
 
     fn begin(&mut self, work: Work, state: &Arc<ClusterState>) {
-        let flow = flows::Flow::new(self.member.clone(), state.clone());
-        let ended = self.ended.clone();
+        let flow = Flow::new(self.member.node, work, state.clone(), Safeguards::ALL);
+        let (member, ended) = (self.member.clone(), self.ended.clone());
         self.tasks.spawn(async move {
-            let nonces = work.acts.iter().filter_map(Act::ends).collect();
-            let (failed, learnt) = carry_out(flow, work.acts).await;
-            if failed {
-                let pause = PAUSE_FIRST * 2u32.saturating_pow(work.failures.min(10));
-                tokio::time::sleep(pause.min(PAUSE_MAX)).await;
-            }
-            let ended_now = Ended {
-                vm: work.vm,
-                nonces,
-                is_flow: work.kind.is_some(),
-                failed,
-                learnt,
-            };
             // The agent is gone only when the daemon stops.
-            let _ = ended.send(ended_now).await;
+            let _ = ended.send(executor::run(member, flow).await).await;
         });
-    }
-}
-
-/// Carries out the acts of one machine in their order; says whether one failed, and what was learnt.
-async fn carry_out(mut flow: flows::Flow, acts: Vec<Act>) -> (bool, Vec<Learnt>) {
-    let mut failed = false;
-    for act in acts {
-        let ends_a_monitor = act.ends().is_some();
-        tracing::debug!(?act, "begin");
-        if let Err(error) = flow.act(&act).await {
-            failed = true;
-            tracing::warn!(vm = %act.vm(), act = name(&act), error = %chain(&error), "an act of the agent failed");
-            // What follows an end takes the monitor for gone.
-            if ends_a_monitor {
-                break;
-            }
-        }
-    }
-    (failed, flow.into_learnt())
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        source = cause.source();
-    }
-    text
-}
-
-fn name(act: &Act) -> &'static str {
-    match act {
-        Act::Start { .. } => "start",
-        Act::Rekey { .. } => "rekey",
-        Act::TakeUpToken { .. } => "take up token",
-        Act::Thaw { .. } => "thaw",
-        Act::Kill { .. } => "kill",
-        Act::StopGuest { .. } => "stop guest",
-        Act::Release { .. } => "release",
-        Act::Activated { .. } => "activated",
-        Act::PrepareIncoming { .. } => "prepare incoming",
-        Act::Send { .. } => "send",
-        Act::CancelSend { .. } => "cancel send",
-        Act::ClaimForCutover { .. } => "claim for cutover",
-        Act::RenewToken { .. } => "renew token",
-        Act::ProposeCutover { .. } => "cutover",
-        Act::ProposeAbort { .. } => "abort",
-        Act::RunAfterCutover { .. } => "run after cutover",
-        Act::DiscardIncoming { .. } => "discard incoming",
-        Act::ReportMigration { .. } => "report migration",
     }
 }

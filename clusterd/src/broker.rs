@@ -1,6 +1,4 @@
 //! This node's storage broker: kept running, and asked with time limits.
-//!
-//! A [`ClaimAck`] is made here alone, from an acknowledged claim; a run permit needs one.
 
 use std::fs::OpenOptions;
 use std::net::IpAddr;
@@ -12,8 +10,6 @@ use cluster_model::{ClusterState, Token, Vm, VmId};
 use proto::broker as wire;
 use proto::broker::broker_client::BrokerClient;
 use tonic::transport::Channel;
-
-use crate::clock::Clock;
 
 /// How long the broker may take to say who it is.
 const DESCRIBE_TIMEOUT: Duration = Duration::from_millis(500);
@@ -39,77 +35,6 @@ pub struct Broker {
     source: IpAddr,
     client: BrokerClient<Channel>,
     starting: std::sync::Arc<tokio::sync::Mutex<()>>,
-    clock: Clock,
-}
-
-/// Every file of a machine acknowledged a claim of a token.
-///
-/// Made by [`Broker::claim`]; for a machine that already ran under its token by
-/// [`ClaimAck::of_a_machine_that_ran`]; and by [`crate::permit::Confirm::by_cutover`].
-#[derive(Debug)]
-pub struct ClaimAck {
-    vm: VmId,
-    token: Token,
-    at_boottime_ns: u64,
-    /// What the broker took for it.
-    pub duration: Duration,
-}
-
-impl ClaimAck {
-    /// The machine whose files were claimed.
-    pub fn vm(&self) -> VmId {
-        self.vm
-    }
-
-    /// The token that they acknowledged.
-    pub fn token(&self) -> Token {
-        self.token
-    }
-
-    /// When the last acknowledgement had come, CLOCK_BOOTTIME.
-    pub fn at_boottime_ns(&self) -> u64 {
-        self.at_boottime_ns
-    }
-
-    /// The claim that a stopped monitor stands on: it froze while it ran under its token, or was re-keyed
-    /// to it after it had said quiet; both happen only after every file had acknowledged that token.
-    /// `None` when its phase does not prove it.
-    pub fn of_a_machine_that_ran(status: &proto::monitor::MonitorStatus) -> Option<ClaimAck> {
-        use proto::monitor::Phase;
-        let proves = match status.phase() {
-            Phase::Frozen => true,
-            // Under the token that it said quiet under it may not run: the permit refuses that.
-            Phase::Quiet => status.said_quiet,
-            Phase::Unspecified
-            | Phase::Ready
-            | Phase::Running
-            | Phase::Refused
-            | Phase::Incoming
-            | Phase::Complete
-            | Phase::Stopped
-            | Phase::Failed => false,
-        };
-        proves.then(|| ClaimAck::of(VmId(status.vm_id), Token(status.token), 0))
-    }
-
-    /// The claim that an applied cutover names.
-    pub(crate) fn named_by_a_cutover(vm: VmId, token: Token) -> ClaimAck {
-        ClaimAck::of(vm, token, 0)
-    }
-
-    fn of(vm: VmId, token: Token, at_boottime_ns: u64) -> ClaimAck {
-        ClaimAck {
-            vm,
-            token,
-            at_boottime_ns,
-            duration: Duration::ZERO,
-        }
-    }
-
-    #[cfg(test)]
-    pub(crate) fn for_tests(vm: VmId, token: Token, at_boottime_ns: u64) -> ClaimAck {
-        ClaimAck::of(vm, token, at_boottime_ns)
-    }
 }
 
 /// Why the broker did not do it.
@@ -171,7 +96,7 @@ pub enum BrokerError {
 
 impl Broker {
     /// The broker on `<data_dir>/broker.sock`; connections to storage servers come from `source`.
-    pub fn new(program: PathBuf, data_dir: &Path, source: IpAddr, clock: Clock) -> Broker {
+    pub fn new(program: PathBuf, data_dir: &Path, source: IpAddr) -> Broker {
         let socket = data_dir.join("broker.sock");
         Broker {
             program,
@@ -180,7 +105,6 @@ impl Broker {
             log: data_dir.join("broker.log"),
             source,
             starting: std::sync::Arc::default(),
-            clock,
         }
     }
 
@@ -280,14 +204,13 @@ impl Broker {
         state: &ClusterState,
         vm: &Vm,
         token: Token,
-    ) -> Result<ClaimAck, BrokerError> {
+    ) -> Result<(), BrokerError> {
         let files = files(state, vm)?;
         let burnt = |why: String| BrokerError::Burnt {
             vm: vm.id,
             token,
             why,
         };
-        let mut duration = Duration::ZERO;
         if !files.is_empty() {
             let request = wire::ClaimRequest {
                 files,
@@ -308,14 +231,8 @@ impl Broker {
             if !reply.acknowledged {
                 return Err(burnt(reply.error));
             }
-            duration = Duration::from_micros(reply.duration_us);
         }
-        Ok(ClaimAck {
-            vm: vm.id,
-            token,
-            at_boottime_ns: self.clock.boottime_ns(),
-            duration,
-        })
+        Ok(())
     }
 
     /// After a takeover's settle time: every file still carries `token`, and what the earlier owner

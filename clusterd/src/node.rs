@@ -628,12 +628,7 @@ impl NodeHandle {
         write_identity(data_dir, &identity).map_err(failed)?;
         let mut options = raft::Options::new(identity.node, data_dir.join("raft"));
         options.create = !identity.has_log;
-        let broker = Broker::new(
-            config.broker.clone(),
-            data_dir,
-            config.source_address(),
-            shared.clock.clone(),
-        );
+        let broker = Broker::new(config.broker.clone(), data_dir, config.source_address());
         let confiner = Confiner::of_host(config.monitor_uids, data_dir);
         let (raft, monitors) = tokio::join!(
             raft::start::<ClusterState>(options, shared.dialer.clone()),

@@ -83,7 +83,8 @@ impl monitor_server::Monitor for Control {
         &self,
         request: Request<wire::ExtendLeaseRequest>,
     ) -> Result<Response<wire::ExtendLeaseReply>, Status> {
-        let phase = self.monitor.extend(request.get_ref())?.to_wire().into();
+        let phase = self.monitor.extend(request.get_ref())?;
+        let phase = crate::monitor::wire_phase(phase).into();
         Ok(Response::new(wire::ExtendLeaseReply { phase }))
     }
 

@@ -4,6 +4,8 @@
 
 #![deny(unsafe_code)]
 
+pub use cluster_model::phase;
+
 pub mod boot;
 pub mod clock;
 pub mod confine;
@@ -19,7 +21,6 @@ pub mod machine;
 pub mod memory;
 pub mod monitor;
 pub mod permit;
-pub mod phase;
 pub mod platform;
 pub mod spec;
 pub mod state;

@@ -15,6 +15,8 @@
 mod migration;
 mod status;
 
+pub use status::wire_phase;
+
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 

@@ -4,8 +4,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Act, FlowKind, MonitorView, NodeView, Side, decide};
+use super::{Act, FlowKind, MonitorView, NodeView, Side, decide_under};
 use crate::ids::{Incarnation, LogIndex, MigrationId, NodeId, Token, VmId};
+use crate::safeguards::Safeguards;
 use crate::state::{ClusterState, Migration};
 
 /// What the node sees at one look, beside the log and its own memory; see [`NodeView`] for the fields.
@@ -63,6 +64,7 @@ pub enum Learnt {
 /// One life's memory.
 #[derive(Clone, Debug, Default)]
 pub struct Memory {
+    safeguards: Safeguards,
     flows: BTreeMap<VmId, FlowKind>,
     /// Monitors that are being ended.
     ending: BTreeSet<u64>,
@@ -81,6 +83,14 @@ pub struct Memory {
 }
 
 impl Memory {
+    /// An empty one of a life that has these safeguards; a daemon's has all of them, as [`Memory::default`] does.
+    pub fn with(safeguards: Safeguards) -> Memory {
+        Memory {
+            safeguards,
+            ..Memory::default()
+        }
+    }
+
     /// Looks at the node and says what is to be begun now; remembers that it is under way.
     pub fn look(&mut self, state: &ClusterState, sight: Sight) -> Vec<Work> {
         self.notice(state, &sight.monitors);
@@ -98,7 +108,7 @@ impl Memory {
             quiet_lost: self.quiet_lost.clone(),
         };
         let mut machines: BTreeMap<VmId, Vec<Act>> = BTreeMap::new();
-        for act in decide(state, &view) {
+        for act in decide_under(state, &view, self.safeguards) {
             machines.entry(act.vm()).or_default().push(act);
         }
         machines

@@ -32,6 +32,7 @@ fn monitor(vm: VmId, token: Token, phase: MonitorPhase) -> MonitorView {
         undrained: false,
         migration: None,
         failure: None,
+        write_latency_p999_us: 0,
         lease_deadline_passed: false,
     }
 }

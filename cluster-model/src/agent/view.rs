@@ -81,6 +81,8 @@ pub struct MonitorView {
     pub said_quiet: bool,
     /// A WRITE of its present token has no answer.
     pub writes_unanswered: bool,
+    /// The slowest of a thousand of its writes took that long, µs; 0: not known.
+    pub write_latency_p999_us: u64,
     /// It was told to stop: when it ends, that is why.
     pub stop_asked: bool,
     /// It stopped without its disks drained: writes may be under way.

@@ -8,7 +8,7 @@ use proto::peer::SourceProgressRequest;
 use proto::peer::peer_client::PeerClient;
 use serde::{Deserialize, Serialize};
 
-use super::flows::{ActError, Flow};
+use super::executor::{Executor, StepError};
 use crate::member::{Handover, Member};
 
 /// The source is asked this often for what it measured; it may be gone.
@@ -202,9 +202,9 @@ fn round(round: &wire::Round) -> Round {
     }
 }
 
-impl Flow {
+impl Executor {
     /// Destination: puts the measurements together and hands them to the log.
-    pub(super) async fn report(&self, vm: VmId, id: MigrationId) -> Result<(), ActError> {
+    pub(super) async fn report(&self, vm: VmId, id: MigrationId) -> Result<(), StepError> {
         let Some(migration) = self.migration(id) else {
             return Ok(());
         };
@@ -240,11 +240,11 @@ impl Flow {
         if json.to_string().len() > SUMMARY_BYTES_MAX {
             json["rounds"] = serde_json::Value::Array(Vec::new());
         }
-        self.propose(Command::ReportMigration {
+        let command = Command::ReportMigration {
             migration: id,
             summary: json,
-        })
-        .await
+        };
+        self.propose(None, command).await
     }
 
     /// What this node's monitor measured: also when its last word has not come by itself yet.

@@ -21,7 +21,12 @@ pub(super) fn sight(member: &Member, state: &ClusterState, monitors: &Table) -> 
     }
 }
 
-fn monitor_view(me: NodeId, state: &ClusterState, monitor: &Monitor, now_ns: u64) -> MonitorView {
+pub(super) fn monitor_view(
+    me: NodeId,
+    state: &ClusterState,
+    monitor: &Monitor,
+    now_ns: u64,
+) -> MonitorView {
     let status = &monitor.status;
     let deadline = status.lease_deadline_ns;
     MonitorView {
@@ -31,6 +36,10 @@ fn monitor_view(me: NodeId, state: &ClusterState, monitor: &Monitor, now_ns: u64
         phase: phase(status.phase()),
         said_quiet: status.said_quiet,
         writes_unanswered: status.writes_unanswered,
+        write_latency_p999_us: status
+            .usage
+            .as_ref()
+            .map_or(0, |usage| usage.write_latency_p999_us),
         stop_asked: status.stop_asked,
         undrained: status.undrained,
         migration: monitor.migration().map(|id| MonitorMigration {

@@ -8,23 +8,28 @@ use std::sync::Arc;
 use cluster_model::agent::{Memory, Sight};
 use cluster_model::supervise::Supervisor;
 use cluster_model::{
-    ClusterState, Command, Envelope, Grant, Incarnation, Liveness, LogIndex, NodeLease, Reply,
-    RequestId,
+    ClusterState, Command, Envelope, Grant, Incarnation, Liveness, LogIndex, MonitorView,
+    NodeLease, Reply, RequestId, Token,
 };
 use rand::Rng;
 
-use crate::flows::Flow;
 use crate::invariants;
 use crate::leader::table_of;
+use crate::monitor::MonitorCall;
 use crate::mutants::{self, Mutant};
 use crate::raft::Role;
 use crate::setup;
-use crate::world::{ConfirmFor, Daemon, Event, MS, Message, Place, World, node_id};
+use crate::world::{ConfirmFor, Daemon, Event, MS, Message, Place, S, World, node_id};
 
 /// A daemon looks at everything this often.
 const TICK: u64 = 100 * MS;
 /// A registration that got no answer is sent again.
 const REGISTER_PAUSE: u64 = 700 * MS;
+
+/// A monitor of an earlier life that does not answer for this long is ended.
+const FOUND_PATIENCE: u64 = 10 * S;
+/// One look in this many hears how every monitor stands, changed or not.
+const HEARD_ANYWAY: u32 = 10;
 
 /// What the mutant's disk loses.
 const ENTRIES_FORGOTTEN: usize = 6;
@@ -39,6 +44,7 @@ impl World {
         let life = self.number();
         let election_at = self.election_due(node);
         let looked_at = self.clock(node);
+        let mutant = self.mutant;
         let forgets = self.mutant == Some(Mutant::LogForgotten);
         let host = &mut self.hosts[node];
         host.raft.restart();
@@ -50,10 +56,12 @@ impl World {
             life,
             state: Arc::new(ClusterState::default()),
             applied: 0,
-            memory: Memory::default(),
+            memory: Memory::with(mutants::safeguards(mutant)),
             lease: NodeLease::default(),
             session_since: None,
             registering: 0,
+            sight: BTreeMap::new(),
+            finding: BTreeSet::new(),
             flows: BTreeMap::new(),
             rpcs: BTreeMap::new(),
             waiting: BTreeMap::new(),
@@ -68,6 +76,7 @@ impl World {
         });
         self.say(|| format!("clusterd of n{} starts", node + 1));
         invariants::log_changed(self, node);
+        self.find_monitors(node, life);
         self.apply(node);
         self.at(self.now, Event::Tick { node, life });
         self.at(self.now + 50 * MS, Event::Beat { node, life });
@@ -107,6 +116,15 @@ impl World {
         self.raft_out(node, out);
         self.lead(node);
         self.register(node);
+        if self.rng.random_ratio(1, HEARD_ANYWAY) {
+            let now = self.now;
+            let monitors = self.hosts[node].monitors.values();
+            let awake = monitors.filter(|monitor| monitor.paused_until <= now);
+            let awake: Vec<u64> = awake.map(|monitor| monitor.nonce).collect();
+            for nonce in awake {
+                self.publish(node, nonce);
+            }
+        }
         self.look(node);
         let next = self.after(node, TICK);
         self.at(next, Event::Tick { node, life });
@@ -194,22 +212,36 @@ impl World {
                 index,
             } => self.granted(node, sequence, grant, index),
             Message::AskReady { rpc, migration } => {
-                let nonce = self.hosts[node]
-                    .monitors
-                    .values()
-                    .find(|monitor| {
-                        monitor.part.as_ref().is_some_and(|part| {
-                            part.id == migration && part.side == cluster_model::Side::Destination
-                        })
+                let receives = |monitor: &&MonitorView| {
+                    monitor.migration.as_ref().is_some_and(|part| {
+                        part.id == migration && part.side == cluster_model::Side::Destination
                     })
-                    .map(|monitor| monitor.nonce);
+                };
+                let nonce = self.daemon(node).and_then(|daemon| {
+                    let mut sight = daemon.sight.values().map(|(_, monitor)| monitor);
+                    sight.find(receives).map(|monitor| monitor.nonce)
+                });
                 self.send(Place::Daemon(node), from, Message::Ready { rpc, nonce });
             }
             Message::Proposed { .. }
             | Message::Confirmed { .. }
             | Message::Ready { .. }
+            | Message::Told { .. }
             | Message::Answer { .. } => self.flow_answered(node, message),
+            Message::Status { said, view } => {
+                if let Some(daemon) = self.daemon(node) {
+                    daemon.finding.remove(&view.nonce);
+                }
+                self.described(node, said, *view);
+            }
+            Message::Gone { nonce } => {
+                if let Some(daemon) = self.daemon(node) {
+                    daemon.finding.remove(&nonce);
+                    daemon.sight.remove(&nonce);
+                }
+            }
             Message::Call { .. }
+            | Message::Ask { .. }
             | Message::Quiet { .. }
             | Message::Final { .. }
             | Message::Broken { .. } => {}
@@ -383,22 +415,18 @@ impl World {
         };
         let state = daemon.state.clone();
         let deadline = deadline_ns / 1_000;
-        let clock = now_ns / 1_000;
-        let mut timers = Vec::new();
-        for monitor in self.hosts[node].monitors.values_mut() {
-            let own = state
-                .vms
-                .get(&monitor.vm)
-                .is_some_and(|vm| vm.ownership.owner == Some(me));
-            // A frozen one thaws by a permit only.
-            if own && monitor.deadline > clock {
-                monitor.deadline = monitor.deadline.max(deadline);
-                timers.push(monitor.nonce);
-            }
-        }
-        for nonce in timers {
-            let at = self.after(node, deadline.saturating_sub(clock));
-            self.at(at, Event::Deadline { node, nonce });
+        let monitors: Vec<(u64, Token)> = self.daemon(node).map_or_else(Vec::new, |daemon| {
+            let mine = daemon.sight.values().map(|(_, monitor)| monitor);
+            let mine = mine.filter(|monitor| {
+                let known = state.vms.get(&monitor.vm);
+                known.is_some_and(|vm| vm.ownership.owner == Some(me))
+            });
+            mine.map(|monitor| (monitor.nonce, monitor.token)).collect()
+        });
+        for (nonce, token) in monitors {
+            let (here, there) = (Place::Daemon(node), Place::Monitor(node, nonce));
+            let call = MonitorCall::Extend { token, deadline };
+            self.send(here, there, Message::Ask { rpc: 1, call });
         }
     }
 
@@ -459,6 +487,8 @@ impl World {
                 || known.incarnation != Incarnation(incarnation)
                 || matches!(known.liveness, Liveness::Joining | Liveness::Lost)
         });
+        // A life registers when it knows what runs on its host.
+        let known = known.filter(|_| daemon.finding.is_empty());
         let Some(replaces) = known.map(|known| known.incarnation) else {
             return;
         };
@@ -522,36 +552,67 @@ impl World {
         self.at(self.now + 10 * MS, event);
     }
 
+    /// A daemon that starts looks for the monitors of earlier lives: each describes itself, or is ended when it does not
+    /// for ten seconds. Nothing is decided before.
+    fn find_monitors(&mut self, node: usize, life: u64) {
+        let clock = self.clock(node);
+        let now = self.now;
+        let mut silent = BTreeSet::new();
+        let mut sight = BTreeMap::new();
+        for (nonce, monitor) in &mut self.hosts[node].monitors {
+            if monitor.paused_until > now {
+                silent.insert(*nonce);
+            }
+            // What a silent one says when it goes on is heard then.
+            sight.insert(*nonce, (monitor.said, monitor.view(clock)));
+        }
+        for nonce in &silent {
+            let (here, there) = (Place::Daemon(node), Place::Monitor(node, *nonce));
+            let call = MonitorCall::Describe;
+            self.send(here, there, Message::Ask { rpc: 1, call });
+            let nonce = *nonce;
+            self.at(now + FOUND_PATIENCE, Event::NotFound { node, life, nonce });
+        }
+        if let Some(daemon) = self.daemon(node) {
+            daemon.sight = sight;
+            daemon.finding = silent;
+        }
+    }
+
+    /// A monitor of an earlier life has not answered for long: it is ended.
+    pub fn not_found(&mut self, node: usize, nonce: u64) {
+        let finding = self
+            .daemon(node)
+            .is_some_and(|daemon| daemon.finding.remove(&nonce));
+        if finding {
+            self.end_monitor(node, nonce, "it does not answer");
+            if let Some(daemon) = self.daemon(node) {
+                daemon.sight.remove(&nonce);
+            }
+        }
+    }
+
     /// The agent looks, and begins what follows.
     pub fn look(&mut self, node: usize) {
         let clock = self.clock(node);
         let incarnation = self.hosts[node].incarnation;
-        let monitors: Vec<_> = self.hosts[node]
-            .monitors
-            .values()
-            .map(|monitor| mutants::as_seen(self.mutant, monitor.view(clock)))
-            .collect();
-        let mutant = self.mutant;
         let Some(daemon) = self.daemon(node) else {
             return;
         };
-        if daemon.applied == 0 {
+        if daemon.applied == 0 || !daemon.finding.is_empty() {
             return;
         }
+        let monitors = daemon.sight.values().map(|(_, view)| view.clone());
         let sight = Sight {
             me: node_id(node),
             incarnation: Incarnation(incarnation),
             session_since: daemon.session_since,
             lease_valid: daemon.lease.valid(clock * 1_000),
-            monitors,
+            monitors: monitors.collect(),
         };
         let state = daemon.state.clone();
-        let works = daemon.memory.look(&state, sight);
-        for mut work in works {
-            mutants::on_work(mutant, &mut work);
-            let number = self.number();
-            let flow = Flow::new(number, work, state.clone());
-            self.begin_flow(node, flow);
+        for work in daemon.memory.look(&state, sight) {
+            self.begin_flow(node, work, state.clone());
         }
     }
 }

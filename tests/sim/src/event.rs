@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use cluster_model::{Envelope, Grant, MigrationId, Reply, Token, VmId};
+use cluster_model::{Envelope, Grant, MigrationId, MonitorView, Reply, Token, VmId};
 
-use crate::monitor::Guest;
+use crate::monitor::{Guest, MonitorCall};
 use crate::raft::RaftMessage;
 use crate::storage::{Answer, Call};
 
@@ -51,6 +51,19 @@ pub enum Message {
     AskReady { rpc: u64, migration: MigrationId },
     /// Its nonce.
     Ready { rpc: u64, nonce: Option<u64> },
+    /// A daemon asks something of a monitor.
+    Ask { rpc: u64, call: MonitorCall },
+    /// What it says: whether it refused, how often it has described itself, and how it stands.
+    Told {
+        rpc: u64,
+        refused: Option<String>,
+        said: u64,
+        view: Option<MonitorView>,
+    },
+    /// A monitor says how it stands.
+    Status { said: u64, view: Box<MonitorView> },
+    /// A monitor's process is gone.
+    Gone { nonce: u64 },
     /// A storage call.
     Call { rpc: u64, call: Call },
     /// Its answer.
@@ -86,8 +99,8 @@ pub enum Event {
         flow: u64,
         wait: u64,
     },
-    /// A flow that failed has paused.
-    FlowPaused { node: usize, life: u64, flow: u64 },
+    /// A monitor that a daemon found at its start has had its time to answer.
+    NotFound { node: usize, life: u64, nonce: u64 },
     /// A guest's next step.
     Guest { node: usize, nonce: u64 },
     /// A monitor's deadline may have passed.

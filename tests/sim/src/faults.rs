@@ -53,7 +53,7 @@ impl World {
                     )
                 });
                 for monitor in self.hosts[node].monitors.values_mut() {
-                    monitor.paused_until = until;
+                    monitor.pause(until);
                 }
             }
             5 => {
@@ -61,7 +61,7 @@ impl World {
                 let until = self.now + long;
                 self.hosts[node].paused_until = until;
                 for monitor in self.hosts[node].monitors.values_mut() {
-                    monitor.paused_until = until;
+                    monitor.pause(until);
                 }
             }
             6 => self.cut("from everybody", node, true, true, true, long),
@@ -135,7 +135,7 @@ impl World {
         self.end_at += HOUR;
         self.hosts[node].paused_until = until;
         for monitor in self.hosts[node].monitors.values_mut() {
-            monitor.paused_until = until;
+            monitor.pause(until);
         }
         self.at(until + S, Event::Calm);
     }
@@ -146,7 +146,7 @@ impl World {
             .is_some_and(|(asleep, until)| asleep == node && self.now < until)
     }
 
-    fn kill_daemon(&mut self, node: usize) {
+    pub(crate) fn kill_daemon(&mut self, node: usize) {
         self.say(|| format!("clusterd of n{} is killed", node + 1));
         self.hosts[node].daemon = None;
         self.hosts[node].paused_until = 0;

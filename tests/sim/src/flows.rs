@@ -1,207 +1,107 @@
-//! The acts of the agent as steps with waits between them, as `clusterd` carries them out.
+//! Carries out the steps of the agent's flows, as `clusterd` does: the same flows, in a world where a step may be late,
+//! be stopped in the middle, or never come back.
+//!
+//! Between any two steps the daemon may be killed or stopped, or simply be slow; a call to a stopped monitor waits
+//! in its socket and is carried out when it goes on; what is known of a monitor is what it said last.
 
-mod answers;
-mod steps;
-
-use std::collections::VecDeque;
 use std::sync::Arc;
 
-use cluster_model::agent::{Act, Ended, Learnt, Work, permit_allowed};
+use cluster_model::agent::{Ended, Work};
+use cluster_model::flow::{Answer, Failure, FailureKind, Flow as Core, Next, Ready, Seen, Step};
+use cluster_model::phase::Phase;
 use cluster_model::{
-    ClusterState, Command, Envelope, MigrationId, MigrationState, MonitorPhase, OwnershipCause,
-    RequestId, Side, Token, VmId,
+    ClusterState, Command, Envelope, MigrationId, Reply, RequestId, Side, Token, VmId,
 };
+use rand::Rng;
 
-use crate::monitor::{Monitor, Part};
-use crate::mutants::Mutant;
-use crate::storage::Call;
+use crate::monitor::{Monitor, MonitorCall, Part};
+use crate::storage::{self, Call};
 use crate::world::{Event, MS, Message, Place, S, World, node_id, node_of};
 
 /// A command waits for its answer this long.
 const PATIENCE: u64 = 5 * S;
 /// A storage call of the broker waits this long.
 const CALL_PATIENCE: u64 = 2 * S;
+/// A call of a monitor waits this long...
+const MONITOR_PATIENCE: u64 = 5 * S;
+/// ...and a re-key, which sends every held write again, this long.
+const REKEY_PATIENCE: u64 = 30 * S;
+/// The destination is waited for this long, once.
+const ASK_PATIENCE: u64 = 3 * S;
 
-/// One thing after another.
-#[derive(Clone, Debug)]
-pub enum Step {
-    /// Proposes, and waits until it is applied here.
-    Propose(Box<Command>),
-    /// Claims the disk; no answer burns the token.
-    Claim(VmId, Token),
-    /// Waits for what is under way in the server.
-    Settle(u64),
-    /// The group is still ours; everything is written down.
-    Verify(VmId, Token),
-    /// Makes a monitor.
-    Build(VmId, Token),
-    /// Makes one that receives.
-    BuildIncoming(VmId, MigrationId, Token),
-    /// A linearizable read.
-    Confirm,
-    /// The log allows it.
-    Allowed(VmId, Token),
-    /// The monitor takes up the token.
-    Rekey(u64, Token),
-    /// The claim that a cutover names.
-    ByCutover(VmId),
-    /// Lets the guest run.
-    Permit(VmId, Token),
-    /// Ends a monitor.
+/// What a flow waits for.
+#[derive(Debug)]
+enum Waits {
+    /// Its first answer.
+    Nothing,
+    /// A moment; then this is the answer.
+    Time(Answer),
+    /// A moment before this step is begun.
+    Held(Step),
+    /// A command: what was asked, until when it is asked again, which answer, which entry.
+    Command {
+        envelope: Arc<Envelope>,
+        until: u64,
+        rpc: u64,
+        applies: Option<usize>,
+    },
+    /// A storage call.
+    Call { rpc: u64, call: Call },
+    /// A confirmed index, and the entry that is to be applied here.
+    Confirm { rpc: u64, applies: Option<usize> },
+    /// A monitor's reply; whether its description is the answer, and whether silence is as good as one.
+    Monitor { rpc: u64, view: bool, lenient: bool },
+    /// The destination's word.
+    Ready { rpc: u64 },
+    /// A monitor that is to be ended.
     End(u64),
-    /// Asks the guest to stop.
-    Stop(VmId, Token),
-    /// Asks the destination for its monitor.
-    AskReady(VmId, MigrationId),
-    /// Ends the sending.
-    CancelSend(VmId, MigrationId),
-    /// Remembers the claim.
-    Claimed(VmId, Token),
-}
-
-/// Why a step went wrong.
-enum Trouble {
-    /// The token is burnt; the next decision, after a pause, knows what to do.
-    Burnt,
-    /// The start failed for another reason.
-    Start(String),
-    /// Tried again after a pause.
-    Other,
-}
-
-/// What a step gives.
-enum Done {
-    Next,
-    Wait(u64),
+    /// The pause after a failure.
+    Pause(Ended),
 }
 
 /// Work under way.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Flow {
     /// Its number.
     pub id: u64,
-    work: Work,
-    acts: VecDeque<Act>,
-    act: Option<Act>,
-    steps: VecDeque<Step>,
-    state: Arc<ClusterState>,
-    confirm: Option<Arc<ClusterState>>,
-    claimed: Option<(VmId, Token)>,
-    nonce: Option<u64>,
-    failed: bool,
-    learnt: Vec<Learnt>,
+    core: Core,
+    waits: Waits,
     /// Counts waits: an old timer ends none but its own.
     wait: u64,
-    /// The answer it waits for.
-    rpc: Option<u64>,
-    /// The entry it waits for.
-    applies: Option<usize>,
-    /// What it asked, to ask again.
-    envelope: Option<(Arc<Envelope>, u64)>,
+    /// The monitor that was begun.
+    built: Option<u64>,
 }
 
-impl Flow {
-    /// Work to be begun.
-    pub fn new(id: u64, work: Work, state: Arc<ClusterState>) -> Flow {
-        Flow {
-            id,
-            acts: work.acts.iter().cloned().collect(),
-            work,
-            act: None,
-            steps: VecDeque::new(),
-            state,
-            confirm: None,
-            claimed: None,
-            nonce: None,
-            failed: false,
-            learnt: Vec::new(),
-            wait: 0,
-            rpc: None,
-            applies: None,
-            envelope: None,
-        }
-    }
+fn failed(kind: FailureKind, why: &str) -> Answer {
+    Answer::Failed(Failure::new(kind, why))
 }
 
 impl World {
-    /// Begins work.
-    pub fn begin_flow(&mut self, node: usize, flow: Flow) {
-        let id = flow.id;
-        let acts: Vec<String> = flow
-            .work
-            .acts
-            .iter()
-            .map(|act| format!("{act:?}"))
-            .collect();
-        self.say(|| format!("n{} begins {}", node + 1, acts.join(", ")));
-        if let Some(daemon) = self.daemon(node) {
-            daemon.flows.insert(id, flow);
-        }
-        self.go_on(node, id);
-    }
-
     /// The work of a flow is over: the agent takes it in.
-    pub fn end_flow(&mut self, node: usize, id: u64) {
-        let Some(daemon) = self.daemon(node) else {
-            return;
-        };
-        let Some(flow) = daemon.flows.remove(&id) else {
-            return;
-        };
-        daemon.memory.take_in(Ended {
-            vm: flow.work.vm,
-            nonces: flow.work.acts.iter().filter_map(Act::ends).collect(),
-            is_flow: flow.work.kind.is_some(),
-            failed: flow.failed,
-            learnt: flow.learnt,
-        });
-        self.look(node);
+    fn end_flow(&mut self, node: usize, ended: Ended) {
+        if let Some(daemon) = self.daemon(node) {
+            daemon.memory.take_in(ended);
+            self.look(node);
+        }
     }
 
-    /// Takes step after step until one waits.
-    fn go_on(&mut self, node: usize, id: u64) {
-        loop {
-            let Some(mut flow) = self
-                .daemon(node)
-                .and_then(|daemon| daemon.flows.remove(&id))
-            else {
-                return;
-            };
-            flow.wait += 1;
-            flow.rpc = None;
-            let Some(step) = flow.steps.pop_front() else {
-                match flow.acts.pop_front() {
-                    Some(act) => {
-                        flow.steps = self.steps(node, &flow, &act).into();
-                        flow.act = Some(act);
-                        self.keep(node, flow);
-                        continue;
-                    }
-                    None => return self.flow_over(node, flow),
-                }
-            };
-            match self.step(node, &mut flow, step) {
-                Ok(Done::Next) => self.keep(node, flow),
-                Ok(Done::Wait(until)) => {
-                    let wait = flow.wait;
-                    self.keep(node, flow);
-                    let Some(life) = self.daemon(node).map(|daemon| daemon.life) else {
-                        return;
-                    };
-                    self.at(
-                        until,
-                        Event::Flow {
-                            node,
-                            life,
-                            flow: id,
-                            wait,
-                        },
-                    );
-                    return;
-                }
-                Err(trouble) => self.trouble(node, flow, trouble),
-            }
-        }
+    /// Begins work that was decided in `state`.
+    pub fn begin_flow(&mut self, node: usize, work: Work, state: Arc<ClusterState>) {
+        let id = self.number();
+        self.say(|| {
+            let acts: Vec<String> = work.acts.iter().map(|act| format!("{act:?}")).collect();
+            format!("n{} begins {}", node + 1, acts.join(", "))
+        });
+        let safeguards = crate::mutants::safeguards(self.mutant);
+        let flow = Flow {
+            id,
+            core: Core::new(node_id(node), work, state, safeguards),
+            waits: Waits::Nothing,
+            wait: 0,
+            built: None,
+        };
+        self.keep(node, flow);
+        self.go_on(node, id, Answer::Begin);
     }
 
     fn keep(&mut self, node: usize, flow: Flow) {
@@ -210,349 +110,525 @@ impl World {
         }
     }
 
-    fn flow_over(&mut self, node: usize, flow: Flow) {
-        let (id, failed, failures) = (flow.id, flow.failed, flow.work.failures);
-        self.keep(node, flow);
-        if !failed {
-            return self.end_flow(node, id);
+    fn take(&mut self, node: usize, id: u64) -> Option<Flow> {
+        self.daemon(node)?.flows.remove(&id)
+    }
+
+    /// What the daemon sees of a machine.
+    fn seen(&mut self, node: usize, vm: VmId) -> Option<Seen> {
+        let now_ns = self.clock(node) * 1_000;
+        let daemon = self.daemon(node)?;
+        Some(Seen {
+            lease_deadline_ns: daemon.lease.deadline_ns(),
+            state: daemon.state.clone(),
+            monitors: daemon
+                .sight
+                .values()
+                .filter(|(_, monitor)| monitor.vm == vm)
+                .map(|(_, monitor)| monitor.clone())
+                .collect(),
+            now_ns,
+        })
+    }
+
+    /// Answers a flow's step; it takes the next.
+    fn go_on(&mut self, node: usize, id: u64, answer: Answer) {
+        let Some(mut flow) = self.take(node, id) else {
+            return;
+        };
+        let Some(seen) = self.seen(node, flow.core.vm()) else {
+            return;
+        };
+        let next = flow.core.next(answer, &seen);
+        for (act, failure) in flow.core.take_failures() {
+            self.say(|| format!("n{}: {act:?} failed: {}", node + 1, failure.why));
         }
-        let pause = (50 * MS * 2u64.pow(failures.min(10))).min(2 * S);
-        let at = self.after(node, pause);
-        if let Some(life) = self.daemon(node).map(|daemon| daemon.life) {
-            let flow = id;
-            self.at(at, Event::FlowPaused { node, life, flow });
+        match next {
+            Next::Do(step) => {
+                if self.trouble_before(node) {
+                    let late = self.now + self.rng.random_range(0..1_500 * MS);
+                    return self.wait_for(node, flow, Waits::Held(step), late);
+                }
+                self.carry_out(node, flow, step);
+            }
+            Next::Over { ended, pause_ns } => {
+                let until = self.after(node, pause_ns / 1_000);
+                self.wait_for(node, flow, Waits::Pause(ended), until);
+            }
         }
     }
 
-    /// An act went wrong: what follows it in this flow, and what the agent learns.
-    fn trouble(&mut self, node: usize, mut flow: Flow, trouble: Trouble) {
-        let act = flow.act.take();
-        let starts = matches!(act, Some(Act::Start { .. }));
-        flow.steps.clear();
-        match trouble {
-            Trouble::Burnt => {
-                if starts && let Some(nonce) = flow.nonce {
-                    self.end_monitor(node, nonce, "its token was not claimed");
-                }
-                flow.failed = true;
-            }
-            Trouble::Start(why) => {
-                if let Some(Act::Start { vm, token, .. }) = act {
-                    flow.learnt.push(Learnt::StartFailed(vm, token, why));
-                }
-                flow.failed = true;
-            }
-            Trouble::Other => {
-                flow.failed = true;
-                if act.as_ref().is_some_and(|act| act.ends().is_some()) {
-                    flow.acts.clear();
-                }
-            }
+    /// Between two steps: whether the daemon does not go on at once. It may be slow, stopped for a while, or killed.
+    fn trouble_before(&mut self, node: usize) -> bool {
+        if self.now >= self.calm_at {
+            return false;
         }
-        self.keep(node, flow);
+        match self.rng.random_range(0..600) {
+            0 => {
+                self.kill_daemon(node);
+                let back = self.now + self.rng.random_range(100 * MS..6 * S);
+                self.at(back, Event::StartDaemon { node });
+                true
+            }
+            1..=3 => {
+                let long = self.rng.random_range(100 * MS..9 * S);
+                self.say(|| format!("n{}: stopped between two steps", node + 1));
+                let host = &mut self.hosts[node];
+                host.paused_until = host.paused_until.max(self.now + long);
+                true
+            }
+            4..=20 => true,
+            _ => false,
+        }
     }
 
-    fn step(&mut self, node: usize, flow: &mut Flow, step: Step) -> Result<Done, Trouble> {
+    fn wait_for(&mut self, node: usize, mut flow: Flow, waits: Waits, until: u64) {
+        flow.waits = waits;
+        flow.wait += 1;
+        let (id, wait) = (flow.id, flow.wait);
+        self.keep(node, flow);
+        let Some(life) = self.daemon(node).map(|daemon| daemon.life) else {
+            return;
+        };
+        let flow = id;
+        self.at(
+            until,
+            Event::Flow {
+                node,
+                life,
+                flow,
+                wait,
+            },
+        );
+    }
+
+    fn carry_out(&mut self, node: usize, mut flow: Flow, step: Step) {
+        let soon = self.now + self.rng.random_range(50..5 * MS);
         match step {
-            Step::Propose(command) => {
-                let number = self.number();
-                let envelope = Arc::new(Envelope {
-                    request: RequestId(format!("n{}/{number}", node + 1)),
-                    actor: format!("node/n{}", node + 1),
-                    at_ms: self.wall_ms(node),
-                    asked: None,
-                    command: *command,
-                });
-                flow.envelope = Some((envelope, self.now + PATIENCE));
-                Ok(self.ask(node, flow))
+            Step::EnsureBroker => self.wait_for(node, flow, Waits::Time(Answer::Done), soon),
+            Step::Propose(command) => self.propose(node, flow, *command),
+            Step::Report { migration, .. } => {
+                let summary = serde_json::json!({ "verified": true });
+                self.propose(node, flow, Command::ReportMigration { migration, summary });
             }
-            Step::Claim(vm, token) => {
-                flow.claimed = None;
-                let call = Call::Claim { vm, token };
-                Ok(self.call(node, flow, step, call))
+            Step::MakeDisks { vm, token } => self.call(node, flow, Call::Make { vm, token }),
+            Step::Claim { vm, token } => self.call(node, flow, Call::Claim { vm, token }),
+            Step::VerifyAndCommit { vm, token } => {
+                self.call(node, flow, Call::VerifyAndCommit { vm, token });
             }
-            Step::Verify(vm, token) => {
-                let call = Call::VerifyAndCommit { vm, token };
-                Ok(self.call(node, flow, step, call))
+            Step::Wait { ns, .. } => {
+                let until = self.after(node, ns / 1_000);
+                self.wait_for(node, flow, Waits::Time(Answer::Done), until);
             }
-            Step::Settle(us) => Ok(Done::Wait(self.after(node, us))),
-            Step::Build(vm, token) => {
-                let nonce = self.number();
-                flow.nonce = Some(nonce);
-                let monitor = Monitor::new(vm, nonce, token, MonitorPhase::Ready);
-                self.hosts[node].monitors.insert(nonce, monitor);
-                Ok(Done::Next)
-            }
-            Step::BuildIncoming(vm, migration, token) => {
-                let from = flow
-                    .state
-                    .migrations
-                    .get(&migration)
-                    .map(|known| known.from);
-                let nonce = self.number();
-                let mut monitor = Monitor::new(vm, nonce, token, MonitorPhase::Incoming);
-                monitor.part = Some(Part {
-                    id: migration,
-                    side: Side::Destination,
-                    peer: from.map_or(0, node_of),
-                    peer_nonce: None,
-                    quiet_received: false,
-                    failed: None,
-                    stopping: false,
-                });
-                self.hosts[node].monitors.insert(nonce, monitor);
-                Ok(Done::Next)
-            }
-            Step::Confirm => {
-                flow.confirm = None;
-                let rpc = self.number();
-                flow.rpc = Some(rpc);
-                flow.steps.push_front(Step::Confirm);
-                let Some(leader) = self.hosts[node].raft.leader else {
-                    return Err(Trouble::Other);
-                };
-                if let Some(daemon) = self.daemon(node) {
-                    daemon.rpcs.insert(rpc, flow.id);
+            Step::Build {
+                vm,
+                token,
+                incoming,
+            } => {
+                // Whether it comes up is seen when it is waited for; the process is there from now on.
+                if self.now >= self.calm_at || !self.rng.random_ratio(1, 100) {
+                    flow.built = Some(self.build(node, &flow, vm, token, incoming));
                 }
+                let id = flow.id;
+                self.keep(node, flow);
+                self.go_on(node, id, Answer::Done);
+            }
+            Step::Built => {
+                let answer = match flow.built.take() {
+                    Some(nonce) => self.found(node, nonce),
+                    None => failed(FailureKind::Host, "it did not start"),
+                };
+                let until = self.now + self.rng.random_range(MS..250 * MS);
+                self.wait_for(node, flow, Waits::Time(answer), until);
+            }
+            Step::Confirm => self.confirm(node, flow),
+            Step::Rekey { nonce, token } => {
+                self.ask_monitor(node, flow, nonce, MonitorCall::Rekey(token));
+            }
+            Step::Run(permit) => {
+                let call = MonitorCall::Run {
+                    token: permit.token(),
+                    deadline: permit.lease_deadline_ns() / 1_000,
+                };
+                self.ask_monitor(node, flow, permit.nonce(), call);
+            }
+            Step::End { nonce, .. } => {
+                // It may say what it measured before it is killed.
+                let until = self.now + self.rng.random_range(MS..350 * MS);
+                self.wait_for(node, flow, Waits::End(nonce), until);
+            }
+            Step::Stop {
+                nonce,
+                token,
+                forced,
+            } => self.ask_monitor(node, flow, nonce, MonitorCall::Stop { token, forced }),
+            Step::Refresh { nonce } => {
+                self.ask_monitor(node, flow, nonce, MonitorCall::Describe);
+            }
+            Step::AskReady { to, migration, .. } => {
+                let rpc = self.rpc(node, flow.id);
+                let to = Place::Daemon(node_of(to));
                 self.send(
                     Place::Daemon(node),
-                    Place::Daemon(leader),
-                    Message::Confirm { rpc },
+                    to,
+                    Message::AskReady { rpc, migration },
                 );
-                Ok(Done::Wait(self.now + PATIENCE))
+                let until = self.now + ASK_PATIENCE;
+                self.wait_for(node, flow, Waits::Ready { rpc }, until);
             }
-            Step::Allowed(vm, token) => {
-                let confirm = match self.mutant {
-                    Some(Mutant::NoConfirm) => Some(flow.state.clone()),
-                    _ => flow.confirm.clone(),
+            Step::Send {
+                nonce,
+                migration,
+                ready,
+                ..
+            } => {
+                let state = flow.core.state();
+                let peer = state.migrations.get(&migration).map(|known| known.to);
+                let there = ready.addresses.first().and_then(|text| text.parse().ok());
+                let call = MonitorCall::Send {
+                    migration,
+                    peer: peer.map_or(node, node_of),
+                    peer_nonce: there.unwrap_or(0),
                 };
-                let confirm = confirm.ok_or(Trouble::Other)?;
-                permit_allowed(&confirm, vm, node_id(node), token).map_err(|_| Trouble::Other)?;
-                Ok(Done::Next)
+                self.ask_monitor(node, flow, nonce, call);
             }
-            Step::Rekey(nonce, token) => {
-                let now = self.now;
-                let goes_on = self.mutant == Some(Mutant::QuietWhileRunning);
-                let monitor = self.hosts[node].monitors.get_mut(&nonce);
-                let monitor = monitor.filter(|monitor| monitor.paused_until <= now);
-                let monitor = monitor.ok_or(Trouble::Other)?;
-                if token < monitor.token {
-                    return Err(Trouble::Other);
-                }
-                flow.nonce = Some(nonce);
-                if token > monitor.token {
-                    let stopping = monitor.part.as_ref().is_some_and(|part| part.stopping);
-                    monitor.take_up(token);
-                    if let Some(part) = monitor.part.as_mut().filter(|_| goes_on) {
-                        part.stopping = stopping;
-                    }
-                }
-                Ok(Done::Next)
-            }
-            Step::ByCutover(vm) => {
-                let record = flow.state.vms.get(&vm).map(|vm| vm.ownership.clone());
-                let record = record.ok_or(Trouble::Other)?;
-                let cut_over =
-                    record.cause == OwnershipCause::Cutover && record.owner == Some(node_id(node));
-                if !cut_over {
-                    return Err(Trouble::Other);
-                }
-                flow.confirm = Some(flow.state.clone());
-                flow.claimed = Some((vm, record.token));
-                Ok(Done::Next)
-            }
-            Step::Permit(vm, token) => self.permit(node, flow, vm, token),
-            Step::End(nonce) => {
-                crate::invariants::ends(self, node, nonce);
-                self.end_monitor(node, nonce, "as the log says");
-                Ok(Done::Next)
-            }
-            Step::Stop(vm, token) => {
-                let found = self.hosts[node]
-                    .monitors
-                    .values_mut()
-                    .find(|monitor| monitor.vm == vm && monitor.token == token);
-                if let Some(monitor) = found {
-                    monitor.stop_asked = true;
-                }
-                // The agent looks again until it has stopped.
-                Ok(Done::Wait(self.after(node, 300 * MS)))
-            }
-            Step::AskReady(vm, migration) => self.ask_ready(node, flow, vm, migration),
-            Step::CancelSend(vm, migration) => {
-                let found = self.hosts[node].monitors.values_mut().find(|monitor| {
-                    monitor.vm == vm
-                        && monitor
-                            .part
-                            .as_ref()
-                            .is_some_and(|part| part.id == migration)
-                });
-                if let Some(part) = found.and_then(|monitor| monitor.part.as_mut()) {
-                    part.failed = Some("the migration was aborted".into());
-                    part.stopping = false;
-                }
-                Ok(Done::Next)
-            }
-            Step::Claimed(vm, token) => {
-                flow.learnt.push(Learnt::Claimed(vm, token));
-                if self.mutant == Some(Mutant::CutoverBeforeClaim)
-                    && let Some(daemon) = self.daemon(node)
-                {
-                    // It tells the agent at once, with the claim still to come.
-                    daemon.memory.take_in(Ended {
-                        vm,
-                        nonces: Vec::new(),
-                        is_flow: true,
-                        failed: false,
-                        learnt: vec![Learnt::Claimed(vm, token)],
-                    });
-                }
-                Ok(Done::Next)
+            Step::CancelSend { nonce, migration } => {
+                self.ask_monitor(node, flow, nonce, MonitorCall::CancelSend(migration));
             }
         }
     }
 
-    /// A storage call of the broker, each sent once.
-    fn call(&mut self, node: usize, flow: &mut Flow, step: Step, call: Call) -> Done {
+    /// A number for a question of a flow.
+    fn rpc(&mut self, node: usize, flow: u64) -> u64 {
         let rpc = self.number();
-        flow.rpc = Some(rpc);
-        flow.steps.push_front(step);
         if let Some(daemon) = self.daemon(node) {
-            daemon.rpcs.insert(rpc, flow.id);
+            daemon.rpcs.insert(rpc, flow);
         }
-        self.send(
-            Place::Daemon(node),
-            Place::Server,
-            Message::Call { rpc, call },
-        );
-        Done::Wait(self.now + CALL_PATIENCE)
+        rpc
+    }
+
+    fn propose(&mut self, node: usize, flow: Flow, command: Command) {
+        let number = self.number();
+        let envelope = Arc::new(Envelope {
+            request: RequestId(format!("n{}/{number}", node + 1)),
+            actor: format!("node/n{}", node + 1),
+            at_ms: self.wall_ms(node),
+            asked: None,
+            command,
+        });
+        let until = self.now + PATIENCE;
+        self.ask_leader(node, flow, envelope, until);
     }
 
     /// Sends the flow's command to whoever leads, again and again until its patience ends.
-    fn ask(&mut self, node: usize, flow: &mut Flow) -> Done {
-        let Some((envelope, _)) = flow.envelope.clone() else {
-            return Done::Next;
-        };
-        let rpc = self.number();
-        flow.rpc = Some(rpc);
-        if let Some(daemon) = self.daemon(node) {
-            daemon.rpcs.insert(rpc, flow.id);
-        }
+    fn ask_leader(&mut self, node: usize, flow: Flow, envelope: Arc<Envelope>, until: u64) {
+        let rpc = self.rpc(node, flow.id);
         if let Some(leader) = self.hosts[node].raft.leader {
+            let envelope = envelope.clone();
             let message = Message::Propose { rpc, envelope };
             self.send(Place::Daemon(node), Place::Daemon(leader), message);
         }
-        Done::Wait(self.now + 400 * MS)
+        let waits = Waits::Command {
+            envelope,
+            until,
+            rpc,
+            applies: None,
+        };
+        let again = self.now + 400 * MS;
+        self.wait_for(node, flow, waits, again);
     }
 
-    fn ask_ready(
-        &mut self,
-        node: usize,
-        flow: &mut Flow,
-        vm: VmId,
-        migration: MigrationId,
-    ) -> Result<Done, Trouble> {
-        let state = self.daemon(node).map(|daemon| daemon.state.clone());
-        let state = state.ok_or(Trouble::Other)?;
-        let known = state
-            .migrations
-            .get(&migration)
-            .cloned()
-            .ok_or(Trouble::Other)?;
-        if !matches!(known.state, MigrationState::Active { .. }) {
-            return Err(Trouble::Other);
-        }
-        let rpc = self.number();
-        flow.rpc = Some(rpc);
-        flow.steps.push_front(Step::AskReady(vm, migration));
-        if let Some(daemon) = self.daemon(node) {
-            daemon.rpcs.insert(rpc, flow.id);
-        }
-        let to = Place::Daemon(node_of(known.to));
-        self.send(
-            Place::Daemon(node),
-            to,
-            Message::AskReady { rpc, migration },
-        );
-        Ok(Done::Wait(self.now + S))
+    /// A storage call of the broker, each sent once.
+    fn call(&mut self, node: usize, flow: Flow, call: Call) {
+        let rpc = self.rpc(node, flow.id);
+        let message = Message::Call {
+            rpc,
+            call: call.clone(),
+        };
+        self.send(Place::Daemon(node), Place::Server, message);
+        let until = self.now + CALL_PATIENCE;
+        self.wait_for(node, flow, Waits::Call { rpc, call }, until);
     }
 
-    /// The run permit: claim, confirm and lease, or nothing (rule R7).
-    fn permit(
+    fn confirm(&mut self, node: usize, flow: Flow) {
+        let rpc = self.rpc(node, flow.id);
+        if let Some(leader) = self.hosts[node].raft.leader {
+            let (here, there) = (Place::Daemon(node), Place::Daemon(leader));
+            self.send(here, there, Message::Confirm { rpc });
+        }
+        let until = self.now + PATIENCE;
+        let applies = None;
+        self.wait_for(node, flow, Waits::Confirm { rpc, applies }, until);
+    }
+
+    fn ask_monitor(&mut self, node: usize, flow: Flow, nonce: u64, call: MonitorCall) {
+        if !self.hosts[node].monitors.contains_key(&nonce) {
+            let soon = self.now + self.rng.random_range(50..MS);
+            let answer = match call {
+                MonitorCall::Describe => Answer::Done,
+                _ => failed(FailureKind::Host, "the monitor is gone"),
+            };
+            return self.wait_for(node, flow, Waits::Time(answer), soon);
+        }
+        let rpc = self.rpc(node, flow.id);
+        let view = matches!(call, MonitorCall::Rekey(_));
+        let lenient = matches!(call, MonitorCall::Describe);
+        let patience = if view {
+            REKEY_PATIENCE
+        } else {
+            MONITOR_PATIENCE
+        };
+        let (here, there) = (Place::Daemon(node), Place::Monitor(node, nonce));
+        self.send(here, there, Message::Ask { rpc, call });
+        let until = self.now + patience;
+        let waits = Waits::Monitor { rpc, view, lenient };
+        self.wait_for(node, flow, waits, until);
+    }
+
+    /// A monitor process begins.
+    fn build(
         &mut self,
         node: usize,
-        flow: &mut Flow,
+        flow: &Flow,
         vm: VmId,
         token: Token,
-    ) -> Result<Done, Trouble> {
-        let mutant = self.mutant;
-        let clock = self.clock(node);
-        let now = self.now;
-        let confirm = match mutant {
-            Some(Mutant::NoConfirm) => Some(flow.state.clone()),
-            _ => flow.confirm.clone(),
-        };
-        let confirm = confirm.ok_or(Trouble::Other)?;
-        let nonce = match (&flow.act, flow.nonce) {
-            (Some(Act::Thaw { nonce, .. }), _) => *nonce,
-            (_, Some(nonce)) => nonce,
-            _ => return Err(Trouble::Other),
-        };
-        let deadline = self
-            .daemon(node)
-            .map_or(0, |daemon| daemon.lease.deadline_ns() / 1_000);
-        let monitor = self.hosts[node].monitors.get_mut(&nonce);
-        let monitor = monitor.filter(|monitor| monitor.paused_until <= now);
-        let monitor = monitor.ok_or(Trouble::Other)?;
-        let thaws = matches!(flow.act, Some(Act::Thaw { .. }));
-        let ran = !matches!(
-            monitor.phase,
-            MonitorPhase::Ready | MonitorPhase::Incoming | MonitorPhase::Complete
-        );
-        let claimed = flow.claimed == Some((vm, token))
-            || (thaws && ran)
-            || mutant == Some(Mutant::RunBeforeClaim);
-        let allowed = permit_allowed(&confirm, vm, node_id(node), token).is_ok();
-        let quiet = monitor.said_quiet && !token_is_after_abort(&confirm, vm, monitor);
-        let quiet = quiet && mutant != Some(Mutant::QuietSourceThaws);
-        let lapsed = deadline <= clock;
-        // With its lease a node would not get that far: these two take the claim for everything.
-        let believes = matches!(mutant, Some(Mutant::NoConfirm | Mutant::ConfirmIsLocal));
-        if !claimed || !allowed || quiet || monitor.token != token || (lapsed && !believes) {
-            return Err(Trouble::Other);
+        incoming: Option<MigrationId>,
+    ) -> u64 {
+        let nonce = self.number();
+        let mut monitor = Monitor::new(vm, nonce, token, Phase::Ready);
+        if let Some(migration) = incoming {
+            let known = flow.core.state().migrations.get(&migration);
+            monitor.phase = Phase::Incoming;
+            monitor.part = Some(Part {
+                id: migration,
+                side: Side::Destination,
+                peer: known.map_or(node, |known| node_of(known.from)),
+                peer_nonce: None,
+                quiet_received: false,
+                failed: None,
+            });
         }
-        let deadline = if lapsed { clock + S } else { deadline };
-        let may_run = matches!(
-            monitor.phase,
-            MonitorPhase::Ready
-                | MonitorPhase::Complete
-                | MonitorPhase::Frozen
-                | MonitorPhase::Refused
-                | MonitorPhase::Quiet
-                | MonitorPhase::Running
-        );
-        if !may_run {
-            return Err(Trouble::Other);
-        }
-        self.run_guest(node, nonce, deadline);
-        Ok(Done::Next)
+        self.hosts[node].monitors.insert(nonce, monitor);
+        nonce
     }
-}
 
-/// Whether the machine's token was granted by a re-key after the abort of the migration in which this
-/// monitor said quiet.
-fn token_is_after_abort(state: &ClusterState, vm: VmId, monitor: &Monitor) -> bool {
-    let Some(record) = state.vms.get(&vm).map(|vm| &vm.ownership) else {
-        return false;
-    };
-    let migration = monitor
-        .part
-        .as_ref()
-        .and_then(|part| state.migrations.get(&part.id));
-    record.cause == OwnershipCause::Rekey
-        && match migration.map(|migration| &migration.state) {
-            Some(MigrationState::Aborted { at, .. }) => record.since > *at,
-            Some(_) => false,
-            None => true,
+    /// A monitor has described itself for the first time: it is in the table from now on.
+    fn found(&mut self, node: usize, nonce: u64) -> Answer {
+        let clock = self.clock(node);
+        let Some(monitor) = self.hosts[node].monitors.get_mut(&nonce) else {
+            return failed(FailureKind::Host, "it ended at once");
+        };
+        monitor.said += 1;
+        let (said, view) = (monitor.said, monitor.view(clock));
+        if let Some(daemon) = self.daemon(node) {
+            daemon.sight.insert(nonce, (said, view.clone()));
         }
+        Answer::Monitor(view)
+    }
+
+    /// An answer for a flow.
+    pub fn flow_answered(&mut self, node: usize, message: Message) {
+        let rpc = match &message {
+            Message::Proposed { rpc, .. }
+            | Message::Confirmed { rpc, .. }
+            | Message::Ready { rpc, .. }
+            | Message::Told { rpc, .. }
+            | Message::Answer { rpc, .. } => *rpc,
+            _ => return,
+        };
+        if let Message::Told {
+            said,
+            view: Some(view),
+            ..
+        } = &message
+        {
+            self.described(node, *said, view.clone());
+        }
+        let Some(id) = self
+            .daemon(node)
+            .and_then(|daemon| daemon.rpcs.remove(&rpc))
+        else {
+            if let Message::Proposed { answer, .. } = message {
+                self.hand_on(node, rpc, answer);
+            }
+            return;
+        };
+        if id == 0 {
+            if let Message::Proposed { answer, .. } = message {
+                self.registered(node, answer);
+            }
+            return;
+        }
+        let applied = self.daemon(node).map_or(0, |daemon| daemon.applied);
+        let Some(flow) = self
+            .daemon(node)
+            .and_then(|daemon| daemon.flows.get_mut(&id))
+        else {
+            return;
+        };
+        let answer = match (&mut flow.waits, message) {
+            (
+                Waits::Command {
+                    rpc: asked,
+                    applies,
+                    ..
+                },
+                Message::Proposed { answer, .. },
+            ) if *asked == rpc => match answer {
+                Some((index, Reply::Done { .. })) if applied < index => {
+                    *applies = Some(index);
+                    return;
+                }
+                Some((_, Reply::Done { .. })) => Answer::Done,
+                Some((_, Reply::Rejected(why))) => {
+                    failed(FailureKind::Log, &format!("refused: {why}"))
+                }
+                // Asked again when the wait ends.
+                None => return,
+            },
+            (
+                Waits::Confirm {
+                    rpc: asked,
+                    applies,
+                },
+                Message::Confirmed { index, .. },
+            ) if *asked == rpc => match index {
+                Some(index) if applied < index => {
+                    *applies = Some(index);
+                    return;
+                }
+                Some(_) => return self.confirmed_flow(node, id),
+                None => failed(FailureKind::Log, "no quorum confirms"),
+            },
+            (Waits::Ready { rpc: asked }, Message::Ready { nonce, .. }) if *asked == rpc => {
+                match nonce {
+                    Some(nonce) => Answer::Ready(Ready {
+                        addresses: vec![nonce.to_string()],
+                        fingerprint: Vec::new(),
+                    }),
+                    None => Answer::NotReady {
+                        why: "it is still being built".into(),
+                        for_good: false,
+                    },
+                }
+            }
+            (
+                Waits::Monitor {
+                    rpc: asked, view, ..
+                },
+                Message::Told {
+                    refused, view: of, ..
+                },
+            ) if *asked == rpc => match (refused, of) {
+                (Some(why), _) => failed(FailureKind::Host, &why),
+                (None, Some(of)) if *view => Answer::Monitor(of),
+                (None, _) => Answer::Done,
+            },
+            (Waits::Call { rpc: asked, call }, Message::Answer { answer, .. }) if *asked == rpc => {
+                match (&*call, answer) {
+                    (_, storage::Answer::Denied) => {
+                        failed(FailureKind::RefusedForGood, "the storage refuses")
+                    }
+                    (Call::Claim { vm, token }, storage::Answer::Done { .. }) => {
+                        let claimed = (*vm, *token);
+                        self.truth.claimed.insert(claimed);
+                        Answer::Done
+                    }
+                    (_, storage::Answer::Done { .. }) => Answer::Done,
+                    _ => failed(FailureKind::Burnt, "another group"),
+                }
+            }
+            _ => return,
+        };
+        self.go_on(node, id, answer);
+    }
+
+    fn confirmed_flow(&mut self, node: usize, id: u64) {
+        let state = self.daemon(node).map(|daemon| daemon.state.clone());
+        if let Some(state) = state {
+            self.go_on(node, id, Answer::Confirmed(state));
+        }
+    }
+
+    /// Entries were applied: flows that waited for them go on.
+    pub fn flows_applied(&mut self, node: usize) {
+        let Some(daemon) = self.daemon(node) else {
+            return;
+        };
+        let applied = daemon.applied;
+        let due = |index: &Option<usize>| index.is_some_and(|index| index <= applied);
+        let mut ready: Vec<(u64, bool)> = Vec::new();
+        for flow in daemon.flows.values() {
+            match &flow.waits {
+                Waits::Command { applies, .. } if due(applies) => ready.push((flow.id, false)),
+                Waits::Confirm { applies, .. } if due(applies) => ready.push((flow.id, true)),
+                _ => {}
+            }
+        }
+        for (id, confirms) in ready {
+            match confirms {
+                true => self.confirmed_flow(node, id),
+                false => self.go_on(node, id, Answer::Done),
+            }
+        }
+    }
+
+    /// A flow's wait has ended.
+    pub fn flow_waited(&mut self, node: usize, id: u64, wait: u64) {
+        let Some(mut flow) = self.take(node, id) else {
+            return;
+        };
+        if flow.wait != wait {
+            return self.keep(node, flow);
+        }
+        let answer = match std::mem::replace(&mut flow.waits, Waits::Nothing) {
+            Waits::Nothing => return self.keep(node, flow),
+            Waits::Time(answer) => answer,
+            Waits::Held(step) => return self.carry_out(node, flow, step),
+            Waits::Command {
+                envelope,
+                until,
+                rpc,
+                applies: Some(index),
+            } => {
+                // It is applied by the leader, and will be here.
+                let waits = Waits::Command {
+                    envelope,
+                    until,
+                    rpc,
+                    applies: Some(index),
+                };
+                let later = self.now + S;
+                return self.wait_for(node, flow, waits, later);
+            }
+            Waits::Command {
+                envelope, until, ..
+            } if self.now < until => return self.ask_leader(node, flow, envelope, until),
+            Waits::Command { .. } => failed(FailureKind::Log, "nobody knows what became of it"),
+            // No answer: whether it was executed is not known.
+            Waits::Call {
+                call: Call::Claim { .. },
+                ..
+            } => failed(FailureKind::Burnt, "no answer"),
+            Waits::Call { .. } => failed(FailureKind::Host, "the storage does not answer"),
+            Waits::Confirm { .. } => failed(FailureKind::Log, "no quorum confirms"),
+            Waits::Monitor { lenient: true, .. } => Answer::Done,
+            Waits::Monitor { .. } => failed(FailureKind::Host, "the monitor does not answer"),
+            Waits::Ready { .. } => Answer::NotReady {
+                why: "it does not answer".into(),
+                for_good: false,
+            },
+            Waits::End(nonce) => {
+                crate::invariants::ends(self, node, nonce);
+                self.end_monitor(node, nonce, "as the log says");
+                if let Some(daemon) = self.daemon(node) {
+                    daemon.sight.remove(&nonce);
+                }
+                Answer::Done
+            }
+            Waits::Pause(ended) => return self.end_flow(node, ended),
+        };
+        self.keep(node, flow);
+        self.go_on(node, id, answer);
+    }
 }

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use cluster_model::{MigrationId, MonitorMigration, MonitorPhase, MonitorView, Side, Token, VmId};
+use cluster_model::phase::{self, Phase};
+use cluster_model::{MigrationId, MonitorMigration, MonitorView, Side, Token, VmId};
 
 use crate::storage::{BLOCKS, Block};
 
@@ -47,24 +48,68 @@ pub struct Part {
     pub quiet_received: bool,
     /// It failed, and why.
     pub failed: Option<String>,
-    /// Source: it is stopping for the cutover.
-    pub stopping: bool,
 }
 
-/// A monitor.
+/// What a daemon asks of a monitor. It waits in the monitor's socket: a stopped process carries it out when it goes
+/// on, whoever has given up waiting meanwhile.
+#[derive(Clone, Debug)]
+pub enum MonitorCall {
+    /// A permit: under that token, until then on the host's clock, µs.
+    Run {
+        /// The token.
+        token: Token,
+        /// The deadline.
+        deadline: u64,
+    },
+    /// Take up that token.
+    Rekey(Token),
+    /// Stop the guest.
+    Stop {
+        /// Its token.
+        token: Token,
+        /// Leave behind what is not on the disk.
+        forced: bool,
+    },
+    /// Send the machine to that monitor of that node.
+    Send {
+        /// Which migration.
+        migration: MigrationId,
+        /// Which node.
+        peer: usize,
+        /// Which monitor there.
+        peer_nonce: u64,
+    },
+    /// End the sending.
+    CancelSend(MigrationId),
+    /// The lease goes on until then, for that token.
+    Extend {
+        /// The token.
+        token: Token,
+        /// The deadline.
+        deadline: u64,
+    },
+    /// Say how it stands.
+    Describe,
+}
+
+/// A monitor. Its phases are the product's.
 #[derive(Clone, Debug)]
 pub struct Monitor {
     /// Its machine.
     pub vm: VmId,
     /// Drawn when it started.
     pub nonce: u64,
-    /// What it runs or would run under.
+    /// The token that its disk is under.
     pub token: Token,
+    /// The highest token it was told.
+    pub highest: Token,
     /// How it stands.
-    pub phase: MonitorPhase,
+    pub phase: Phase,
+    /// A vCPU is in the guest: it was let in while the deadline was ahead, and nothing has got it out since.
+    pub in_guest: bool,
     /// On the host's clock that never stops, µs.
     pub deadline: u64,
-    /// Source: it said *quiet* and was not re-keyed since.
+    /// Source: it said *quiet* and was not let run since.
     pub said_quiet: bool,
     /// Its part in a migration.
     pub part: Option<Part>,
@@ -74,43 +119,72 @@ pub struct Monitor {
     pub calls: BTreeMap<u64, (u64, Pending, Token)>,
     /// Writes to send again after a re-key, in order.
     pub again: Vec<u64>,
+    /// A re-key sends them under its new token; this call waits for it.
+    pub rekeying: Option<u64>,
     /// A write of its present token has no answer and no hope of one.
     pub in_doubt: bool,
     /// It was asked to stop its guest.
     pub stop_asked: bool,
+    /// It was stopped with writes under way.
+    pub undrained: bool,
     /// Until when the process is stopped (SIGSTOP), real time.
     pub paused_until: u64,
     /// A timer chain is running for its guest.
     pub ticking: bool,
+    /// How often it has described itself.
+    pub said: u64,
+    /// The mutant's: it was stopping for a cutover when it was let run again.
+    pub goes_on_to_quiet: bool,
 }
 
 impl Monitor {
     /// A new one that waits for its permit.
-    pub fn new(vm: VmId, nonce: u64, token: Token, phase: MonitorPhase) -> Monitor {
+    pub fn new(vm: VmId, nonce: u64, token: Token, phase: Phase) -> Monitor {
         Monitor {
             vm,
             nonce,
             token,
+            highest: token,
             phase,
+            in_guest: false,
             deadline: 0,
             said_quiet: false,
             part: None,
             guest: Guest::default(),
             calls: BTreeMap::new(),
             again: Vec::new(),
+            rekeying: None,
             in_doubt: false,
             stop_asked: false,
+            undrained: false,
             paused_until: 0,
             ticking: false,
+            said: 0,
+            goes_on_to_quiet: false,
         }
     }
 
-    /// Whether its guest executes at that moment of the host's clock.
-    pub fn executes(&self, host_now: u64, now: u64) -> bool {
-        self.phase == MonitorPhase::Running
-            && host_now < self.deadline
-            && self.paused_until <= now
-            && !self.part.as_ref().is_some_and(|part| part.stopping)
+    /// The process is stopped (SIGSTOP): its vCPUs leave the guest, and find the deadline when they are to go in again.
+    pub fn pause(&mut self, until: u64) {
+        self.paused_until = self.paused_until.max(until);
+        self.in_guest = false;
+    }
+
+    /// Whether its guest executes at that moment of real time.
+    pub fn executes(&self, now: u64) -> bool {
+        self.in_guest && self.paused_until <= now
+    }
+
+    /// Takes a step of the table; whether it is one.
+    pub fn step(&mut self, event: phase::Event) -> bool {
+        match self.phase.after(event) {
+            Ok(next) => {
+                self.phase = next;
+                self.in_guest &= next == Phase::Running;
+                true
+            }
+            Err(_) => false,
+        }
     }
 
     /// Whether a write is unanswered.
@@ -126,11 +200,12 @@ impl Monitor {
             vm: self.vm,
             token: self.token,
             nonce: self.nonce,
-            phase: self.phase,
+            phase: self.phase.seen(),
             said_quiet: self.said_quiet,
             writes_unanswered: self.in_doubt || self.writes_unanswered(),
+            write_latency_p999_us: 0,
             stop_asked: self.stop_asked,
-            undrained: false,
+            undrained: self.undrained,
             migration: self.part.as_ref().map(|part| MonitorMigration {
                 id: part.id,
                 side: part.side,
@@ -198,14 +273,10 @@ impl Monitor {
 }
 
 impl Monitor {
-    /// Takes up a token that is claimed and confirmed: what was not answered or not committed is sent again.
+    /// Its disk goes on under a token that is claimed and confirmed: what was not answered or not committed is sent again.
     pub fn take_up(&mut self, token: Token) {
         self.token = token;
-        self.said_quiet = false;
         self.in_doubt = false;
-        if let Some(part) = &mut self.part {
-            part.stopping = false;
-        }
         self.again_everything();
     }
 

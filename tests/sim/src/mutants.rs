@@ -1,14 +1,16 @@
 //! Faults put in on purpose: each shows that an invariant can fail, and how soon.
 
-use cluster_model::agent::{Act, MonitorPhase, MonitorView, Work};
+use cluster_model::safeguards::{Safeguard, Safeguards};
 use cluster_model::{ClusterState, Command, Duty, Envelope, MigrationState, Severity, Why};
 
 /// What is broken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Mutant {
-    /// A claim is taken for a right to run: neither the log nor the lease is asked again.
+    /// A claim is taken for a right to run: the log is not asked again.
     NoConfirm,
-    /// A leader that was deposed answers reads, and whoever asked it does not look at its lease.
+    /// A permit lasts as long as the lease of the moment, which may have been granted after the machine went elsewhere.
+    PermitOutlivesLease,
+    /// A leader that was deposed answers reads.
     ConfirmIsLocal,
     /// A leader grants leases without a quorum.
     LeaseWithoutQuorum,
@@ -20,6 +22,8 @@ pub enum Mutant {
     LossHandedOn,
     /// Guests run on when their lease has run out.
     NoFreeze,
+    /// A vCPU does not look at the deadline before it enters the guest: one that a stopped process left runs on.
+    EntersPastDeadline,
     /// The destination runs when it is complete, without the cutover.
     RunWithoutCutover,
     /// The destination proposes before its claim is answered.
@@ -80,14 +84,16 @@ pub enum Mutant {
 
 impl Mutant {
     /// Every one of them.
-    pub const ALL: [Mutant; 35] = [
+    pub const ALL: [Mutant; 37] = [
         Mutant::NoConfirm,
+        Mutant::PermitOutlivesLease,
         Mutant::ConfirmIsLocal,
         Mutant::LeaseWithoutQuorum,
         Mutant::LeaseFromReceipt,
         Mutant::LostTooEarly,
         Mutant::LossHandedOn,
         Mutant::NoFreeze,
+        Mutant::EntersPastDeadline,
         Mutant::RunWithoutCutover,
         Mutant::CutoverBeforeClaim,
         Mutant::QuietSourceThaws,
@@ -119,50 +125,25 @@ impl Mutant {
     ];
 }
 
-/// Changes what the agent sees of a monitor.
-pub fn as_seen(mutant: Option<Mutant>, mut view: MonitorView) -> MonitorView {
-    if mutant == Some(Mutant::QuietSourceThaws) && view.phase == MonitorPhase::Quiet {
-        view.phase = MonitorPhase::Frozen;
-        view.said_quiet = false;
-    }
-    if mutant == Some(Mutant::StopTakenForShutDown) {
-        view.stop_asked = false;
-    }
-    view
-}
-
-/// Changes what the agent decided.
-pub fn on_work(mutant: Option<Mutant>, work: &mut Work) {
-    match mutant {
-        Some(Mutant::VoidMonitorsStay) => {
-            for act in &mut work.acts {
-                if let Act::Kill { nonce, .. } = act {
-                    // Nobody has that number.
-                    *nonce = 0;
-                }
-            }
-        }
-        Some(Mutant::FrozenEnded) => {
-            for act in &mut work.acts {
-                if let Act::Thaw { vm, token, nonce } = act {
-                    *act = Act::Kill {
-                        vm: *vm,
-                        token: *token,
-                        nonce: *nonce,
-                        why: "frozen".into(),
-                    };
-                }
-            }
-        }
-        Some(Mutant::RekeyWithoutSettle) => {
-            for act in &mut work.acts {
-                if let Act::Rekey { settle, .. } | Act::TakeUpToken { settle, .. } = act {
-                    *settle = false;
-                }
-            }
-        }
-        _ => {}
-    }
+/// The safeguards of a node under a mutant: all, or all but the one that it leaves out of the product's own code.
+pub fn safeguards(mutant: Option<Mutant>) -> Safeguards {
+    use Safeguard as Guard;
+    let without = match mutant {
+        Some(Mutant::NoConfirm) => Guard::ConfirmAfterClaim,
+        Some(Mutant::PermitOutlivesLease) => Guard::LeaseOfTheConfirm,
+        Some(Mutant::NoSettle) => Guard::SettleOnTakeover,
+        Some(Mutant::NoCommitOnTakeover) => Guard::CommitOnTakeover,
+        Some(Mutant::RunBeforeClaim) => Guard::ClaimBeforeRun,
+        Some(Mutant::TokenSentAgain) => Guard::ClaimOnce,
+        Some(Mutant::CutoverBeforeClaim) => Guard::ClaimBeforeCutover,
+        Some(Mutant::QuietSourceThaws) => Guard::QuietBinds,
+        Some(Mutant::VoidMonitorsStay) => Guard::VoidMonitorsEnd,
+        Some(Mutant::RekeyWithoutSettle) => Guard::RekeySettles,
+        Some(Mutant::StopTakenForShutDown) => Guard::StopIsNoShutDown,
+        Some(Mutant::FrozenEnded) => Guard::FrozenThaws,
+        _ => return Safeguards::ALL,
+    };
+    Safeguards::without(without)
 }
 
 /// Changes what an entry asks, the same on every replica.

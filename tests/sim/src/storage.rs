@@ -24,6 +24,8 @@ pub enum Call {
     Read { vm: VmId, token: Token },
     /// A guest's COMMIT.
     Commit { vm: VmId, token: Token },
+    /// The broker makes a disk file under a token; one that is there is kept.
+    Make { vm: VmId, token: Token },
     /// The broker's claim: SETATTR of the group.
     Claim { vm: VmId, token: Token },
     /// The broker looks at the group and commits the whole file.
@@ -39,6 +41,8 @@ pub enum Answer {
     Content { blocks: [Block; BLOCKS] },
     /// The token is not the file's group.
     Refused,
+    /// The server would say no whatever the token.
+    Denied,
 }
 
 /// A machine's disk file.
@@ -110,6 +114,14 @@ impl Server {
                 }
                 false => Answer::Refused,
             }),
+            Call::Make { vm, token } => {
+                let made = Disk {
+                    token,
+                    ..Disk::default()
+                };
+                self.disks.entry(vm).or_insert(made);
+                Processed::Now(done)
+            }
             Call::Claim { vm, token } => {
                 self.disks.entry(vm).or_default().token = token;
                 Processed::Now(done)

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use cluster_model::agent::Memory;
 use cluster_model::{
-    ClusterState, Envelope, LogIndex, MonitorPhase, Name, NodeId, NodeLease, Token, VmId,
+    ClusterState, Envelope, LogIndex, MonitorView, Name, NodeId, NodeLease, Token, VmId,
 };
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -67,6 +67,10 @@ pub struct Daemon {
     pub session_since: Option<LogIndex>,
     /// A registration is under way, or paused until then.
     pub registering: u64,
+    /// Its monitors as they last described themselves, and how often they had by then.
+    pub sight: BTreeMap<u64, (u64, MonitorView)>,
+    /// Monitors that it found at its start and that have not answered yet.
+    pub finding: BTreeSet<u64>,
     /// Work under way.
     pub flows: BTreeMap<u64, Flow>,
     /// Which flow waits for which answer.
@@ -161,6 +165,8 @@ pub struct World {
     pub asleep: Option<(usize, u64)>,
     /// Until then the storage server has no room for a WRITE.
     pub server_full_until: u64,
+    /// Until then the storage server refuses every claim for good.
+    pub server_denies_until: u64,
     /// The run ends then.
     pub end_at: u64,
     number: u64,
@@ -195,6 +201,7 @@ impl World {
             calm_at: 0,
             asleep: None,
             server_full_until: 0,
+            server_denies_until: 0,
             end_at: 0,
             number: 1_000,
             rng,
@@ -373,9 +380,9 @@ impl World {
                     self.flow_waited(node, flow, wait);
                 }
             }
-            Event::FlowPaused { node, life, flow } => {
+            Event::NotFound { node, life, nonce } => {
                 if self.lives(node, life, &event) {
-                    self.end_flow(node, flow);
+                    self.not_found(node, nonce);
                 }
             }
             Event::Guest { node, nonce } => {
@@ -384,6 +391,13 @@ impl World {
                 }
             }
             Event::Deadline { node, nonce } => {
+                let monitor = self.hosts[node].monitors.get(&nonce);
+                let until = monitor.map_or(0, |monitor| monitor.paused_until);
+                if until > self.now {
+                    // The timer's thread is one of several that go on: its vCPUs may be quicker.
+                    let late = until + self.rng.random_range(0..80 * MS);
+                    return self.at(late, event);
+                }
                 if self.monitor_lives(node, nonce, &event) {
                     self.deadline(node, nonce);
                 }
@@ -504,6 +518,12 @@ impl World {
             }
             return;
         }
+        if self.now < self.server_denies_until
+            && matches!(call, Call::Claim { .. } | Call::Make { .. })
+        {
+            let answer = crate::storage::Answer::Denied;
+            return self.send(Place::Server, from, Message::Answer { rpc, answer });
+        }
         if self.now < self.server_full_until && matches!(call, Call::Write { .. }) {
             // The client holds the WRITE and tries it again.
             let late = self.now + self.rng.random_range(200 * MS..S);
@@ -572,11 +592,8 @@ impl World {
         let hosts = self.hosts.iter().enumerate();
         let hosts = hosts.filter(|(_, host)| !host.monitors.is_empty());
         hosts.flat_map(move |(node, host)| {
-            let clock = self.clock(node);
             let monitors = host.monitors.values();
-            let runs = move |monitor: &&Monitor| {
-                monitor.phase == MonitorPhase::Running && monitor.executes(clock, self.now)
-            };
+            let runs = move |monitor: &&Monitor| monitor.executes(self.now);
             monitors.filter(runs).map(move |monitor| (node, monitor))
         })
     }

@@ -3,12 +3,29 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
+use cluster_model::MonitorPhase;
+use cluster_model::phase::Phase;
 use proto::monitor as wire;
 
 use super::Monitor;
 use crate::clock;
 use crate::confine;
 use crate::devices::selfcheck;
+
+/// The wire's form of a phase.
+pub fn wire_phase(phase: Phase) -> wire::Phase {
+    match phase.seen() {
+        MonitorPhase::Ready => wire::Phase::Ready,
+        MonitorPhase::Running => wire::Phase::Running,
+        MonitorPhase::Frozen => wire::Phase::Frozen,
+        MonitorPhase::Refused => wire::Phase::Refused,
+        MonitorPhase::Quiet => wire::Phase::Quiet,
+        MonitorPhase::Incoming => wire::Phase::Incoming,
+        MonitorPhase::Complete => wire::Phase::Complete,
+        MonitorPhase::Stopped => wire::Phase::Stopped,
+        MonitorPhase::Failed => wire::Phase::Failed,
+    }
+}
 
 impl Monitor {
     /// How the monitor stands now.
@@ -22,7 +39,7 @@ impl Monitor {
             vm_name: file.vm_name.clone(),
             token: state.disk_token.0,
             nonce: self.nonce,
-            phase: state.phase.to_wire().into(),
+            phase: wire_phase(state.phase).into(),
             failure: state.failure.clone(),
             pid: std::process::id(),
             lease_deadline_ns: machine.gate().deadline_ns(),

@@ -1,6 +1,7 @@
 //! A monitor that the log lets run is not ended: only what the log has given elsewhere, or stopped, is.
 
-use cluster_model::{Desired, MonitorPhase};
+use cluster_model::Desired;
+use cluster_model::phase::Phase;
 
 use crate::world::{World, node_id};
 
@@ -14,7 +15,7 @@ pub fn check(world: &mut World, node: usize, nonce: u64) {
     };
     let has_guest = matches!(
         monitor.phase,
-        MonitorPhase::Running | MonitorPhase::Frozen | MonitorPhase::Quiet | MonitorPhase::Complete
+        Phase::Running | Phase::Frozen | Phase::Stopping | Phase::Quiet { .. } | Phase::Complete
     );
     let owner = record.ownership.owner == Some(node_id(node));
     let current = monitor.token == record.ownership.token;

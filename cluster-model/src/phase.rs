@@ -12,9 +12,10 @@
 //!   any ── shut down ──► STOPPED      any ── failed ──► FAILED
 //! ```
 //!
-//! QUIET is a promise: a lapse, an extension or a bare permit leads nowhere from it.
+//! QUIET is a promise: a lapse, an extension or a bare permit leads nowhere from it. The monitors of `vmm` and of the
+//! simulation take their steps from this one table.
 
-use proto::monitor as wire;
+use crate::agent::MonitorPhase;
 
 /// How the monitor stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -200,19 +201,19 @@ impl Phase {
         self == Phase::Running
     }
 
-    /// The wire's form.
-    pub fn to_wire(self) -> wire::Phase {
+    /// As its node sees it.
+    pub fn seen(self) -> MonitorPhase {
         match self {
-            Phase::Ready => wire::Phase::Ready,
+            Phase::Ready => MonitorPhase::Ready,
             // Still in its own right, and back to running if the cutover is given up.
-            Phase::Running | Phase::Stopping => wire::Phase::Running,
-            Phase::Frozen => wire::Phase::Frozen,
-            Phase::Refused { .. } => wire::Phase::Refused,
-            Phase::Quiet { .. } => wire::Phase::Quiet,
-            Phase::Incoming => wire::Phase::Incoming,
-            Phase::Complete => wire::Phase::Complete,
-            Phase::Stopped => wire::Phase::Stopped,
-            Phase::Failed => wire::Phase::Failed,
+            Phase::Running | Phase::Stopping => MonitorPhase::Running,
+            Phase::Frozen => MonitorPhase::Frozen,
+            Phase::Refused { .. } => MonitorPhase::Refused,
+            Phase::Quiet { .. } => MonitorPhase::Quiet,
+            Phase::Incoming => MonitorPhase::Incoming,
+            Phase::Complete => MonitorPhase::Complete,
+            Phase::Stopped => MonitorPhase::Stopped,
+            Phase::Failed => MonitorPhase::Failed,
         }
     }
 }

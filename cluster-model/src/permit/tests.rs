@@ -2,15 +2,13 @@
 
 use std::sync::Arc;
 
-use cluster_model::agent::PermitRefusal;
-use cluster_model::{
+use super::{ClaimAck, Confirm, PermitError, RunPermit};
+use crate::agent::{MonitorMigration, MonitorPhase, MonitorView, PermitRefusal, Side};
+use crate::safeguards::Safeguards;
+use crate::{
     ClusterState, LogIndex, Migration, MigrationCause, MigrationId, MigrationOptions,
     MigrationState, NodeId, OwnershipCause, Token, VmId,
 };
-use proto::monitor as wire;
-
-use super::{Confirm, PermitError, RunPermit};
-use crate::broker::ClaimAck;
 
 const ME: NodeId = NodeId(3);
 const VM: VmId = VmId(12);
@@ -33,33 +31,36 @@ fn state(cause: OwnershipCause) -> ClusterState {
 }
 
 fn confirm(state: ClusterState, begun_ns: u64) -> Confirm {
-    Confirm {
-        state: Arc::new(state),
-        begun_boottime_ns: Some(begun_ns),
-        lease_deadline_ns: DEADLINE_NS,
-    }
+    Confirm::read(Arc::new(state), begun_ns, DEADLINE_NS)
 }
 
-fn monitor() -> wire::MonitorStatus {
-    wire::MonitorStatus {
-        vm_id: VM.0,
-        token: TOKEN.0,
+fn monitor() -> MonitorView {
+    MonitorView {
+        vm: VM,
+        token: TOKEN,
         nonce: 7,
-        phase: wire::Phase::Ready.into(),
-        ..wire::MonitorStatus::default()
+        phase: MonitorPhase::Ready,
+        said_quiet: false,
+        writes_unanswered: false,
+        write_latency_p999_us: 0,
+        stop_asked: false,
+        undrained: false,
+        migration: None,
+        failure: None,
+        lease_deadline_passed: false,
     }
 }
 
 fn permit(
     claim: ClaimAck,
     confirm: &Confirm,
-    monitor: &wire::MonitorStatus,
+    monitor: &MonitorView,
 ) -> Result<RunPermit, PermitError> {
-    RunPermit::new(ME, claim, confirm, monitor, 1_000)
+    RunPermit::new(ME, claim, confirm, monitor, 1_000, Safeguards::ALL)
 }
 
 fn claim() -> ClaimAck {
-    ClaimAck::for_tests(VM, TOKEN, 500)
+    ClaimAck::acknowledged(VM, TOKEN, 500)
 }
 
 #[test]
@@ -114,12 +115,12 @@ fn another_owner_is_refused() {
 #[test]
 fn a_claim_of_another_machine_or_token_is_refused() {
     let confirm = confirm(state(OwnershipCause::Start), 600);
-    let other = ClaimAck::for_tests(VmId(13), TOKEN, 500);
+    let other = ClaimAck::acknowledged(VmId(13), TOKEN, 500);
     assert!(matches!(
         permit(other, &confirm, &monitor()),
         Err(PermitError::OtherMachine { .. })
     ));
-    let older = ClaimAck::for_tests(VM, Token(33), 500);
+    let older = ClaimAck::acknowledged(VM, Token(33), 500);
     assert!(matches!(
         permit(older, &confirm, &monitor()),
         Err(PermitError::OtherToken { .. })
@@ -130,7 +131,7 @@ fn a_claim_of_another_machine_or_token_is_refused() {
 fn a_lease_that_ran_out_is_refused() {
     let confirm = confirm(state(OwnershipCause::Start), 600);
     for now_ns in [DEADLINE_NS, DEADLINE_NS + 1] {
-        let refused = RunPermit::new(ME, claim(), &confirm, &monitor(), now_ns);
+        let refused = RunPermit::new(ME, claim(), &confirm, &monitor(), now_ns, Safeguards::ALL);
         assert!(matches!(refused, Err(PermitError::LeasePassed { .. })));
     }
 }
@@ -139,21 +140,21 @@ fn a_lease_that_ran_out_is_refused() {
 fn a_monitor_that_never_ran_proves_no_claim() {
     let mut status = monitor();
     for phase in [
-        wire::Phase::Ready,
-        wire::Phase::Running,
-        wire::Phase::Refused,
-        wire::Phase::Incoming,
-        wire::Phase::Complete,
-        wire::Phase::Stopped,
-        wire::Phase::Failed,
+        MonitorPhase::Ready,
+        MonitorPhase::Running,
+        MonitorPhase::Refused,
+        MonitorPhase::Incoming,
+        MonitorPhase::Complete,
+        MonitorPhase::Stopped,
+        MonitorPhase::Failed,
     ] {
-        status.set_phase(phase);
+        status.phase = phase;
         assert!(
             ClaimAck::of_a_machine_that_ran(&status).is_none(),
             "{phase:?}"
         );
     }
-    status.set_phase(wire::Phase::Frozen);
+    status.phase = MonitorPhase::Frozen;
     assert!(ClaimAck::of_a_machine_that_ran(&status).is_some());
 }
 
@@ -171,10 +172,12 @@ fn only_a_cutover_to_this_node_stands_for_claim_and_confirm() {
 fn a_source_that_said_quiet_runs_only_under_a_token_from_after_the_abort() {
     let mut status = monitor();
     status.said_quiet = true;
-    status.set_phase(wire::Phase::Quiet);
-    status.migration = Some(wire::MigrationProgress {
-        migration_id: 20,
-        ..wire::MigrationProgress::default()
+    status.phase = MonitorPhase::Quiet;
+    status.migration = Some(MonitorMigration {
+        id: MigrationId(20),
+        side: Side::Source,
+        quiet_received: false,
+        failed: None,
     });
     let with = |cause, ended: MigrationState| {
         let mut state = state(cause);
