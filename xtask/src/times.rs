@@ -11,6 +11,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
@@ -71,7 +72,9 @@ struct Step {
 pub fn step(args: &StepArgs) -> anyhow::Result<ExitCode> {
     let script = Process::of(std::os::unix::process::parent_id())?;
     let beside = if args.aside { ", aside" } else { "" };
-    eprintln!("\n== {} ({:.0} s{beside})", args.name, script.age_s()?);
+    let title = format!("\n== {} ({:.0} s{beside})\n", args.name, script.age_s()?);
+    // In one piece: others begin at the same time.
+    std::io::stderr().write_all(title.as_bytes())?;
     let folder = folder();
     fs::create_dir_all(&folder)?;
     let log = folder.join(format!("{}.log", args.name));
