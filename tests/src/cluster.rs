@@ -2,9 +2,10 @@
 //! every guest leaves a witness, and nothing is left behind.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
@@ -104,6 +105,28 @@ pub struct TestCluster {
 /// Each cluster of one test process gets addresses of its own.
 static NEXT: AtomicU8 = AtomicU8::new(0);
 
+/// On this port of `127.99.x.1` a process holds its x.
+const CLAIM_PORT: u16 = 7439;
+
+/// The third number of this process's addresses, which no other process of this host has while this one lives: whole
+/// clusters run beside each other.
+fn own_third() -> anyhow::Result<u8> {
+    static OWN: Mutex<Option<(u8, TcpListener)>> = Mutex::new(None);
+    let mut own = OWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((third, _)) = &*own {
+        return Ok(*third);
+    }
+    let begin = (std::process::id() % 250) as u8;
+    for third in (begin..250).chain(0..begin) {
+        let address = SocketAddr::from(([127, 99, third, 1], CLAIM_PORT));
+        if let Ok(listener) = TcpListener::bind(address) {
+            *own = Some((third, listener));
+            return Ok(third);
+        }
+    }
+    anyhow::bail!("250 processes of this host run test clusters")
+}
+
 impl TestCluster {
     /// Starts one.
     ///
@@ -111,7 +134,7 @@ impl TestCluster {
     /// When a process does not start; the logs' place is in the message.
     pub async fn start(setup: Setup) -> anyhow::Result<TestCluster> {
         let folder = tempfile::Builder::new().prefix("baton-test-").tempdir()?;
-        let third = u8::try_from(std::process::id() % 250).unwrap_or(0);
+        let third = own_third()?;
         let second = 100 + NEXT.fetch_add(1, Ordering::Relaxed) * 2;
         let plan = Plan {
             folder: folder.path().join("cluster"),

@@ -23,7 +23,7 @@ pub fn kvm_or_skip(test: &str) -> bool {
     {
         Ok(_) => true,
         Err(error) => {
-            println!("SKIPPED {test}: /dev/kvm cannot be opened ({error})");
+            proto::skip!(test, "/dev/kvm cannot be opened ({error})");
             false
         }
     }
@@ -36,8 +36,9 @@ pub fn all_or_skip(test: &str) -> bool {
     if asked && root {
         return true;
     }
-    println!(
-        "SKIPPED {test}: needs root and installed packages; run as root: cargo xtask test --all"
+    proto::skip!(
+        test,
+        "needs root and installed packages; run as root: cargo xtask test --all"
     );
     false
 }

@@ -6,11 +6,14 @@
 use std::collections::BTreeMap;
 use std::io::{self, Read};
 use std::net::{Ipv4Addr, SocketAddrV4};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use anyhow::{Context, ensure};
+use nix::sched::{CloneFlags, unshare};
 use socket2::{Domain, Protocol, Socket, Type};
 
 /// Of each flow so much is looked at, bytes: handshakes, and a good deal of what follows.
@@ -21,6 +24,22 @@ const RPC_QUESTION_BYTES_MAX: usize = 128;
 const FLOWS_MAX: usize = 20_000;
 /// ETH_P_IP, in network order, as a socket's protocol.
 const IPV4: i32 = 0x0800u16.to_be() as i32;
+
+/// Moves this thread, and what it starts from now on, into a network that has a loopback and nobody else on it. Needs
+/// root.
+///
+/// # Errors
+/// What the system refuses.
+pub fn enter_network_of_its_own() -> anyhow::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNET).context("no network namespace; this needs root")?;
+    let output = Command::new("ip")
+        .args(["link", "set", "lo", "up"])
+        .output()
+        .context("cannot run ip; install iproute2")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "ip link set lo up: {said}");
+    Ok(())
+}
 
 /// From whom to whom.
 pub type Flow = (SocketAddrV4, SocketAddrV4);
@@ -235,6 +254,47 @@ mod tests {
         assert!(is_tls13(&[good.as_slice(), b"GET / HTTP/1.1"].concat()).is_err());
         let older = [22, 3, 3, 0, 4, 2, 0, 0, 0];
         assert!(is_tls13(&older).is_err(), "a server that speaks TLS 1.2");
+    }
+
+    #[test]
+    fn a_tap_in_a_network_of_its_own_does_not_hear_what_others_say() {
+        if !crate::all_or_skip("a tap in a network of its own") {
+            return;
+        }
+        let conversation = || {
+            let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+            let address = listener.local_addr().unwrap();
+            let mut client = std::net::TcpStream::connect(address).unwrap();
+            std::io::Write::write_all(&mut client, b"in clear").unwrap();
+            let (mut server, _) = listener.accept().unwrap();
+            let mut heard = [0; 8];
+            server.read_exact(&mut heard).unwrap();
+            address.port()
+        };
+        // Both taps are open while both talk; a thread alone moves, this one stays where the others are.
+        let (moved, is_moved) = std::sync::mpsc::channel();
+        let (talked, has_talked) = std::sync::mpsc::channel::<u16>();
+        let inside = std::thread::spawn(move || {
+            enter_network_of_its_own().unwrap();
+            let tap = Tap::open(|_| true).unwrap();
+            moved.send(()).unwrap();
+            let elsewhere = has_talked.recv().unwrap();
+            let own = conversation();
+            let ports = ports(&tap.close().unwrap());
+            assert!(ports.contains(&own), "{own} of {ports:?}");
+            (elsewhere, ports)
+        });
+        is_moved.recv().unwrap();
+        let tap = Tap::open(|_| true).unwrap();
+        let own = conversation();
+        talked.send(own).unwrap();
+        let (elsewhere, heard_inside) = inside.join().unwrap();
+        assert!(ports(&tap.close().unwrap()).contains(&own));
+        assert!(!heard_inside.contains(&elsewhere), "{heard_inside:?}");
+    }
+
+    fn ports(flows: &BTreeMap<Flow, Vec<u8>>) -> Vec<u16> {
+        flows.keys().map(|(_, to)| to.port()).collect()
     }
 
     #[test]

@@ -57,7 +57,7 @@ impl SmallServer {
             }
             if server.child.try_wait()?.is_some() {
                 let said = std::fs::read_to_string(server._folder.path().join("log"))?;
-                println!("SKIPPED bad_volumes (small volumes): {}", said.trim());
+                proto::skip!("bad_volumes (small volumes)", "{}", said.trim());
                 return Ok(None);
             }
             tokio::time::sleep(Duration::from_millis(25)).await;

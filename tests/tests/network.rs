@@ -7,13 +7,13 @@ use tests::cluster::TestCluster;
 use tests::lab::{self, EchoPeer, RarpEar, SWITCH};
 use tests::linux::{LinuxGuest, Terminal};
 
-/// How many migrations one connection has to live through.
-const MIGRATIONS: usize = 20;
+/// How many migrations one connection has to live through: in a landing, and in the long tier.
+const MIGRATIONS: [usize; 2] = [5, 20];
 const VM: &str = "linux-1";
 
 #[test]
-fn a_tcp_connection_to_a_machine_lives_through_twenty_migrations() -> anyhow::Result<()> {
-    let test = "a_tcp_connection_to_a_machine_lives_through_twenty_migrations";
+fn a_tcp_connection_to_a_machine_lives_through_many_migrations() -> anyhow::Result<()> {
+    let test = "a_tcp_connection_to_a_machine_lives_through_many_migrations";
     if !tests::all_or_skip(test) || !tests::kvm_or_skip(test) {
         return Ok(());
     }
@@ -40,7 +40,9 @@ async fn scenario(cluster: &TestCluster) -> anyhow::Result<()> {
     a_silent_guest_is_found_by_its_announcement(cluster).await?;
     let mut peer = EchoPeer::connect().await?;
     let mut gaps = Vec::new();
-    for round in 0..MIGRATIONS {
+    let [landing, long] = MIGRATIONS;
+    let migrations = proto::testing::by_tier(landing, long);
+    for round in 0..migrations {
         let to = lab::next_node(cluster, VM, round).await?;
         let begun = Instant::now();
         let end = cluster.migrate(VM, &to).await?;
@@ -58,7 +60,7 @@ async fn scenario(cluster: &TestCluster) -> anyhow::Result<()> {
             lab::forwarding_entries(SWITCH)?
         );
     }
-    println!("{MIGRATIONS} migrations, one connection; the longest pause in each, ms: {gaps:?}");
+    println!("{migrations} migrations, one connection; the longest pause in each, ms: {gaps:?}");
     let status = Terminal::open(cluster, VM).await?.status().await?;
     ensure!(status.errors == 0, "the guest's worker found: {status:?}");
     cluster.stop(VM).await?;

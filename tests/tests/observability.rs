@@ -378,7 +378,10 @@ async fn nothing_is_sent_where_no_collector_is_configured_and_logs_are_json() ->
             );
         }
         Err(error) => {
-            println!("SKIPPED observability: {USUAL_COLLECTOR} cannot be used here ({error})");
+            proto::skip!(
+                "observability",
+                "{USUAL_COLLECTOR} cannot be used here ({error})"
+            );
         }
     }
     let mut migrated_lines = 0;

@@ -20,17 +20,17 @@ const UID: u32 = 1_879_049_000;
 /// Tells the attacker's process where to look, and that it is one.
 const ATTACKER: &str = "BATON_TEST_ATTACKER";
 
-fn skip_unless(root: bool) -> bool {
+fn skip_unless(test: &str, root: bool) -> bool {
     if let Err(error) = std::fs::File::options()
         .read(true)
         .write(true)
         .open("/dev/kvm")
     {
-        println!("SKIPPED: /dev/kvm cannot be opened: {error}");
+        proto::skip!(test, "/dev/kvm cannot be opened: {error}");
         return true;
     }
     if root && !nix::unistd::geteuid().is_root() {
-        println!("SKIPPED: takes root: sudo cargo xtask test --all");
+        proto::skip!(test, "takes root: sudo cargo xtask test --all");
         return true;
     }
     false
@@ -48,7 +48,7 @@ fn status(folder: &Path, key: &str) -> String {
 
 #[tokio::test]
 async fn a_monitor_started_by_root_is_a_user_without_rights_in_an_empty_root_and_its_guest_runs() {
-    if skip_unless(true) {
+    if skip_unless("a confined monitor of root", true) {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -167,7 +167,7 @@ async fn a_monitor_started_by_root_is_a_user_without_rights_in_an_empty_root_and
 
 #[test]
 fn whoever_breaks_out_of_a_monitor_finds_nothing_to_open_to_start_or_to_talk_to() {
-    if skip_unless(false) {
+    if skip_unless("whoever breaks out of a monitor", false) {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -208,7 +208,10 @@ fn call(number: libc::c_long, arguments: [libc::c_long; 4]) -> i32 {
 #[ignore = "run by the test above, in a process of its own"]
 fn the_attacker() {
     let Some(folder) = std::env::var_os(ATTACKER).map(PathBuf::from) else {
-        println!("SKIPPED: run by another test, in a process of its own");
+        proto::skip!(
+            "the_attacker",
+            "run by another test, in a process of its own"
+        );
         return;
     };
     let spec = ValidatedSpec::read(&folder.join("machine.json")).unwrap();

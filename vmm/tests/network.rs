@@ -24,7 +24,7 @@ fn in_namespace(name: &'static str, test: impl FnOnce() + Send + 'static) {
             test();
             return;
         };
-        println!("SKIPPED {name}: {missing}");
+        proto::skip!(name, "{missing}");
     });
     ran.join().unwrap();
 }

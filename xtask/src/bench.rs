@@ -1,11 +1,12 @@
-//! Builds a measuring program in release mode and runs it.
+//! Builds a program that measures or tries, and runs it.
 
 use std::path::Path;
 use std::process::Command;
 
 use clap::{Args, ValueEnum};
 
-use crate::build;
+use crate::build::{self, Profile};
+use crate::git;
 
 /// Flags of `cargo xtask bench`.
 #[derive(Args)]
@@ -38,46 +39,56 @@ enum Bench {
 
 /// Runs one.
 pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
-    let (package, program) = match args.name {
-        Bench::Migrate => ("tests", "bench-migrate"),
-        Bench::Raft => ("clusterd", "raft-bench"),
-        Bench::Failover => ("tests", "bench-failover"),
-        Bench::Network => ("tests", "bench-network"),
-        Bench::Flood => ("tests", "bench-flood"),
+    let program = match args.name {
+        Bench::Migrate => "bench-migrate",
+        Bench::Raft => "bench-raft",
+        Bench::Failover => "bench-failover",
+        Bench::Network => "bench-network",
+        Bench::Flood => "bench-flood",
         Bench::Tls => {
-            // No machine runs: no programs to build, nothing to require of the host.
-            let (programs, program) = (build::target_dir().join("release"), "bench-tls");
-            build_release("tests", program)?;
-            return build::run(Command::new(programs.join(program)).args(&args.args));
+            // No machine runs: nothing else to build, nothing to require of the host.
+            let programs = build::programs(Profile::Release, &["bench-tls"])?;
+            return run_beside(&programs, "bench-tls", &args.args);
         }
-        Bench::NfsTls => ("tests", "bench-nfs-tls"),
+        Bench::NfsTls => "bench-nfs-tls",
     };
-    release_program(package, program, &args.args)
+    with_machines(Profile::Release, program, &args.args)
 }
 
 /// Runs the soak program.
 pub fn soak(args: &[String]) -> anyhow::Result<()> {
-    release_program("tests", "soak", args)
+    with_machines(Profile::Release, "soak", args)
 }
 
 /// Runs the chaos program.
 pub fn chaos(dev: bool, args: &[String]) -> anyhow::Result<()> {
-    if !dev {
-        return release_program("tests", "chaos", args);
-    }
-    build::require_kvm()?;
-    let programs = build::programs_and_tests()?;
-    run_beside(&programs, "chaos", args)
+    let profile = if dev { Profile::Dev } else { Profile::Release };
+    with_machines(profile, "chaos", args)
 }
 
-/// Runs a program of that package's name that needs no machine: optimised, with its assertions.
-pub fn pure_program(package: &str, args: &[String]) -> anyhow::Result<()> {
-    build::run(
-        build::cargo()
-            .args(["run", "--quiet", "--package", package, "--bin", package])
-            .arg("--")
-            .args(args),
-    )
+/// Runs a program that needs no machine: with its assertions, and optimised where its package says so.
+pub fn pure_program(program: &str, args: &[String]) -> anyhow::Result<()> {
+    let programs = build::programs(Profile::Dev, &[program])?;
+    run_beside(&programs, program, args)
+}
+
+/// Seeds that a landing tries: other ones for each commit, since the same ones find what they find once.
+pub fn sim(args: &[String]) -> anyhow::Result<()> {
+    let mut args = args.to_vec();
+    for at in 1..args.len() {
+        if args[at - 1] == "--first" && args[at] == "commit" {
+            args[at] = first_seed(git::head().as_deref()).to_string();
+            eprintln!("the first seed is this commit's: {}", args[at]);
+        }
+    }
+    pure_program("sim", &args)
+}
+
+/// The first six digits of a commit's name, far apart for any two commits; 1 where there is none.
+fn first_seed(commit: Option<&str>) -> u64 {
+    commit
+        .and_then(|commit| u64::from_str_radix(commit.get(..6)?, 16).ok())
+        .map_or(1, |digits| digits * 10_000 + 1)
 }
 
 /// What the crashes of the Raft store take.
@@ -95,17 +106,17 @@ pub struct CrashArgs {
 pub fn crash(args: &CrashArgs) -> anyhow::Result<()> {
     build::run(
         build::cargo()
-            .args(["test", "--quiet", "--package", "clusterd", "--lib"])
+            .args(["test", "--quiet", "--workspace", "--lib"])
             .args(["raft::crash", "--", "--nocapture"])
             .env("BATON_CRASH_POINTS", args.points.to_string())
             .env("BATON_CRASH_SEED", args.seed.to_string()),
     )
 }
 
-fn release_program(package: &str, program: &str, args: &[String]) -> anyhow::Result<()> {
+/// Builds one of the programs that start all others, and those, and runs it.
+fn with_machines(profile: Profile, program: &str, args: &[String]) -> anyhow::Result<()> {
     build::require_kvm()?;
-    let programs = build::programs()?;
-    build_release(package, program)?;
+    let programs = build::installed_and(profile, program)?;
     run_beside(&programs, program, args)
 }
 
@@ -118,6 +129,15 @@ fn run_beside(programs: &Path, program: &str, args: &[String]) -> anyhow::Result
     )
 }
 
-fn build_release(package: &str, program: &str) -> anyhow::Result<()> {
-    build::run(build::cargo().args(["build", "--release", "--package", package, "--bin", program]))
+#[cfg(test)]
+mod tests {
+    use super::first_seed;
+
+    #[test]
+    fn each_commit_has_seeds_of_its_own() {
+        assert_eq!(first_seed(Some("00000a89ab")), 100_001);
+        assert_eq!(first_seed(Some("00000b89ab")), 110_001);
+        assert_eq!(first_seed(Some("not")), 1);
+        assert_eq!(first_seed(None), 1);
+    }
 }

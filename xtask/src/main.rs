@@ -2,9 +2,16 @@
 
 mod bench;
 mod build;
+mod edges;
+mod git;
 mod guest;
 mod layers;
+mod long;
+mod retries;
 mod test;
+mod times;
+
+use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
@@ -17,24 +24,30 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Chore {
-    /// Build in release mode and run the demo: three nodes, real machines, a migration, a drain, a failover.
+    /// Build the programs and run the demo: three nodes, real machines, a migration, a drain, a failover.
     Demo {
-        /// With the programs that the tests use (assertions on, less optimised) instead of a release build.
+        /// With a release build, instead of the programs that the tests use (assertions on, less optimised).
         #[arg(long)]
-        dev: bool,
+        release: bool,
         /// Given to `clusterctl demo`, for example `--json`.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
     /// Run the tests. With --all also those that need root and packages; there a SKIPPED is a failure.
     Test(test::TestArgs),
+    /// Build all programs and tests, as `test` does before it runs them.
+    Build,
+    /// Check what is depended on: bans, licences, sources, lock files (needs cargo-deny).
+    Dependencies,
     /// Build a guest image: `linux`.
     Guest(guest::GuestArgs),
-    /// Check that the crates depend on each other only as ARCHITECTURE.md says.
+    /// Check what ARCHITECTURE.md says of the sources: which crate depends on which, where prost types are named and
+    /// where connections are made, how tests say that they were skipped, and which suites may be tried again.
     Layers,
     /// Measure: `migrate`, `raft`, `failover`, `network`, `flood`, `tls`, `nfs-tls`.
     Bench(bench::BenchArgs),
-    /// Simulate clusters from seeds: `--seeds 10000`, `--seed 7` replays one, `--mutants` breaks things on purpose.
+    /// Simulate clusters from seeds: `--seeds 10000`, `--seed 7` replays one, `--mutants` breaks things on purpose;
+    /// `--first commit` begins at a seed that is this commit's own.
     Sim {
         /// Given to the simulation.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -55,7 +68,8 @@ enum Chore {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// Feed what takes bytes from outside with libFuzzer: `--seconds 30` for each target, `--target nfs_reply`.
+    /// Feed what takes bytes from outside with libFuzzer: `--seconds 30` for each target, `--target nfs_reply`;
+    /// `--blind` without libFuzzer and its build.
     Fuzz {
         /// Given to the runner.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -72,21 +86,39 @@ enum Chore {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Run one suite of the long tier in full and record it in docs/long-runs.md; without a name list them.
+    Long(long::LongArgs),
+    /// Run a step of `.ci/run` and keep what it took.
+    Step(times::StepArgs),
+    /// Begin or end the measuring of `.ci/run`: a table of its steps beside their budgets.
+    Times {
+        /// Which.
+        #[command(subcommand)]
+        what: times::TimesArgs,
+    },
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<ExitCode> {
     match Args::parse().chore {
-        Chore::Demo { dev, args } => build::demo(dev, &args),
+        Chore::Step(args) => return times::step(&args),
+        Chore::Times { what } => return times::run(what),
+        Chore::Demo { release, args } => build::demo(release, &args),
+        Chore::Build => build::programs_and_tests().map(drop),
+        Chore::Dependencies => build::dependencies(),
         Chore::Test(args) => test::run(&args),
         Chore::Guest(args) => guest::run(&args),
-        Chore::Layers => layers::run(),
+        Chore::Layers => layers::run()
+            .and_then(|()| edges::run())
+            .and_then(|()| retries::allowed().map(drop)),
         Chore::Bench(args) => bench::run(&args),
-        Chore::Sim { args } => bench::pure_program("sim", &args),
+        Chore::Sim { args } => bench::sim(&args),
         Chore::Model { args } => bench::pure_program("protocol-model", &args),
         Chore::Chaos { dev, args } => bench::chaos(dev, &args),
         Chore::Fuzz { args } => bench::pure_program("fuzz", &args),
         Chore::Crash(args) => bench::crash(&args),
         Chore::Attack => test::attack(),
         Chore::Soak { args } => bench::soak(&args),
-    }
+        Chore::Long(args) => long::run(&args),
+    }?;
+    Ok(ExitCode::SUCCESS)
 }

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::net::{IpAddr, Ipv4Addr};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -67,7 +68,7 @@ pub struct Figure {
     pub value: f64,
     /// Its unit.
     pub unit: String,
-    /// What it is compared with, in the same unit: one append and fdatasync on the same disk.
+    /// What it is compared with, in the same unit: one write and fdatasync on the same disk.
     pub peer: Option<f64>,
     /// `value / peer`.
     pub ratio: Option<f64>,
@@ -197,13 +198,35 @@ fn quantiles(mut took: Vec<Duration>) -> Quantiles {
     }
 }
 
-/// What an append and fdatasync takes when `writers` do so at once, each to its own file.
-async fn disk(options: &BenchOptions, writers: u64) -> Result<Vec<Duration>, BenchError> {
+/// What a commit is compared with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Peer {
+    /// A file that grows by each write, so that each sync commits its new size and blocks too: what a program does
+    /// that takes no care.
+    Growing,
+    /// A file that has all its blocks and is overwritten, so that a sync is the disk's alone: what the log itself does.
+    Preallocated,
+}
+
+/// Size of the preallocated peer, bytes: the journal's.
+const PEER_BYTES: u64 = super::journal::JOURNAL_BYTES;
+/// What is overwritten at once, bytes: whole blocks, as the journal's records are, so that nothing is read before.
+const PEER_BLOCK: usize = 4096;
+
+/// What a write and fdatasync takes when `writers` do so at once, each to its own file.
+async fn disk(
+    options: &BenchOptions,
+    peer: Peer,
+    writers: u64,
+) -> Result<Vec<Duration>, BenchError> {
     let tasks: Vec<_> = (0..writers)
         .map(|writer| {
-            let path = options.dir.join(format!("fdatasync{writer}"));
+            let path = options.dir.join(format!("{peer:?}{writer}"));
             let (bytes, duration) = (options.command_bytes, options.duration / SLICES);
-            tokio::task::spawn_blocking(move || fdatasync(&path, bytes, duration))
+            tokio::task::spawn_blocking(move || match peer {
+                Peer::Growing => grow(&path, bytes, duration),
+                Peer::Preallocated => overwrite(&path, PEER_BYTES, duration),
+            })
         })
         .collect();
     let mut took = Vec::new();
@@ -218,14 +241,48 @@ async fn disk(options: &BenchOptions, writers: u64) -> Result<Vec<Duration>, Ben
 }
 
 /// What each append of `bytes` and fdatasync to a new file at `path` takes.
-fn fdatasync(path: &Path, bytes: usize, duration: Duration) -> io::Result<Vec<Duration>> {
-    let mut file = File::create(path)?;
+fn grow(path: &Path, bytes: usize, duration: Duration) -> io::Result<Vec<Duration>> {
+    let file = File::create(path)?;
     let block = vec![b'x'; bytes];
+    let offset = |write: u64| write * bytes as u64;
+    timed(&file, &block, offset, duration)
+}
+
+/// What each overwriting of one block and fdatasync takes, in a file at `path` whose `size` bytes were all written
+/// and synced before.
+fn overwrite(path: &Path, size: u64, duration: Duration) -> io::Result<Vec<Duration>> {
+    let open = File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path);
+    let file = open?;
+    if file.metadata()?.len() != size {
+        let zeros = vec![0; 1 << 20];
+        for at in (0..size).step_by(zeros.len()) {
+            let length = zeros.len().min((size - at) as usize);
+            file.write_all_at(&zeros[..length], at)?;
+        }
+        file.sync_all()?;
+    }
+    let block = vec![b'x'; PEER_BLOCK];
+    let blocks = (size / PEER_BLOCK as u64).max(1);
+    let offset = |write: u64| write % blocks * PEER_BLOCK as u64;
+    timed(&file, &block, offset, duration)
+}
+
+/// What each writing of `block` at the place of its number and fdatasync takes, for so long.
+fn timed(
+    file: &File,
+    block: &[u8],
+    offset: impl Fn(u64) -> u64,
+    duration: Duration,
+) -> io::Result<Vec<Duration>> {
     let mut took = Vec::new();
     let end = Instant::now() + duration;
     while Instant::now() < end {
         let begun = Instant::now();
-        file.write_all(&block)?;
+        file.write_all_at(block, offset(took.len() as u64))?;
         file.sync_data()?;
         took.push(begun.elapsed());
     }
@@ -313,7 +370,7 @@ async fn start_node(
     })
 }
 
-/// The number of clients whose p50 is the bench's headline, `commit_over_fdatasync`.
+/// The number of clients whose p50 is the bench's headline: `commit_over_fdatasync` and its like.
 const HEADLINE_CLIENTS: usize = 16;
 
 /// Slices that a measurement is cut into: the disk alone, the disk under as many writers as there are nodes, and the
@@ -333,40 +390,55 @@ async fn measure(
         // Connections, caches and the allocator settle first.
         let slice = options.duration / SLICES;
         propose(&leader.handle, clients, options, slice).await?;
-        let (mut alone, mut shared, mut took) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut growing, mut alone, mut shared) = (Vec::new(), Vec::new(), Vec::new());
+        let mut took = Vec::new();
         let mut committing = Duration::ZERO;
         for _ in 0..SLICES {
             // What the stores put off would be measured with the disk.
             for node in nodes {
                 node.handle.settle().await;
             }
-            alone.extend(disk(options, 1).await?);
+            growing.extend(disk(options, Peer::Growing, 1).await?);
+            alone.extend(disk(options, Peer::Preallocated, 1).await?);
             // All nodes of this measurement share one disk, which a real cluster's do not.
-            shared.extend(disk(options, options.nodes).await?);
+            shared.extend(disk(options, Peer::Preallocated, options.nodes).await?);
             let begun = Instant::now();
             took.extend(propose(&leader.handle, clients, options, slice).await?);
             committing += begun.elapsed();
         }
         let rate = took.len() as f64 / committing.as_secs_f64();
-        let (disk, shared, quantiles) = (quantiles(alone), quantiles(shared), quantiles(took));
+        let (growing, alone, shared, commit) = (
+            quantiles(growing),
+            quantiles(alone),
+            quantiles(shared),
+            quantiles(took),
+        );
         let name =
             |what: &str| format!("commit {what}, {} nodes, {clients} clients", options.nodes);
         let beside = |what: &str| format!("fdatasync {what}, beside {clients} clients");
-        figures.push(figure(&beside("p50"), disk.p50, "us", None));
-        figures.push(figure(&beside("p99"), disk.p99, "us", None));
+        figures.push(figure(&beside("growing p50"), growing.p50, "us", None));
+        figures.push(figure(&beside("preallocated p50"), alone.p50, "us", None));
+        figures.push(figure(&beside("preallocated p99"), alone.p99, "us", None));
         figures.push(figure(
-            &beside(&format!("p50 of {} writers at once", options.nodes)),
+            &beside(&format!(
+                "preallocated p50 of {} writers at once",
+                options.nodes
+            )),
             shared.p50,
             "us",
-            Some(disk.p50),
+            Some(alone.p50),
         ));
-        figures.push(figure(&name("p50"), quantiles.p50, "us", Some(disk.p50)));
-        if clients == HEADLINE_CLIENTS && disk.p50 > 0.0 {
-            let ratio = quantiles.p50 / disk.p50;
-            figures.push(figure("commit_over_fdatasync", ratio, "x", None));
-        }
-        figures.push(figure(&name("p99"), quantiles.p99, "us", Some(disk.p99)));
+        figures.push(figure(&name("p50"), commit.p50, "us", Some(alone.p50)));
+        figures.push(figure(&name("p99"), commit.p99, "us", Some(alone.p99)));
         figures.push(figure(&name("rate"), rate, "1/s", None));
+        if clients == HEADLINE_CLIENTS {
+            for (name, peer) in [
+                ("commit_over_fdatasync", growing.p50),
+                ("commit_over_fdatasync_preallocated", alone.p50),
+            ] {
+                figures.push(figure(name, commit.p50 / peer, "x", None));
+            }
+        }
     }
     Ok(())
 }
@@ -400,4 +472,30 @@ async fn propose(
         all.extend(took.map_err(|error| cluster_failed(&error))?);
     }
     Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_peer_grows_and_the_other_keeps_its_size() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let duration = Duration::from_millis(20);
+        let size = 4 * PEER_BLOCK as u64;
+        let length = |path: &Path| std::fs::metadata(path).expect("a file").len();
+
+        let path = folder.path().join("preallocated");
+        // Often enough to come round.
+        let mut writes = 0;
+        while writes < 9 {
+            writes += overwrite(&path, size, duration).expect("it writes").len();
+        }
+        assert_eq!(length(&path), size);
+
+        let path = folder.path().join("growing");
+        let writes = grow(&path, 256, duration).expect("it writes").len() as u64;
+        assert!(writes > 0);
+        assert_eq!(length(&path), writes * 256);
+    }
 }

@@ -237,7 +237,7 @@ macro_rules! scene {
         match Scene::set($nodes).await {
             Ok(scene) => scene,
             Err(why) => {
-                eprintln!("SKIPPED {}: {why}", $test);
+                proto::skip!($test, "{why}");
                 return;
             }
         }
@@ -352,7 +352,7 @@ async fn a_check_of_a_confined_monitor_agrees_with_the_kernel_and_its_groups_go_
         monitor.measures
     );
     if !nix::unistd::geteuid().is_root() {
-        eprintln!("SKIPPED the rest: only root confines monitors in every way");
+        proto::skip!("the rest", "only root confines monitors in every way");
         return;
     }
     assert!(said("uid") && said("processes"), "{monitor:#?}");

@@ -56,7 +56,7 @@ fn kill(child: &mut Child) {
 /// Runs a test beside a Ganesha of its own, or says why it cannot.
 pub fn with_ganesha(name: &'static str, test: impl AsyncFnOnce(&mut Ganesha) + Send + 'static) {
     if let Some(why) = missing() {
-        eprintln!("SKIPPED {name}: {why}");
+        proto::skip!(name, "{why}");
         return;
     }
     let thread = std::thread::spawn(move || {

@@ -16,7 +16,7 @@ struct Args {
     /// Leave out one rule after the other and find the shortest history that breaks; or one, with its history.
     #[arg(long, value_name = "MUTANT", num_args = 0..=1, ignore_case = true)]
     mutants: Option<Option<Mutant>>,
-    /// Print one JSON object instead of a table.
+    /// Print one JSON object on stdout.
     #[arg(long)]
     json: bool,
 }
@@ -142,36 +142,41 @@ fn counterexample(found: &Counterexample) -> Value {
 }
 
 fn mutants(json: bool) -> bool {
-    let all: Vec<(Mutant, Option<Counterexample>)> = Mutant::ALL
+    let hunted: Vec<(Mutant, Option<Counterexample>)> = Mutant::ALL
         .into_iter()
         .map(|mutant| (mutant, hunt(mutant)))
         .collect();
-    let caught = all.iter().filter(|(_, found)| found.is_some()).count();
+    let caught = hunted.iter().filter(|(_, found)| found.is_some()).count();
     if json {
-        let mutants: Vec<Value> = all.iter().map(|(mutant, found)| {
+        let mutants: Vec<Value> = hunted.iter().map(|(mutant, found)| {
             json!({ "mutant": format!("{mutant:?}"), "counterexample": found.as_ref().map(counterexample) })
         }).collect();
         let of = format!("{} processors", threads());
         let figures = json!([
-            { "name": "mutants", "value": all.len(), "unit": "1" },
+            { "name": "mutants", "value": hunted.len(), "unit": "1" },
             { "name": "mutants_caught", "value": caught, "unit": "1" },
         ]);
         let all = json!({ "bench": "protocol-model mutants", "machine": of, "figures": figures, "mutants": mutants });
         println!("{all}");
+        eprint!("{}", table(&hunted));
     } else {
-        println!("{:<30} {:>5}  what breaks", "mutant", "steps");
-        for (mutant, found) in &all {
-            match found {
-                Some(found) => {
-                    let name = format!("{mutant:?}");
-                    println!("{name:<30} {:>5}  {}", found.steps.len(), found.property);
-                }
-                None => println!("{mutant:?}: MISSED"),
-            }
-        }
-        println!("{caught} of {} mutants caught", all.len());
+        print!("{}", table(&hunted));
     }
-    caught == all.len()
+    caught == hunted.len()
+}
+
+/// A line for each mutant, and one that sums up.
+fn table(hunted: &[(Mutant, Option<Counterexample>)]) -> String {
+    let mut out = format!("{:<30} {:>5}  what breaks\n", "mutant", "steps");
+    for (mutant, found) in hunted {
+        let name = format!("{mutant:?}");
+        out += &match found {
+            Some(found) => format!("{name:<30} {:>5}  {}\n", found.steps.len(), found.property),
+            None => format!("{name}: MISSED\n"),
+        };
+    }
+    let caught = hunted.iter().filter(|(_, found)| found.is_some()).count();
+    out + &format!("{caught} of {} mutants caught\n", hunted.len())
 }
 
 fn history(mutant: Mutant, json: bool) -> bool {

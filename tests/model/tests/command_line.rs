@@ -2,6 +2,8 @@
 
 use std::process::{Command, Output};
 
+use protocol_model::Mutant;
+
 fn protocol_model(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_protocol-model"))
         .args(args)
@@ -34,25 +36,32 @@ fn a_mutants_history_ends_with_what_it_breaks() {
     assert!(last[1].contains("broken: no write lands after"), "{said}");
 }
 
-#[test]
-fn the_last_line_of_a_table_sums_it_up() {
-    let output = protocol_model(&["--mutants"]);
-    assert!(output.status.success());
-    let said = text(&output.stdout);
-    assert_eq!(said.lines().last(), Some("24 of 24 mutants caught"));
-}
+/// No rule needs a longer history than this to be missed.
+const STEPS_MAX: u64 = 30;
 
+/// One hunt for all of them, which takes a while: every rule of the protocol is needed, without it a history breaks
+/// what it is there for.
 #[test]
-fn json_is_one_object_with_figures() {
+fn every_rule_is_missed_when_it_is_left_out_and_table_and_figures_say_so() {
     let output = protocol_model(&["--mutants", "--json"]);
     assert!(output.status.success());
+    let table = text(&output.stderr);
+    assert_eq!(table.lines().last(), Some("24 of 24 mutants caught"));
     let said: serde_json::Value = serde_json::from_slice(&output.stdout).expect("one object");
     let figures = said["figures"].as_array().expect("figures");
     let caught = figures
         .iter()
         .find(|figure| figure["name"] == "mutants_caught");
     assert_eq!(caught.map(|figure| &figure["value"]), Some(&24.into()));
-    assert_eq!(said["mutants"].as_array().map(Vec::len), Some(24));
+    let mutants = said["mutants"].as_array().expect("mutants");
+    assert_eq!(mutants.len(), Mutant::ALL.len());
+    for (rule, said) in Mutant::ALL.into_iter().zip(mutants) {
+        assert_eq!(said["mutant"], format!("{rule:?}"));
+        let found = &said["counterexample"];
+        assert_eq!(found["property"], rule.harm(), "{rule:?}");
+        let length = found["length"].as_u64().expect("a length");
+        assert!((1..=STEPS_MAX).contains(&length), "{rule:?}: {length}");
+    }
 }
 
 #[test]

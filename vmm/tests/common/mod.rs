@@ -44,7 +44,7 @@ pub fn kvm(test: &str) -> bool {
         .open("/dev/kvm")
         .is_ok();
     if !there {
-        println!("SKIPPED {test}: /dev/kvm cannot be opened");
+        proto::skip!(test, "/dev/kvm cannot be opened");
     }
     there
 }

@@ -4,8 +4,8 @@ use std::time::Instant;
 
 use super::{Counts, Mutant, search};
 
-/// Crash points of the test; [`POINTS`] asks for more.
-const POINTS_DEFAULT: u64 = 12_000;
+/// Crash points of the test in a landing and in the long tier; [`POINTS`] asks for more.
+const POINTS_DEFAULT: [u64; 2] = [4_000, 12_000];
 /// Crash points within which a mutant must be caught.
 const POINTS_MUTANT: u64 = 3_000;
 /// How many crash points, from which seed on, and where the figures go.
@@ -20,7 +20,9 @@ fn variable(name: &str, default: u64) -> u64 {
 #[test]
 fn a_store_holds_what_it_acknowledged_after_a_crash_at_any_operation() {
     let mut counts = Counts::default();
-    let (points, seed) = (variable(POINTS, POINTS_DEFAULT), variable(SEED, 1));
+    let [landing, long] = POINTS_DEFAULT;
+    let default = proto::testing::by_tier(landing, long);
+    let (points, seed) = (variable(POINTS, default), variable(SEED, 1));
     let begun = Instant::now();
     let found = search(seed, points, None, &mut counts);
     let took = begun.elapsed().as_secs_f64();

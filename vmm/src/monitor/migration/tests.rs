@@ -42,7 +42,10 @@ fn permit(monitor: &Monitor, token: u32) -> wire::RunPermit {
 async fn a_drain_that_outlives_its_stop_leaves_the_disks_to_the_guest_and_no_quiet_is_said() {
     let mut kvm = std::fs::File::options();
     if let Err(error) = kvm.read(true).write(true).open("/dev/kvm") {
-        println!("SKIPPED: /dev/kvm cannot be opened: {error}");
+        proto::skip!(
+            "a drain that outlives its stop",
+            "/dev/kvm cannot be opened: {error}"
+        );
         return;
     }
     let directory = tempfile::tempdir().unwrap();

@@ -12,7 +12,7 @@ use crate::build::{Programs, made_folder};
 use crate::corpus;
 
 /// An input may take so long, seconds: all of them together take microseconds.
-const INPUT_SECONDS_MAX: u32 = 20;
+pub const INPUT_SECONDS_MAX: u32 = 20;
 
 /// The process may hold so much, MiB; each target's own bound is lower and counted exactly.
 const PROCESS_MIB_MAX: u32 = 2048;

@@ -62,7 +62,7 @@ pub fn json(outcomes: &[Outcome]) -> Value {
 fn replay(target: &str, crash: &std::path::Path) -> String {
     let crash = crash.canonicalize().unwrap_or_else(|_| crash.to_owned());
     format!(
-        "cargo run -p fuzz -- --target {target} --replay {}",
+        "cargo xtask fuzz --target {target} --replay {}",
         crash.display()
     )
 }
@@ -89,7 +89,7 @@ mod tests {
             ..Outcome::default()
         };
         let text = text(&[outcome]);
-        assert!(text.contains("cargo run -p fuzz -- --target rpc --replay /nowhere/crash-1\n"));
+        assert!(text.contains("cargo xtask fuzz --target rpc --replay /nowhere/crash-1\n"));
         assert!(
             text.ends_with("1 targets, 7 executions, 1 crashes\n"),
             "{text}"

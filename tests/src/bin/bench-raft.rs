@@ -11,7 +11,8 @@ use clusterd::raft::bench::{self, BenchOptions};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Commit latency of three durable nodes beside one fdatasync on the same disk, in the same run.
+/// Commit latency of three durable nodes beside one fdatasync on the same disk, of a file that grows and of a
+/// preallocated one, in the same run.
 #[derive(Parser)]
 struct Args {
     /// Print one JSON object.
@@ -37,7 +38,7 @@ fn main() -> anyhow::Result<()> {
             .ratio
             .map_or_else(String::new, |ratio| format!("{ratio:>8.2} x"));
         eprintln!(
-            "{:<36} {:>10.2} {:<4}{ratio}",
+            "{:<58} {:>10.2} {:<4}{ratio}",
             figure.name, figure.value, figure.unit
         );
     }
