@@ -76,11 +76,13 @@ pub enum Mutant {
     RequestsForgotten,
     /// A frozen machine's monitor is ended instead of let run again.
     FrozenEnded,
+    /// A node that registers again ends its absence, whatever its monitors were told.
+    AbsenceForgotten,
 }
 
 impl Mutant {
     /// Every one of them.
-    pub const ALL: [Mutant; 35] = [
+    pub const ALL: [Mutant; 36] = [
         Mutant::NoConfirm,
         Mutant::ConfirmIsLocal,
         Mutant::LeaseWithoutQuorum,
@@ -116,6 +118,7 @@ impl Mutant {
         Mutant::CommitFallsBack,
         Mutant::RequestsForgotten,
         Mutant::FrozenEnded,
+        Mutant::AbsenceForgotten,
     ];
 }
 
@@ -248,6 +251,12 @@ pub fn on_apply(
 
 /// Changes the state that an entry left, the same on every replica.
 pub fn applied(mutant: Option<Mutant>, state: &mut ClusterState, envelope: &Envelope) {
+    if let (Some(Mutant::AbsenceForgotten), Command::RegisterNode { node, .. }) =
+        (mutant, &envelope.command)
+        && let Some(known) = state.nodes.get_mut(node)
+    {
+        known.absence = None;
+    }
     if mutant == Some(Mutant::RequestsForgotten) {
         state.answers.clear();
         state.answer_order.clear();

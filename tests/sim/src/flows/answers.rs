@@ -21,17 +21,8 @@ impl World {
             .daemon(node)
             .and_then(|daemon| daemon.rpcs.remove(&rpc))
         else {
-            if let Message::Proposed { answer, .. } = message {
-                self.hand_on(node, rpc, answer);
-            }
             return;
         };
-        if id == 0 {
-            if let Message::Proposed { answer, .. } = message {
-                self.registered(node, answer);
-            }
-            return;
-        }
         let Some(mut flow) = self
             .daemon(node)
             .and_then(|daemon| daemon.flows.remove(&id))
