@@ -141,6 +141,11 @@ impl ClusterState {
                 incarnation,
                 duration_ms,
             } => self.absent(entry, *node, *incarnation, *duration_ms),
+            Command::Returned {
+                node,
+                incarnation,
+                absence,
+            } => self.returned(*node, *incarnation, *absence),
             Command::NodeLost {
                 node,
                 incarnation,

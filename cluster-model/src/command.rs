@@ -97,7 +97,8 @@ pub enum Command {
         /// What it offers.
         facts: NodeFacts,
     },
-    /// A planned stop of `clusterd`: the leader waits that much longer before it counts the node as lost.
+    /// A planned stop of `clusterd`: its monitors may run that much longer, and the leader waits for as long
+    /// before it counts the node as lost.
     Absent {
         /// Which.
         node: NodeId,
@@ -105,6 +106,16 @@ pub enum Command {
         incarnation: Incarnation,
         /// At most [`crate::ABSENT_MS_MAX`].
         duration_ms: u32,
+    },
+    /// Back from a planned absence: each monitor of the node has acknowledged a deadline within the node's
+    /// lease, so that nothing goes by the absence any more.
+    Returned {
+        /// Which.
+        node: NodeId,
+        /// Its life.
+        incarnation: Incarnation,
+        /// The entry that announced the absence; a newer one goes on.
+        absence: LogIndex,
     },
     /// The leader saw a node's lease run out: its machines are taken from it.
     NodeLost {

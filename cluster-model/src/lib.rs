@@ -42,14 +42,14 @@ pub use fleet::{Fleet, NodeLoad, Observed};
 pub use ids::{
     Incarnation, LogIndex, MigrationId, Name, NameError, NodeId, RequestId, Token, VmId, VolumeId,
 };
-pub use lease::{Grant, LeaseRefusal, LeaseTable, NodeLease};
+pub use lease::{Grant, Heartbeat, HeldLease, LeaseRefusal, Loss, LossOutcome, Term};
 pub use placement::{Choice, NoPlace, Score, best_node};
 pub use rejection::Rejection;
 pub use settings::{BalanceLevel, Settings, SettingsError};
 pub use state::{
-    Boot, ClusterInfo, ClusterState, Desired, DiskSpec, Drain, Duty, FenceClass, Lease, Liveness,
-    Migration, MigrationCause, MigrationOptions, MigrationState, NicSpec, Node, NodeFacts,
-    NodeRole, OnIsolation, Ownership, OwnershipCause, Rule, Vm, VmSpec, Volume,
+    Absence, Boot, ClusterInfo, ClusterState, Desired, DiskSpec, Drain, Duty, FenceClass, Lease,
+    Liveness, Migration, MigrationCause, MigrationOptions, MigrationState, NicSpec, Node,
+    NodeFacts, NodeRole, OnIsolation, Ownership, OwnershipCause, Rule, Vm, VmSpec, Volume,
 };
 pub use trust::{
     AccessToken, Asked, AuditRecord, Authority, Bearer, Call, Denied, Issuing, JoinToken, JoinedAs,

@@ -1,4 +1,5 @@
-//! Which nodes have a Raft vote: an odd number up to five, chosen and replaced by themselves.
+//! Which nodes are in the Raft group, where they are reached, and which have a vote: an odd number up to five,
+//! chosen and replaced by themselves.
 //!
 //! Two voters are worse than one (either's loss stops both) and four are no better than three, so the number is
 //! odd. A voter that is lost is replaced, not just removed. A plan changes the set once; the next one sees
@@ -7,7 +8,7 @@
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -27,6 +28,57 @@ pub struct RaftView {
     pub voters: BTreeSet<NodeId>,
     /// Who answers the leader and is close enough behind it to vote without delay. The leader counts.
     pub following: BTreeSet<NodeId>,
+}
+
+/// A change of who is in the group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MemberChange {
+    /// It belongs to the cluster: let it in without a vote, at the address that the log has for it.
+    LetIn(NodeId),
+    /// It left the cluster, or is reached elsewhere now; the next change lets it in there.
+    TakeOut(NodeId),
+    /// The leader itself is reached elsewhere: nobody sends it the log, so its address can be changed in place.
+    Readdress(NodeId),
+}
+
+/// The next change of who is in the group, if one is due and safe. `addresses`: where the group reaches each of its
+/// members; a node that was started at another address has registered that in the log.
+///
+/// Another member's address is not changed in place, because the leader's connections to it stay where they are:
+/// it is taken out, which costs it its vote for a moment, and let in again.
+pub fn members(
+    state: &ClusterState,
+    raft: &RaftView,
+    addresses: &BTreeMap<NodeId, String>,
+) -> Option<MemberChange> {
+    let changes = state.nodes.values().filter_map(|node| {
+        let known = addresses.get(&node.id);
+        match known {
+            None => Some(MemberChange::LetIn(node.id)),
+            Some(known) if *known == node.address => None,
+            Some(_) if node.id == raft.leader => Some(MemberChange::Readdress(node.id)),
+            Some(_) => Some(MemberChange::TakeOut(node.id)),
+        }
+    });
+    let gone = addresses
+        .keys()
+        .filter(|id| !state.nodes.contains_key(id) && **id != raft.leader)
+        .map(|id| MemberChange::TakeOut(*id));
+    changes.chain(gone).find(|change| match change {
+        MemberChange::LetIn(_) | MemberChange::Readdress(_) => true,
+        MemberChange::TakeOut(id) => {
+            // Not if the votes that are left could commit nothing, the change among it.
+            let mut left = raft.voters.clone();
+            left.remove(id);
+            most_follow(raft, &raft.voters) && most_follow(raft, &left)
+        }
+    })
+}
+
+fn most_follow(raft: &RaftView, voters: &BTreeSet<NodeId>) -> bool {
+    let follows = |id: &&NodeId| **id == raft.leader || raft.following.contains(id);
+    voters.iter().filter(follows).count() * 2 > voters.len()
 }
 
 /// A change of the set of voters.

@@ -159,6 +159,20 @@ pub struct NodeFacts {
     pub kvm: bool,
 }
 
+/// A planned absence of a node's `clusterd`: its monitors may run on for that much longer than its lease.
+///
+/// It does not end when the node registers again: monitors hold their deadlines themselves, and a node that
+/// is back may be gone again a moment later. It ends with [`crate::Command::Returned`], which the node
+/// proposes when each of its monitors has acknowledged a deadline within the lease; with the end of that
+/// life of the host; or when the leader has waited for as long as the monitors may run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Absence {
+    /// The entry that announced it last.
+    pub since: LogIndex,
+    /// How much longer.
+    pub duration_ms: u32,
+}
+
 /// A node.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Node {
@@ -183,8 +197,9 @@ pub struct Node {
     pub facts: NodeFacts,
     /// The AUTH_SYS uid of its data calls; never the broker's.
     pub uid: u32,
-    /// An announced absence, milliseconds, until the node registers again.
-    pub absent_ms: Option<u32>,
+    /// An announced absence, until the node says that none of its monitors goes by it any more.
+    #[serde(default)]
+    pub absence: Option<Absence>,
     /// When it was lost, the last few times (`at_ms`).
     pub losses: Vec<u64>,
     /// Of the public key that its certificates carry; the first node has none until trust was founded.

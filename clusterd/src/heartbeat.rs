@@ -6,17 +6,21 @@
 //! ```
 //! A renewal reaches the monitors only after this replica has applied what the leader had when it
 //! granted: a machine that was taken from this node meanwhile is not among those that go on.
+//!
+//! After a planned absence the monitors still hold the deadline that it gave them. This life moves each back
+//! to its own lease, and tells the log that the absence is over when all have said so.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use cluster_model::{Command, Grant, Liveness, NodeLease};
+use cluster_model::{Command, Grant, Liveness};
 use proto::peer::peer_client::PeerClient;
 use proto::peer::{HeartbeatReply, HeartbeatRequest};
 use tokio::task::JoinSet;
 
 use crate::leader;
-use crate::member::{LeaseView, Member};
+use crate::member::Member;
+use crate::monitors::Monitor;
 use crate::report::Reporter;
 
 /// Heartbeats under way at once: a slow leader must not keep the node from asking its successor.
@@ -78,17 +82,28 @@ pub async fn register(member: Arc<Member>) {
     }
 }
 
+/// An answered heartbeat; no grant if it was refused, or this replica cannot use it.
 struct Beat {
     sequence: u64,
-    reply: Option<HeartbeatReply>,
+    grant: Option<Grant>,
+}
+
+/// What is under way for the monitors, and on the way back from an absence.
+#[derive(Default)]
+struct Calls {
+    /// Deadlines that are being moved on.
+    extensions: JoinSet<()>,
+    /// Deadlines that are being moved back; those that were, by nonce.
+    shortenings: JoinSet<Option<u64>>,
+    /// The end of an absence, on its way into the log: one at a time.
+    returning: JoinSet<()>,
 }
 
 /// Renews the lease for as long as its task lives.
 pub async fn renew(member: Arc<Member>) {
-    let mut lease = NodeLease::default();
     let mut reporter = Reporter::default();
     let mut beats: JoinSet<Beat> = JoinSet::new();
-    let mut extensions: JoinSet<()> = JoinSet::new();
+    let mut calls = Calls::default();
     let mut leadership = member.raft.leadership();
     let mut state = member.raft.state();
     let mut next = tokio::time::Instant::now();
@@ -103,32 +118,44 @@ pub async fn renew(member: Arc<Member>) {
                 state.mark_unchanged();
                 let up = member.state().nodes.get(&member.node)
                     .is_some_and(|known| known.liveness == Liveness::Up);
-                if lease.deadline_ns() != 0 || !up { continue }
+                if member.held().deadline_ns() != 0 || !up { continue }
             }
             Some(beat) = beats.join_next() => {
                 if let Ok(beat) = beat {
-                    take_in(&member, &mut lease, beat, &mut extensions).await;
+                    take_in(&member, &beat, &mut calls);
                 }
                 continue;
             }
-            Some(_) = extensions.join_next() => continue,
+            Some(_) = calls.extensions.join_next() => continue,
+            Some(shortened) = calls.shortenings.join_next() => {
+                if let Ok(Some(nonce)) = shortened {
+                    member.held().shortened(nonce);
+                    come_back(&member, &mut calls);
+                }
+                continue;
+            }
+            Some(_) = calls.returning.join_next() => continue,
         }
         next = tokio::time::Instant::now() + interval(&member);
         if beats.len() >= BEATS_MAX {
             continue;
         }
         let report = serde_json::to_vec(&reporter.report(&member)).unwrap_or_default();
-        let sequence = lease.sending(member.clock.boottime_ns());
+        let sequence = member.held().sending(member.clock.boottime_ns());
         let request = HeartbeatRequest {
             node_id: member.node.0,
             incarnation: member.incarnation.0,
             sequence,
             report,
+            applied: member.raft.applied().unwrap_or_default(),
         };
         let member = member.clone();
         beats.spawn(async move {
-            let reply = ask(&member, request).await;
-            Beat { sequence, reply }
+            let grant = match ask(&member, request).await {
+                Some(reply) => usable(&member, reply).await,
+                None => None,
+            };
+            Beat { sequence, grant }
         });
     }
 }
@@ -168,28 +195,79 @@ async fn answer_to(member: &Arc<Member>, request: HeartbeatRequest) -> Option<He
     }
 }
 
-async fn take_in(
-    member: &Arc<Member>,
-    lease: &mut NodeLease,
-    beat: Beat,
-    extensions: &mut JoinSet<()>,
-) {
-    let Some(reply) = beat.reply else { return };
+/// The grant of a reply, once this replica has applied what it needs.
+async fn usable(member: &Member, reply: HeartbeatReply) -> Option<Grant> {
     if reply.lease_ms == 0 {
         metrics::counter!("clusterd_lease_refusals_total").increment(1);
         tracing::debug!(why = reply.refused, "no lease");
-        return;
+        return None;
     }
     if let Err(error) = member.raft.wait_applied(reply.read_index, CATCH_UP).await {
         tracing::warn!(%error, "the lease was granted, but this replica lags behind the grant");
-        return;
+        return None;
     }
-    let grant = Grant {
+    Some(Grant {
         lease_ms: reply.lease_ms,
+    })
+}
+
+fn take_in(member: &Arc<Member>, beat: &Beat, calls: &mut Calls) {
+    let Some(grant) = beat.grant else { return };
+    let Some(deadline_ns) = member.held().granted(beat.sequence, grant) else {
+        return;
     };
-    if let Some(deadline_ns) = lease.granted(beat.sequence, grant) {
-        publish(member, deadline_ns);
-        extend_monitors(member, deadline_ns, extensions);
+    publish(member, deadline_ns);
+    extend_monitors(member, deadline_ns, &mut calls.extensions);
+    come_back(member, calls);
+}
+
+/// On the way back from an absence: moves back what was not yet, and says when nothing is left.
+fn come_back(member: &Arc<Member>, calls: &mut Calls) {
+    let state = member.state();
+    let Some(me) = state.nodes.get(&member.node) else {
+        return;
+    };
+    let Some(session) = *member.session_since.borrow() else {
+        return;
+    };
+    let now_ns = member.clock.boottime_ns();
+    let table = member.monitors.table().borrow().clone();
+    let mut lease = member.held();
+    lease.retain(|nonce| table.contains_key(&nonce));
+    if let Some(deadline_ns) = lease.shorten_to(me, now_ns) {
+        for (&nonce, monitor) in table
+            .iter()
+            .filter(|(nonce, _)| lease.is_to_shorten(**nonce))
+        {
+            if calls.shortenings.len() >= EXTENSIONS_MAX {
+                break;
+            }
+            let monitor = monitor.clone();
+            calls.shortenings.spawn(async move {
+                match monitor.shorten_lease(deadline_ns, session.0).await {
+                    Ok(()) => Some(nonce),
+                    Err(error) => {
+                        tracing::info!(%error, "a deadline was not moved back yet");
+                        None
+                    }
+                }
+            });
+        }
+    }
+    let end = lease.returned(me, table.keys().copied(), now_ns);
+    drop(lease);
+    if let Some(end) = end
+        && calls.returning.is_empty()
+    {
+        let member = member.clone();
+        calls.returning.spawn(async move {
+            match member.propose_own(end).await {
+                Ok(_) => tracing::info!("the announced absence is over"),
+                Err(error) => {
+                    tracing::warn!(%error, "the end of the absence is not in the log yet")
+                }
+            }
+        });
     }
 }
 
@@ -205,26 +283,26 @@ fn publish(member: &Member, deadline_ns: u64) {
                 metrics::counter!("clusterd_lease_expirations_total").increment(1);
             }
         }
-        // Never backwards: an announced absence may have moved it further.
-        view.deadline_ns = view.deadline_ns.max(deadline_ns);
+        view.deadline_ns = deadline_ns;
     });
 }
 
 /// Moves the deadline of every monitor whose machine this node owns as far as it knows.
 fn extend_monitors(member: &Member, deadline_ns: u64, extensions: &mut JoinSet<()>) {
+    let session = member.session();
     for monitor in own_monitors(member) {
         if extensions.len() >= EXTENSIONS_MAX {
             return;
         }
         extensions.spawn(async move {
-            if let Err(error) = monitor.extend_lease(deadline_ns).await {
+            if let Err(error) = monitor.extend_lease(deadline_ns, session).await {
                 tracing::debug!(%error, "a deadline was not moved");
             }
         });
     }
 }
 
-fn own_monitors(member: &Member) -> Vec<crate::monitors::Monitor> {
+fn own_monitors(member: &Member) -> Vec<Monitor> {
     let state = member.state();
     let table = member.monitors.table().borrow().clone();
     table
@@ -251,7 +329,6 @@ pub async fn announce_absence(
     let duration_ms = u32::try_from(duration.as_millis())
         .unwrap_or(u32::MAX)
         .min(cluster_model::ABSENT_MS_MAX);
-    let view = *member.lease.borrow();
     member
         .propose_own(Command::Absent {
             node: member.node,
@@ -259,15 +336,14 @@ pub async fn announce_absence(
             duration_ms,
         })
         .await?;
-    if view.deadline_ns <= member.clock.boottime_ns() {
+    let now_ns = member.clock.boottime_ns();
+    let Some(deadline_ns) = member.held().absence_committed(now_ns, duration_ms) else {
         return Ok(());
-    }
-    let deadline_ns = view.deadline_ns + u64::from(duration_ms) * 1_000_000;
-    member
-        .lease
-        .send_modify(|view: &mut LeaseView| view.deadline_ns = deadline_ns);
+    };
+    publish(member, deadline_ns);
+    let session = member.session();
     let extended = own_monitors(member).into_iter().map(|monitor| async move {
-        if let Err(error) = monitor.extend_lease(deadline_ns).await {
+        if let Err(error) = monitor.extend_lease(deadline_ns, session).await {
             tracing::warn!(%error, "a guest will pause while clusterd is away");
         }
     });

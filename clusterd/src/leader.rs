@@ -1,12 +1,16 @@
-//! The leader's side of leases: answers heartbeats, keeps what they report, declares nodes lost.
+//! The leader's side of leases: answers heartbeats, keeps what they report, proposes losses. What it grants
+//! and whom it takes for lost is [`cluster_model::Term`]'s to decide.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use cluster_model::{Command, Envelope, Incarnation, LeaseTable, NodeId, Reply, RequestId};
+use cluster_model::{
+    Envelope, Heartbeat, Incarnation, LogIndex, Loss, LossOutcome, NodeId, Reply, Term,
+};
 use proto::peer::{HeartbeatReply, HeartbeatRequest};
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 
 use crate::member::Member;
 use crate::raft::ProposeError;
@@ -14,24 +18,14 @@ use crate::report::{NodeReport, Reports};
 
 /// How long the leader's own replica may take to catch up with its confirm.
 const CATCH_UP: Duration = Duration::from_secs(2);
-/// The leader looks for lost nodes at least this often...
+/// The leader looks for lost nodes this often.
 const LOOK: Duration = Duration::from_millis(100);
-/// ...and if it could not for this long it stood still itself, and everybody gets the full time again.
-const STOOD_STILL_NS: u64 = 1_500_000_000;
 
 /// What a node keeps for when it leads.
 #[derive(Debug)]
 pub struct Leader {
     term: Mutex<Option<Term>>,
     reports: watch::Sender<Reports>,
-}
-
-#[derive(Debug)]
-struct Term {
-    number: u64,
-    table: LeaseTable,
-    /// Nodes whose loss is proposed and not answered: they are granted nothing.
-    condemned: BTreeSet<NodeId>,
 }
 
 impl Default for Leader {
@@ -49,7 +43,7 @@ impl Leader {
         self.reports.subscribe()
     }
 
-    /// Works on the table of a term, made anew for a newer term than before; `None` for an older one.
+    /// Works on what is known in a term, made anew for a newer term than before; `None` for an older one.
     fn with_term<T>(
         &self,
         number: u64,
@@ -57,15 +51,12 @@ impl Leader {
         work: impl FnOnce(&mut Term) -> T,
     ) -> Option<T> {
         let mut term = self.term.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = term.as_ref().map(|term| term.number);
-        if known.is_none_or(|known| known < number) {
-            *term = Some(Term {
-                number,
-                table: LeaseTable::new(now_ns),
-                condemned: BTreeSet::new(),
-            });
+        if term.as_ref().is_none_or(|known| known.number() < number) {
+            *term = Some(Term::new(number, now_ns));
         }
-        term.as_mut().filter(|term| term.number == number).map(work)
+        term.as_mut()
+            .filter(|term| term.number() == number)
+            .map(work)
     }
 }
 
@@ -98,20 +89,16 @@ pub async fn answer(member: &Arc<Member>, request: HeartbeatRequest) -> Heartbea
     }
     let state = member.state();
     let now_ns = member.clock.boottime_ns();
+    let heartbeat = Heartbeat {
+        node,
+        incarnation: Incarnation(request.incarnation),
+        applied: LogIndex(request.applied),
+        received_ns,
+        confirmed_ns,
+        needs: LogIndex(confirmed.index),
+    };
     let granted = member.leader.with_term(confirmed.term, now_ns, |term| {
-        if term.condemned.contains(&node) {
-            return Err(format!("{node} is being declared lost"));
-        }
-        term.table
-            .grant(
-                &state,
-                node,
-                Incarnation(request.incarnation),
-                received_ns,
-                confirmed_ns,
-                now_ns,
-            )
-            .map_err(|refusal| refusal.to_string())
+        term.grant(&state, &heartbeat, now_ns)
     });
     match granted {
         Some(Ok(grant)) => HeartbeatReply {
@@ -120,89 +107,79 @@ pub async fn answer(member: &Arc<Member>, request: HeartbeatRequest) -> Heartbea
             leader_id: member.node.0,
             read_index: confirmed.index,
         },
-        Some(Err(why)) => refuse(why),
+        Some(Err(refusal)) => refuse(refusal.to_string()),
         None => refuse("this node has led in a newer term since".to_owned()),
     }
 }
 
-/// Declares nodes lost while this node leads.
+/// Declares nodes lost while this node leads. Losses go into the log side by side: one without an answer
+/// keeps nobody from looking.
 pub async fn declare_lost(member: Arc<Member>) {
-    let mut last_look_ns = member.clock.boottime_ns();
+    let mut losses = JoinSet::new();
+    let mut looks = tokio::time::interval(LOOK);
+    looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        tokio::time::sleep(LOOK).await;
-        let now_ns = member.clock.boottime_ns();
-        let stood_still = now_ns.saturating_sub(last_look_ns) > STOOD_STILL_NS;
-        last_look_ns = now_ns;
+        tokio::select! {
+            _ = looks.tick() => {}
+            Some(_) = losses.join_next() => continue,
+        }
         let leadership = member.raft.leadership().borrow().clone();
         if !leadership.is_me {
             continue;
         }
         let state = member.state();
-        let lost = member.leader.with_term(leadership.term, now_ns, |term| {
-            if stood_still {
-                tracing::warn!("this leader stood still; every node gets the full time again");
-                term.table = LeaseTable::new(now_ns);
-            }
-            let lost = term.table.lost(&state, now_ns);
-            for command in &lost {
-                if let Command::NodeLost { node, .. } = command {
-                    term.condemned.insert(*node);
-                }
-            }
-            lost
-        });
-        for command in lost.unwrap_or_default() {
-            declare(&member, leadership.term, command).await;
+        let now_ns = member.clock.boottime_ns();
+        let look = member
+            .leader
+            .with_term(leadership.term, now_ns, |term| term.look(&state, now_ns))
+            .unwrap_or_default();
+        if look.stood_still {
+            tracing::warn!("this leader stood still; every node gets the full time again");
         }
-        last_look_ns = member.clock.boottime_ns();
+        for loss in look.losses {
+            losses.spawn(declare(member.clone(), leadership.term, loss));
+        }
     }
 }
 
-async fn declare(member: &Arc<Member>, term: u64, command: Command) {
-    let Command::NodeLost {
-        node, incarnation, ..
-    } = command
-    else {
-        return;
-    };
+async fn declare(member: Arc<Member>, term: u64, loss: Loss) {
+    let node = loss.node;
     tracing::warn!(%node, "declaring a node lost");
-    // One id for one loss: an answer that was lost may be asked for again.
-    let request = RequestId(format!(
-        "lost/{node}/{incarnation}/term-{term}/{}",
-        member.state().applied.0
-    ));
     // Here alone, and in the term in which it was seen: another leader may have renewed that lease since.
     let envelope = Envelope {
-        request,
+        request: loss.request.clone(),
         actor: "controller/leases".to_owned(),
         at_ms: member.clock.wall_ms(),
         asked: None,
-        command,
+        command: loss.command.clone(),
     };
-    loop {
-        match member.raft.propose_in_term(term, &envelope).await {
-            Ok(applied) => {
-                match applied.reply {
-                    Reply::Done { .. } => {
-                        metrics::counter!("clusterd_nodes_lost_total").increment(1);
-                    }
-                    Reply::Rejected(why) => tracing::warn!(%node, %why, "the log refused a loss"),
-                }
-                break;
+    let outcome = match member.raft.propose_in_term(term, &envelope).await {
+        Ok(applied) => match applied.reply {
+            Reply::Done { .. } => {
+                metrics::counter!("clusterd_nodes_lost_total").increment(1);
+                LossOutcome::Recorded
             }
-            Err(error @ ProposeError::Unknown { .. }) => {
-                tracing::warn!(%node, %error, "whether a loss is recorded is not known yet");
+            Reply::Rejected(why) => {
+                tracing::warn!(%node, %why, "the log refused a loss");
+                LossOutcome::Refused
             }
-            // Another leader looks anew; a log that has stopped records nothing more.
-            Err(error) => {
-                tracing::warn!(%node, %error, "a loss is not recorded");
-                break;
-            }
+        },
+        Err(
+            error @ (ProposeError::Unknown { .. }
+            | ProposeError::Malformed { .. }
+            | ProposeError::Stopped { .. }),
+        ) => {
+            tracing::warn!(%node, %error, "whether a loss is recorded is not known yet");
+            LossOutcome::Unknown
         }
-        tokio::time::sleep(LOOK).await;
-    }
+        // Another leader looks anew.
+        Err(error @ (ProposeError::NotLeader { .. } | ProposeError::TooLarge { .. })) => {
+            tracing::warn!(%node, %error, "a loss is not recorded");
+            LossOutcome::Refused
+        }
+    };
     let now_ns = member.clock.boottime_ns();
-    member
-        .leader
-        .with_term(term, now_ns, |term| term.condemned.remove(&node));
+    member.leader.with_term(term, now_ns, |known| {
+        known.loss_answered(&loss, outcome, now_ns);
+    });
 }

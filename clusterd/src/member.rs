@@ -1,12 +1,12 @@
 //! What the tasks of a node that belongs to a cluster share: who it is, its log, its lease, its means.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use cluster_model::{
-    ClusterState, Command, Envelope, Incarnation, LogIndex, MigrationId, Name, NodeId, Outcome,
-    Rejection, Reply, RequestId,
+    ClusterState, Command, Envelope, HeldLease, Incarnation, LogIndex, MigrationId, Name, NodeId,
+    Outcome, Rejection, Reply, RequestId,
 };
 use proto::monitor::MigrationProgress;
 use tokio::sync::watch;
@@ -48,7 +48,9 @@ pub struct Member {
     pub broker: Broker,
     /// Its monitors.
     pub monitors: Monitors,
-    /// Its lease.
+    /// Its lease, the one owner of the deadline: see [`Member::held`].
+    pub held: Mutex<HeldLease>,
+    /// Its lease as the rest of the node sees it.
     pub lease: watch::Sender<LeaseView>,
     /// The entry by which this life registered, once it is applied here.
     pub session_since: watch::Sender<Option<LogIndex>>,
@@ -194,6 +196,16 @@ impl Member {
     /// Whether the node holds its lease now.
     pub fn lease_is_valid(&self) -> bool {
         self.lease.borrow().deadline_ns > self.clock.boottime_ns()
+    }
+
+    /// The lease, to move it.
+    pub fn held(&self) -> MutexGuard<'_, HeldLease> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Which life of `clusterd` this is, for monitors: the entry by which it registered, 0 before that.
+    pub fn session(&self) -> u64 {
+        self.session_since.borrow().map_or(0, |since| since.0)
     }
 
     /// Notes a measurement of a migration.

@@ -184,19 +184,47 @@ impl Monitor {
         .await
     }
 
-    /// Moves the lease deadline.
+    /// Moves the lease deadline, for the life of `clusterd` that registered by entry `session`.
     ///
     /// # Errors
     /// See [`MonitorError`].
-    pub async fn extend_lease(&self, lease_deadline_ns: u64) -> Result<(), MonitorError> {
+    pub async fn extend_lease(
+        &self,
+        lease_deadline_ns: u64,
+        session: u64,
+    ) -> Result<(), MonitorError> {
         let request = wire::ExtendLeaseRequest {
             token: self.status.token,
             lease_deadline_ns,
             nonce: self.nonce(),
+            session,
         };
         self.call("extend its lease", CALL_TIMEOUT, |mut client| async move {
             client.extend_lease(request).await
         })
+        .await
+        .map(drop)
+    }
+
+    /// Moves the lease deadline back, if it is later; from then on it obeys no earlier life of `clusterd`.
+    ///
+    /// # Errors
+    /// See [`MonitorError`].
+    pub async fn shorten_lease(
+        &self,
+        lease_deadline_ns: u64,
+        session: u64,
+    ) -> Result<(), MonitorError> {
+        let request = wire::ShortenLeaseRequest {
+            nonce: self.nonce(),
+            lease_deadline_ns,
+            session,
+        };
+        self.call(
+            "move its deadline back",
+            CALL_TIMEOUT,
+            |mut client| async move { client.shorten_lease(request).await },
+        )
         .await
         .map(drop)
     }

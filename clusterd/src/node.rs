@@ -651,6 +651,7 @@ impl NodeHandle {
             raft,
             broker,
             monitors,
+            held: Mutex::default(),
             lease: watch::channel(LeaseView::default()).0,
             session_since: watch::channel(None).0,
             leader: leader::Leader::default(),

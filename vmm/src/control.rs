@@ -88,6 +88,14 @@ impl monitor_server::Monitor for Control {
         Ok(Response::new(wire::ExtendLeaseReply { phase }))
     }
 
+    async fn shorten_lease(
+        &self,
+        request: Request<wire::ShortenLeaseRequest>,
+    ) -> Result<Response<wire::ShortenLeaseReply>, Status> {
+        self.monitor.shorten(request.get_ref())?;
+        Ok(Response::new(wire::ShortenLeaseReply {}))
+    }
+
     async fn rekey(
         &self,
         request: Request<wire::RekeyRequest>,
@@ -246,7 +254,9 @@ impl From<RunError> for Status {
 impl From<NotForUs> for Status {
     fn from(error: NotForUs) -> Status {
         match &error {
-            NotForUs::OlderToken { .. } => Status::permission_denied(error.to_string()),
+            NotForUs::OlderToken { .. } | NotForUs::EarlierLife(_) => {
+                Status::permission_denied(error.to_string())
+            }
             NotForUs::OtherMonitor | NotForUs::NotRekeyed { .. } => refused(error),
         }
     }

@@ -47,12 +47,26 @@ struct Inner {
     /// The permit that the guest runs under; the gate is open exactly while there is one.
     permit: Option<RunPermit>,
     deadline_ns: u64,
+    /// The life of `clusterd` that last moved the deadline back: earlier ones no longer move it.
+    session: u64,
 }
 
 /// The permit's deadline passed on its way here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the permit's lease ended before the guest could be let go: renew it first")]
 pub struct TooLate;
+
+/// A call of a life of `clusterd` that has ended: a later one has moved the deadline back since.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the call is of an earlier life of clusterd, registered by entry {offered}, and this monitor obeys that of entry {known}"
+)]
+pub struct EarlierLife {
+    /// The call's.
+    pub offered: u64,
+    /// Whom it obeys.
+    pub known: u64,
+}
 
 /// The lease ran out and the gate closed by itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -120,10 +134,16 @@ impl Gate {
     /// When the permit's deadline has passed since it was made.
     pub fn run(&self, permit: RunPermit) -> Result<u64, TooLate> {
         let mut inner = self.lock();
-        if clock::boottime_ns() >= permit.deadline_ns() {
+        // What a kept permit said of the lease may have been taken back since.
+        let deadline_ns = if permit.is_kept() {
+            inner.deadline_ns
+        } else {
+            inner.deadline_ns.max(permit.deadline_ns())
+        };
+        if clock::boottime_ns() >= permit.deadline_ns().min(deadline_ns) {
             return Err(TooLate);
         }
-        inner.deadline_ns = inner.deadline_ns.max(permit.deadline_ns());
+        inner.deadline_ns = deadline_ns;
         self.arm(inner.deadline_ns);
         let mut now = clock::monotonic_ns();
         if inner.permit.replace(permit).is_none() {
@@ -140,8 +160,12 @@ impl Gate {
     }
 
     /// Moves the deadline; never lets a stopped guest run, and never moves it back.
-    pub fn extend(&self, deadline_ns: u64) {
+    ///
+    /// # Errors
+    /// When a later life of `clusterd` than `session` has moved the deadline back.
+    pub fn extend(&self, deadline_ns: u64, session: u64) -> Result<(), EarlierLife> {
         let mut inner = self.lock();
+        inner.check(session)?;
         // A deadline already passed is not saved by an extension that came first to the lock: the
         // timer's thread closes the gate, and only a permit opens it.
         let passed = inner.permit.is_some() && clock::boottime_ns() >= inner.deadline_ns;
@@ -149,6 +173,23 @@ impl Gate {
             inner.deadline_ns = inner.deadline_ns.max(deadline_ns);
             self.arm(inner.deadline_ns);
         }
+        Ok(())
+    }
+
+    /// Moves the deadline back to `deadline_ns`, if it is later, and from now on obeys no earlier life of
+    /// `clusterd` than `session`: one that has ended may have more time for the guest on its way.
+    ///
+    /// # Errors
+    /// When it obeys a later one already.
+    pub fn shorten(&self, deadline_ns: u64, session: u64) -> Result<(), EarlierLife> {
+        let mut inner = self.lock();
+        inner.check(session)?;
+        inner.session = session;
+        if inner.deadline_ns > deadline_ns {
+            inner.deadline_ns = deadline_ns;
+            self.arm(deadline_ns);
+        }
+        Ok(())
     }
 
     /// The deadline, CLOCK_BOOTTIME nanoseconds; 0 before the first.
@@ -174,7 +215,7 @@ impl Gate {
         let permit = inner
             .permit
             .take()
-            .map(|permit| permit.renewed(inner.deadline_ns));
+            .map(|permit| permit.kept(inner.deadline_ns));
         let stopped_ns = self.vcpus.pause(PAUSE_TIMEOUT)?;
         Ok((permit, stopped_ns))
     }
@@ -238,6 +279,18 @@ impl Gate {
         Some(Lapsed {
             stopped: self.close_locked(&mut inner),
         })
+    }
+}
+
+impl Inner {
+    fn check(&self, session: u64) -> Result<(), EarlierLife> {
+        if session < self.session {
+            return Err(EarlierLife {
+                offered: session,
+                known: self.session,
+            });
+        }
+        Ok(())
     }
 }
 

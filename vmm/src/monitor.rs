@@ -32,7 +32,7 @@ use tokio_util::sync::CancellationToken;
 use crate::clock;
 use crate::console::Console;
 use crate::devices::MachineEvent;
-use crate::gate::{Lapsed, TooLate};
+use crate::gate::{EarlierLife, Lapsed, TooLate};
 use crate::handles::Handles;
 use crate::permit::{Expected, PermitRefused, RunPermit};
 use crate::phase::{Event, NotNow, Phase};
@@ -147,6 +147,9 @@ pub enum NotForUs {
         /// The disks'.
         disks: Token,
     },
+    /// A life of `clusterd` that has ended.
+    #[error(transparent)]
+    EarlierLife(#[from] EarlierLife),
 }
 
 /// Why a re-key did not complete.
@@ -401,8 +404,21 @@ impl Monitor {
         self.platform
             .machine
             .gate()
-            .extend(request.lease_deadline_ns);
+            .extend(request.lease_deadline_ns, request.session)?;
         Ok(self.lock().phase)
+    }
+
+    /// Moves the lease's deadline back, and obeys no earlier life of `clusterd` from now on.
+    ///
+    /// # Errors
+    /// When the call is not for this monitor, or of an earlier life itself.
+    pub fn shorten(&self, request: &wire::ShortenLeaseRequest) -> Result<(), NotForUs> {
+        if request.nonce != self.nonce {
+            return Err(NotForUs::OtherMonitor);
+        }
+        let gate = self.platform.machine.gate();
+        gate.shorten(request.lease_deadline_ns, request.session)?;
+        Ok(())
     }
 
     /// Compares a call's token and nonce with this monitor's, and notes a higher token.

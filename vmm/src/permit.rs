@@ -25,6 +25,8 @@ pub struct RunPermit {
     token: Token,
     log_index: LogIndex,
     deadline_ns: u64,
+    /// It let the guest run before, and came back when the guest was stopped.
+    kept: bool,
 }
 
 /// Why a permit was refused.
@@ -111,6 +113,7 @@ impl RunPermit {
             token,
             log_index: LogIndex(permit.log_index),
             deadline_ns: permit.lease_deadline_ns,
+            kept: false,
         })
     }
 
@@ -124,12 +127,18 @@ impl RunPermit {
         self.log_index
     }
 
-    /// The same right under a renewed lease.
-    pub(crate) fn renewed(self, deadline_ns: u64) -> RunPermit {
+    /// The same right, to be used again: until the gate's deadline, which may be moved meanwhile.
+    pub(crate) fn kept(self, deadline_ns: u64) -> RunPermit {
         RunPermit {
             deadline_ns: self.deadline_ns.max(deadline_ns),
+            kept: true,
             ..self
         }
+    }
+
+    /// Whether it was used before.
+    pub(crate) fn is_kept(&self) -> bool {
+        self.kept
     }
 
     /// Until when, CLOCK_BOOTTIME nanoseconds.

@@ -8,8 +8,8 @@ use crate::event::{Object, Severity, Why, counted};
 use crate::ids::{Incarnation, LogIndex, Name, NodeId, VmId, VolumeId};
 use crate::settings::Settings;
 use crate::state::{
-    ClusterInfo, ClusterState, Drain, Duty, LOSSES_MAX, Liveness, MigrationCause, MigrationState,
-    Node, NodeFacts, NodeRole, OwnershipCause, Rule, Volume,
+    Absence, ClusterInfo, ClusterState, Drain, Duty, LOSSES_MAX, Liveness, MigrationCause,
+    MigrationState, Node, NodeFacts, NodeRole, OwnershipCause, Rule, Volume,
 };
 use crate::trust::Sha256;
 use crate::{ABSENT_MS_MAX, FIRST_NODE};
@@ -89,7 +89,7 @@ impl ClusterState {
                 duty: Duty::Active,
                 facts: NodeFacts::default(),
                 uid: broker_uid.saturating_add(spread),
-                absent_ms: None,
+                absence: None,
                 losses: Vec::new(),
                 key,
             },
@@ -165,7 +165,10 @@ impl ClusterState {
         known.incarnation = incarnation;
         known.address = address.to_owned();
         known.facts = facts.clone();
-        known.absent_ms = None;
+        // Monitors of a former life of the host ended with it; those of this one may still go by an absence.
+        if rebooted {
+            known.absence = None;
+        }
         if !quarantine {
             known.liveness = Liveness::Up;
             if before != Liveness::Up || rebooted {
@@ -230,7 +233,12 @@ impl ClusterState {
                 reason: "it is not up".into(),
             });
         }
-        known.absent_ms = Some(duration_ms);
+        // Monitors that did not hear of the second announcement may still go by the first.
+        let earlier_ms = known.absence.map_or(0, |absence| absence.duration_ms);
+        known.absence = Some(Absence {
+            since: entry.index,
+            duration_ms: duration_ms.max(earlier_ms),
+        });
         let name = known.name.clone();
         self.note(
             entry,
@@ -240,6 +248,23 @@ impl ClusterState {
             format!("clusterd of {name} stops for up to {duration_ms} ms; its machines run on"),
             None,
         );
+        Ok(Outcome::Nothing)
+    }
+
+    pub(super) fn returned(
+        &mut self,
+        node: NodeId,
+        incarnation: Incarnation,
+        absence: LogIndex,
+    ) -> Applied {
+        let known = self.node_mut(node)?;
+        if known.incarnation != incarnation {
+            return Err(Rejection::OtherIncarnation { node });
+        }
+        // One that was announced since goes on.
+        if known.absence.is_some_and(|known| known.since == absence) {
+            known.absence = None;
+        }
         Ok(Outcome::Nothing)
     }
 
@@ -263,7 +288,7 @@ impl ClusterState {
         let losses_max = usize::from(self.settings.losses_max);
         let at_ms = entry.at_ms;
         let known = self.node_mut(node)?;
-        known.absent_ms = None;
+        known.absence = None;
         known.losses.push(at_ms);
         let surplus = known.losses.len().saturating_sub(LOSSES_MAX);
         known.losses.drain(..surplus);

@@ -185,6 +185,15 @@ fn command(world: &World, (kind, a, b, c): Step) -> Command {
                 incarnation,
                 duration_ms: 1_000,
             },
+            2 => Command::Returned {
+                node,
+                incarnation,
+                absence: state
+                    .nodes
+                    .get(&node)
+                    .and_then(|known| known.absence)
+                    .map_or(LogIndex(1), |absence| absence.since),
+            },
             3 => Command::DrainTrouble {
                 node,
                 vm,

@@ -29,6 +29,7 @@ impl Command {
             Command::RemoveNode { node }
             | Command::RegisterNode { node, .. }
             | Command::Absent { node, .. }
+            | Command::Returned { node, .. }
             | Command::NodeLost { node, .. }
             | Command::StartDrain { node, .. }
             | Command::DrainTrouble { node, .. }

@@ -1,6 +1,11 @@
 //! The two deadlines and everything that moves them.
 
+mod absence;
+mod losses;
+
 use super::*;
+use crate::command::Command;
+use crate::ids::Incarnation;
 use crate::settings::Settings;
 use crate::testing::World;
 
@@ -9,101 +14,113 @@ const N2: NodeId = NodeId(2);
 const LIFE: Incarnation = Incarnation(1);
 const MS: u64 = NS_IN_MS;
 
+/// A heartbeat at that moment, which the quorum confirmed at once, of a node that has applied everything.
+fn heartbeat(world: &World, node: NodeId, at_ms: u64) -> Heartbeat {
+    Heartbeat {
+        node,
+        incarnation: LIFE,
+        applied: world.state.applied,
+        received_ns: at_ms * MS,
+        confirmed_ns: at_ms * MS,
+        needs: world.state.applied,
+    }
+}
+
 /// The quorum confirms the leader: a heartbeat came, if only from a stranger.
-fn confirm(table: &mut LeaseTable, world: &World, at_ms: u64) {
-    let at_ns = at_ms * MS;
-    let stranger = table.grant(&world.state, NodeId(999), LIFE, at_ns, at_ns, at_ns);
-    assert!(stranger.is_err());
+fn confirm(term: &mut Term, world: &World, at_ms: u64) {
+    let stranger = heartbeat(world, NodeId(999), at_ms);
+    assert!(term.grant(&world.state, &stranger, at_ms * MS).is_err());
 }
 
-fn lost_nodes(table: &mut LeaseTable, world: &World, now_ms: u64) -> Vec<NodeId> {
-    confirm(table, world, now_ms);
-    lost_now(table, world, now_ms)
+/// Whom a term's look finds lost, while the leader has looked all the time.
+fn lost_nodes(term: &mut Term, world: &World, now_ms: u64) -> Vec<NodeId> {
+    confirm(term, world, now_ms);
+    lost_now(term, world, now_ms)
 }
 
-fn lost_now(table: &mut LeaseTable, world: &World, now_ms: u64) -> Vec<NodeId> {
-    table
-        .lost(&world.state, now_ms * MS)
-        .into_iter()
-        .map(|command| match command {
-            Command::NodeLost { node, .. } => node,
-            other => panic!("{other:?}"),
-        })
-        .collect()
+/// The same, with a quorum that may be silent; every loss is forgotten at once, so that the next look finds it again.
+fn lost_now(term: &mut Term, world: &World, now_ms: u64) -> Vec<NodeId> {
+    let table = &mut term.table;
+    if table.quorum_is_away(&world.state, now_ms * MS) {
+        return Vec::new();
+    }
+    let lost = table.lost(&world.state, now_ms * MS);
+    lost.into_iter().map(|(node, _)| node).collect()
 }
 
-fn grant(table: &mut LeaseTable, world: &World, node: NodeId, at_ms: u64) {
-    table
-        .grant(&world.state, node, LIFE, at_ms * MS, at_ms * MS, at_ms * MS)
+fn grant(term: &mut Term, world: &World, node: NodeId, at_ms: u64) {
+    term.grant(&world.state, &heartbeat(world, node, at_ms), at_ms * MS)
         .expect("a grant");
+}
+
+fn absent(world: &mut World, node: NodeId, duration_ms: u32) -> LogIndex {
+    world.done(Command::Absent {
+        node,
+        incarnation: LIFE,
+        duration_ms,
+    });
+    world.state.applied
+}
+
+fn return_from(world: &mut World, node: NodeId, absence: LogIndex) {
+    world.done(Command::Returned {
+        node,
+        incarnation: LIFE,
+        absence,
+    });
 }
 
 #[test]
 fn a_new_leader_gives_everyone_the_full_time_itself_included() {
     let world = World::new(2, 64);
-    let mut table = LeaseTable::new(1_000 * MS);
-    assert_eq!(lost_nodes(&mut table, &world, 7_499), vec![]);
-    assert_eq!(lost_nodes(&mut table, &world, 7_500), vec![N1, N2]);
-    assert_eq!(table.next_ns(&world.state), Some(7_500 * MS));
+    let mut term = Term::new(1, 1_000 * MS);
+    assert_eq!(lost_nodes(&mut term, &world, 7_499), vec![]);
+    assert_eq!(lost_nodes(&mut term, &world, 7_500), vec![N1, N2]);
+    assert_eq!(term.lost_at_ns(&world.state, N1), Some(7_500 * MS));
 }
 
 #[test]
 fn the_lost_time_counts_from_the_last_reply() {
     let world = World::new(2, 64);
-    let mut table = LeaseTable::new(0);
-    grant(&mut table, &world, N1, 6_000);
-    grant(&mut table, &world, N2, 3_000);
-    assert_eq!(lost_nodes(&mut table, &world, 9_499), vec![]);
-    assert_eq!(lost_nodes(&mut table, &world, 9_500), vec![N2]);
-    assert_eq!(lost_nodes(&mut table, &world, 12_500), vec![N1, N2]);
+    let mut term = Term::new(1, 0);
+    grant(&mut term, &world, N1, 6_000);
+    grant(&mut term, &world, N2, 3_000);
+    assert_eq!(lost_nodes(&mut term, &world, 9_499), vec![]);
+    assert_eq!(lost_nodes(&mut term, &world, 9_500), vec![N2]);
+    assert_eq!(lost_nodes(&mut term, &world, 12_500), vec![N1, N2]);
 }
 
 #[test]
 fn no_lease_is_granted_on_an_older_confirm_or_to_the_wrong_life() {
     let mut world = World::new(2, 64);
-    let mut table = LeaseTable::new(0);
-    let ask = |table: &mut LeaseTable, world: &World, node, life, confirmed| {
-        table.grant(&world.state, node, life, 100, confirmed, 200)
+    let mut term = Term::new(1, 0);
+    let ask = |term: &mut Term, world: &World, node, incarnation, confirmed_ns| {
+        let heartbeat = Heartbeat {
+            incarnation,
+            received_ns: 100,
+            confirmed_ns,
+            ..heartbeat(world, node, 0)
+        };
+        term.grant(&world.state, &heartbeat, 200)
     };
     assert_eq!(
-        ask(&mut table, &world, N1, LIFE, 99),
+        ask(&mut term, &world, N1, LIFE, 99),
         Err(LeaseRefusal::Unconfirmed { node: N1 })
     );
-    assert!(ask(&mut table, &world, N1, LIFE, 100).is_ok());
+    assert!(ask(&mut term, &world, N1, LIFE, 100).is_ok());
     assert!(matches!(
-        ask(&mut table, &world, N1, Incarnation(2), 100),
+        ask(&mut term, &world, N1, Incarnation(2), 100),
         Err(LeaseRefusal::OtherIncarnation { .. })
     ));
     assert!(matches!(
-        ask(&mut table, &world, NodeId(9), LIFE, 100),
+        ask(&mut term, &world, NodeId(9), LIFE, 100),
         Err(LeaseRefusal::Unknown { .. })
     ));
     world.lose(N2);
     assert!(matches!(
-        ask(&mut table, &world, N2, LIFE, 100),
+        ask(&mut term, &world, N2, LIFE, 100),
         Err(LeaseRefusal::NotUp { .. })
     ));
-}
-
-#[test]
-fn an_announced_absence_adds_its_time_until_the_node_registers() {
-    let mut world = World::new(2, 64);
-    let mut table = LeaseTable::new(0);
-    grant(&mut table, &world, N1, 1_000);
-    grant(&mut table, &world, N2, 1_000);
-    world.done(Command::Absent {
-        node: N2,
-        incarnation: LIFE,
-        duration_ms: 60_000,
-    });
-    assert_eq!(lost_nodes(&mut table, &world, 7_500), vec![N1]);
-    assert_eq!(lost_nodes(&mut table, &world, 67_499), vec![N1]);
-    assert_eq!(lost_nodes(&mut table, &world, 67_500), vec![N1, N2]);
-    // A leader that takes over in the middle adds it, too.
-    let mut next = LeaseTable::new(10_000 * MS);
-    assert_eq!(lost_nodes(&mut next, &world, 76_499), vec![N1]);
-    world.register(N2, LIFE, 64);
-    assert_eq!(lost_nodes(&mut next, &world, 16_500), vec![N1, N2]);
 }
 
 #[test]
@@ -113,21 +130,21 @@ fn a_shorter_setting_does_not_cut_a_lease_that_runs() {
         settings.freeze_ms = 60_000;
         settings.lost_ms = 90_000;
     });
-    let mut table = LeaseTable::new(0);
-    grant(&mut table, &world, N1, 0);
+    let mut term = Term::new(1, 0);
+    grant(&mut term, &world, N1, 0);
     world.settings(|settings| *settings = Settings::fast());
-    assert_eq!(lost_nodes(&mut table, &world, 89_999), vec![]);
-    assert_eq!(lost_nodes(&mut table, &world, 90_000), vec![N1, N2]);
+    assert_eq!(lost_nodes(&mut term, &world, 89_999), vec![]);
+    assert_eq!(lost_nodes(&mut term, &world, 90_000), vec![N1, N2]);
     // The next leader does not know which setting the lease was granted under.
-    let mut next = LeaseTable::new(0);
+    let mut next = Term::new(1, 0);
     assert_eq!(lost_nodes(&mut next, &world, 89_999), vec![]);
-    grant(&mut table, &world, N1, 0);
-    assert!(lost_nodes(&mut table, &world, 2_800).contains(&N1));
+    grant(&mut term, &world, N1, 0);
+    assert!(lost_nodes(&mut term, &world, 2_800).contains(&N1));
 }
 
 #[test]
 fn a_node_counts_from_when_it_sent_however_late_the_reply() {
-    let mut lease = NodeLease::default();
+    let mut lease = HeldLease::default();
     assert!(!lease.valid(0));
     let first = lease.sending(1_000 * MS);
     let second = lease.sending(2_000 * MS);
@@ -151,12 +168,12 @@ fn a_node_counts_from_when_it_sent_however_late_the_reply() {
 
 #[test]
 fn heartbeats_without_replies_are_bounded() {
-    let mut lease = NodeLease::default();
+    let mut lease = HeldLease::default();
     let first = lease.sending(0);
     for at in 0..10_000 {
         lease.sending(at);
     }
-    assert_eq!(lease.under_way.len(), UNDER_WAY_MAX);
+    assert_eq!(lease.under_way(), UNDER_WAY_MAX);
     assert_eq!(lease.granted(first, Grant { lease_ms: 5_000 }), None);
 }
 
@@ -169,26 +186,24 @@ fn a_node_is_frozen_before_it_is_lost_whatever_the_delays() {
         for there in [0u64, 1, 400, 4_000] {
             for reply in [0u64, 7, 900] {
                 for (node_rate, leader_rate) in [(100, 100), (95, 105), (105, 95)] {
-                    let mut lease = NodeLease::default();
+                    let mut lease = HeldLease::default();
                     let sequence = lease.sending(sent * node_rate / 100 * MS);
                     let received = sent + there;
                     let replied = received + reply;
-                    let mut table = LeaseTable::new(0);
+                    let mut term = Term::new(1, 0);
                     let at = |real: u64| real * leader_rate / 100 * MS;
-                    let given = table
-                        .grant(
-                            &world.state,
-                            N2,
-                            LIFE,
-                            at(received),
-                            at(received),
-                            at(replied),
-                        )
+                    let asked = Heartbeat {
+                        received_ns: at(received),
+                        confirmed_ns: at(received),
+                        ..heartbeat(&world, N2, 0)
+                    };
+                    let given = term
+                        .grant(&world.state, &asked, at(replied))
                         .expect("a grant");
                     let deadline = lease.granted(sequence, given).expect("a deadline");
                     let frozen_at = deadline / MS * 100 / node_rate;
-                    let node = &world.state.nodes[&N2];
-                    let lost_at = table.lost_at_ns(&world.state, node) / MS * 100 / leader_rate;
+                    let lost_at = term.lost_at_ns(&world.state, N2).expect("known");
+                    let lost_at = lost_at / MS * 100 / leader_rate;
                     assert!(
                         frozen_at < lost_at,
                         "frozen at {frozen_at}, lost at {lost_at}"
@@ -202,36 +217,36 @@ fn a_node_is_frozen_before_it_is_lost_whatever_the_delays() {
 #[test]
 fn a_node_that_comes_back_has_the_full_time_again() {
     let mut world = World::new(2, 64);
-    let mut table = LeaseTable::new(0);
-    grant(&mut table, &world, N1, 1_000);
-    grant(&mut table, &world, N2, 1_000);
-    assert_eq!(lost_nodes(&mut table, &world, 7_500), vec![N1, N2]);
-    grant(&mut table, &world, N1, 7_600);
-    for command in table.lost(&world.state, 7_600 * MS) {
+    let mut term = Term::new(1, 0);
+    grant(&mut term, &world, N1, 1_000);
+    grant(&mut term, &world, N2, 1_000);
+    assert_eq!(lost_nodes(&mut term, &world, 7_500), vec![N1, N2]);
+    grant(&mut term, &world, N1, 7_600);
+    for (_, command) in term.table.lost(&world.state, 7_600 * MS) {
         world.done(command);
     }
-    assert_eq!(lost_nodes(&mut table, &world, 9_000), vec![]);
+    assert_eq!(lost_nodes(&mut term, &world, 9_000), vec![]);
     world.register(N2, LIFE, 64);
-    grant(&mut table, &world, N1, 9_900);
-    assert_eq!(lost_nodes(&mut table, &world, 10_000), vec![]);
-    assert_eq!(lost_nodes(&mut table, &world, 16_399), vec![]);
-    assert_eq!(lost_nodes(&mut table, &world, 16_500), vec![N1, N2]);
+    grant(&mut term, &world, N1, 9_900);
+    assert_eq!(lost_nodes(&mut term, &world, 10_000), vec![]);
+    assert_eq!(lost_nodes(&mut term, &world, 16_399), vec![]);
+    assert_eq!(lost_nodes(&mut term, &world, 16_500), vec![N1, N2]);
 }
 
 #[test]
 fn without_a_quorum_no_time_counts_against_anybody() {
     let world = World::new(2, 64);
-    let mut table = LeaseTable::new(0);
-    grant(&mut table, &world, N1, 1_000);
-    grant(&mut table, &world, N2, 1_000);
-    assert_eq!(lost_nodes(&mut table, &world, 1_100), vec![]);
+    let mut term = Term::new(1, 0);
+    grant(&mut term, &world, N1, 1_000);
+    grant(&mut term, &world, N2, 1_000);
+    assert_eq!(lost_nodes(&mut term, &world, 1_100), vec![]);
     // The quorum is silent until 20 s: nobody is lost meanwhile, nor when it is back...
     for now_ms in (3_600..20_000).step_by(100) {
-        assert_eq!(lost_now(&mut table, &world, now_ms), vec![]);
+        assert_eq!(lost_now(&mut term, &world, now_ms), vec![]);
     }
-    assert_eq!(lost_nodes(&mut table, &world, 20_000), vec![]);
+    assert_eq!(lost_nodes(&mut term, &world, 20_000), vec![]);
     // ...but all who do not ask within the full time from then on.
-    grant(&mut table, &world, N1, 20_500);
-    assert_eq!(lost_nodes(&mut table, &world, 26_499), vec![]);
-    assert_eq!(lost_nodes(&mut table, &world, 26_500), vec![N2]);
+    grant(&mut term, &world, N1, 20_500);
+    assert_eq!(lost_nodes(&mut term, &world, 26_499), vec![]);
+    assert_eq!(lost_nodes(&mut term, &world, 26_500), vec![N2]);
 }

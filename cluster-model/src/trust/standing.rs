@@ -227,7 +227,9 @@ impl ClusterState {
                 .is_some_and(|migration| migration.from == me)
         };
         match command {
-            Command::RegisterNode { node, .. } | Command::Absent { node, .. } => *node == me,
+            Command::RegisterNode { node, .. }
+            | Command::Absent { node, .. }
+            | Command::Returned { node, .. } => *node == me,
             Command::DisksMade { vm, .. } => owns(vm),
             Command::Activated { vm, node, .. }
             | Command::Release { vm, node, .. }
@@ -286,6 +288,7 @@ impl ClusterState {
             | Command::RemoveNode { .. }
             | Command::RegisterNode { .. }
             | Command::Absent { .. }
+            | Command::Returned { .. }
             | Command::NodeLost { .. }
             | Command::StartDrain { .. }
             | Command::DrainTrouble { .. }
@@ -371,6 +374,7 @@ fn call_of(command: &Command) -> Option<Call> {
         | Command::FoundTrust { .. }
         | Command::RegisterNode { .. }
         | Command::Absent { .. }
+        | Command::Returned { .. }
         | Command::NodeLost { .. }
         | Command::DrainTrouble { .. }
         | Command::EndDrain { .. }

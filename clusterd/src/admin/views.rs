@@ -54,8 +54,8 @@ pub fn node(state: &ClusterState, soft: &Soft, leader: Option<NodeId>, node: &No
         cpu_vendor: node.facts.cpu_vendor.clone(),
         incarnation: node.incarnation.0,
         cpu_load: known.map_or(0.0, |known| known.cpu_load),
-        note: node.absent_ms.map_or_else(String::new, |ms| {
-            format!("announced to be away for up to {ms} ms")
+        note: node.absence.map_or_else(String::new, |absence| {
+            format!("announced to be away for up to {} ms", absence.duration_ms)
         }),
     }
 }

@@ -1,11 +1,11 @@
 //! Makes the Raft group follow the log's list of nodes: lets new ones in, chooses voters, drops removed ones.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use cluster_model::membership::{RaftView, plan};
-use cluster_model::{Command, NodeId, Object, Severity};
+use cluster_model::membership::{MemberChange, RaftView, members, plan};
+use cluster_model::{ClusterState, Command, NodeId, Object, Severity};
 
 use super::{leads, propose};
 use crate::member::Member;
@@ -46,23 +46,13 @@ async fn step(member: &Arc<Member>, term: u64) -> Result<(), MembershipError> {
     if state.cluster.is_none() {
         return Ok(());
     }
-    let raft = member.raft.metrics();
-    for (id, node) in &state.nodes {
-        if !raft.members.contains_key(id) {
-            member
-                .raft
-                .add_learner(*id, node.name.as_str(), &node.address)
-                .await?;
-            tracing::info!(node = %id, name = %node.name, "let into the Raft group");
-        }
+    while let Some(change) = {
+        let raft = member.raft.metrics();
+        members(&state, &view(member, &raft), &addresses(&raft))
+    } {
+        carry_out(member, &state, change).await?;
     }
-    for id in raft.members.keys() {
-        if !state.nodes.contains_key(id) && *id != member.node {
-            member.raft.remove(*id).await?;
-            tracing::info!(node = %id, "taken out of the Raft group");
-        }
-    }
-    let view = view(member, &raft);
+    let view = view(member, &member.raft.metrics());
     let Some(change) = plan(&state, &view) else {
         return Ok(());
     };
@@ -104,6 +94,43 @@ async fn step(member: &Arc<Member>, term: u64) -> Result<(), MembershipError> {
     )
     .await;
     Ok(())
+}
+
+async fn carry_out(
+    member: &Member,
+    state: &ClusterState,
+    change: MemberChange,
+) -> Result<(), MembershipError> {
+    let raft = &member.raft;
+    let known = |id: &NodeId| state.nodes.get(id);
+    match change {
+        MemberChange::LetIn(id) => {
+            if let Some(node) = known(&id) {
+                raft.add_learner(id, node.name.as_str(), &node.address)
+                    .await?;
+                tracing::info!(node = %id, name = %node.name, address = node.address, "let into the Raft group");
+            }
+        }
+        MemberChange::TakeOut(id) => {
+            raft.remove(id).await?;
+            tracing::info!(node = %id, "taken out of the Raft group");
+        }
+        MemberChange::Readdress(id) => {
+            if let Some(node) = known(&id) {
+                raft.readdress(id, node.name.as_str(), &node.address)
+                    .await?;
+                tracing::info!(node = %id, address = node.address, "the Raft group knows this node's address");
+            }
+        }
+    }
+    Ok(())
+}
+
+fn addresses(raft: &RaftStatus) -> BTreeMap<NodeId, String> {
+    let members = raft.members.iter();
+    members
+        .map(|(id, status)| (*id, status.address.clone()))
+        .collect()
 }
 
 fn view(member: &Member, raft: &RaftStatus) -> RaftView {

@@ -88,6 +88,34 @@ impl<M: Machine> RaftHandle<M> {
         }
     }
 
+    /// Changes in place where this node, the leader, is reached. Another member's connections would stay where
+    /// they are: it is removed and let in again.
+    ///
+    /// # Errors
+    /// See [`MembershipError`].
+    pub async fn readdress(
+        &self,
+        node: NodeId,
+        name: &str,
+        address: &str,
+    ) -> Result<(), MembershipError> {
+        let member = Member {
+            name: name.to_owned(),
+            address: address.to_owned(),
+        };
+        let _one = self.begin_change().await?;
+        if node != self.node() || !self.metrics().members.contains_key(&node) {
+            return Err(MembershipError::Refused {
+                why: format!("{node} is not the member that leads"),
+            });
+        }
+        self.change_keeping(
+            ChangeMembers::SetNodes(BTreeMap::from([(node.0, member)])),
+            true,
+        )
+        .await
+    }
+
     /// Gives a learner a vote, once it has caught up (waits up to `within` for that).
     ///
     /// # Errors
@@ -125,7 +153,7 @@ impl<M: Machine> RaftHandle<M> {
             .await
     }
 
-    /// Takes a node out of the group for ever: its number is never used again.
+    /// Takes a node out of the group: for ever, unless it is let in again at another address.
     ///
     /// # Errors
     /// See [`MembershipError`].

@@ -78,7 +78,7 @@ async fn a_planned_stop_is_announced_and_loses_nobody() {
     let node = rig.node_id(leader);
     rig.take(leader).stop().await;
     rig.until(other, "the absence is known", |state| {
-        state.nodes[&node].absent_ms.is_some()
+        state.nodes[&node].absence.is_some()
     })
     .await;
     // Well over the lost-time of the fast profile.
@@ -94,7 +94,7 @@ async fn a_planned_stop_is_announced_and_loses_nobody() {
     assert!(lost.await.is_err(), "an announced absence is no loss");
     rig.start(leader).await;
     rig.until(other, "it is back", |state| {
-        state.nodes[&node].absent_ms.is_none()
+        state.nodes[&node].absence.is_none()
     })
     .await;
 }
@@ -111,4 +111,37 @@ async fn a_second_daemon_on_one_folder_is_refused() {
         Err(clusterd::node::NodeError::Locked { .. })
     ));
     first.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_is_started_at_another_address_is_reached_there() {
+    let mut rig = Rig::without_machines();
+    rig.cluster(3, settings()).await;
+    let leads = |number: usize| rig.handle(number).member().unwrap().raft.is_leader();
+    // First one that follows, then the one that leads: it hands its lead over when it stops.
+    let leader = (1..=3).find(|&number| leads(number)).unwrap();
+    for number in [leader % 3 + 1, leader] {
+        let other = (1..=3).find(|&other| other != number).unwrap();
+        let node = rig.node_id(number);
+        rig.take(number).stop().await;
+        rig.moved.insert(number);
+        rig.start(number).await;
+        let address = rig.address(number).to_string();
+        rig.until(other, "it registered its address", |state| {
+            state.nodes[&node].address == address
+        })
+        .await;
+        let raft = rig.handle(other).member().unwrap().raft.clone();
+        eventually("the group reaches it there, and it votes", || {
+            let status = raft.metrics();
+            let known = status.members.get(&node);
+            known.is_some_and(|known| known.voter && known.address == address)
+        })
+        .await;
+        // The log reaches it: what is decided from now on, and that it is back.
+        rig.until(number, "it is back and holds its lease", |state| {
+            state.nodes[&node].absence.is_none() && state.nodes[&node].address == address
+        })
+        .await;
+    }
 }

@@ -22,6 +22,8 @@ pub struct Rig {
     pub folder: tempfile::TempDir,
     subnet: (u8, u8),
     programs: (PathBuf, PathBuf),
+    /// Nodes that are started at another address than at first.
+    pub moved: std::collections::BTreeSet<usize>,
     pub nodes: Vec<Option<Node>>,
 }
 
@@ -40,6 +42,7 @@ impl Rig {
             folder: tempfile::Builder::new().prefix("bn").tempdir().unwrap(),
             subnet: subnet(),
             programs: (vmm.to_owned(), broker.to_owned()),
+            moved: Default::default(),
             nodes: Vec::new(),
         }
     }
@@ -51,7 +54,12 @@ impl Rig {
 
     pub fn ip(&self, number: usize) -> IpAddr {
         let (second, third) = self.subnet;
-        Ipv4Addr::new(127, second, third, 10 + number as u8).into()
+        let at = if self.moved.contains(&number) {
+            110
+        } else {
+            10
+        };
+        Ipv4Addr::new(127, second, third, at + number as u8).into()
     }
 
     pub fn address(&self, number: usize) -> SocketAddr {

@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use cluster_model::membership::RaftView;
 use cluster_model::{
-    Boot, ClusterState, Command, Desired, DiskSpec, Envelope, FIRST_NODE, FenceClass, Incarnation,
-    LeaseTable, LogIndex, MigrationCause, MigrationOptions, Name, NicSpec, NodeFacts, NodeId,
-    NodeLoad, NodeRole, NodeView, Observed, OnIsolation, RequestId, Sha256, Token, VmId, VmSpec,
-    Why, balance, best_node, decide, drain, failover, membership, queue,
+    Boot, ClusterState, Command, Desired, DiskSpec, Envelope, FIRST_NODE, FenceClass, Heartbeat,
+    HeldLease, Incarnation, LogIndex, LossOutcome, MigrationCause, MigrationOptions, Name, NicSpec,
+    NodeFacts, NodeId, NodeLoad, NodeRole, NodeView, Observed, OnIsolation, RequestId, Sha256,
+    Term, Token, VmId, VmSpec, Why, balance, best_node, decide, drain, failover, membership, queue,
 };
 
 /// A name that is known to be one.
@@ -183,15 +183,43 @@ pub fn decide_everything(state: &ClusterState) {
         following: nodes,
     };
     membership::plan(state, &raft);
-    let mut leases = LeaseTable::new(1);
+    membership::members(state, &raft, &BTreeMap::new());
+    let mut term = Term::new(1, 1);
+    let mut lease = HeldLease::default();
     for node in state.nodes.values() {
         let _ = drain::plan(state, node.id, &observed, 1 << 30);
         drain::fail_back(state, node.id, &observed);
-        let _ = leases.grant(state, node.id, node.incarnation, 2, 3, 4);
+        let heartbeat = Heartbeat {
+            node: node.id,
+            incarnation: node.incarnation,
+            applied: state.applied,
+            received_ns: 2,
+            confirmed_ns: 3,
+            needs: state.applied,
+        };
+        if let Ok(grant) = term.grant(state, &heartbeat, 4) {
+            let sequence = lease.sending(1);
+            lease.granted(sequence, grant);
+        }
+        lease.shorten_to(node, 5);
+        lease.returned(node, [1].into_iter(), 5);
         decide(state, &view(node.id));
     }
-    leases.lost(state, u64::MAX / 2);
-    leases.next_ns(state);
+    for second in 0..20 {
+        let now_ns = second * 1_000_000_000;
+        let stranger = Heartbeat {
+            node: NodeId(u64::MAX),
+            incarnation: Incarnation(0),
+            applied: LogIndex(0),
+            received_ns: now_ns,
+            confirmed_ns: now_ns,
+            needs: LogIndex(0),
+        };
+        let _ = term.grant(state, &stranger, now_ns);
+        for loss in term.look(state, now_ns).losses {
+            term.loss_answered(&loss, LossOutcome::Unknown, now_ns);
+        }
+    }
     for vm in state.vms.values() {
         let _ = best_node(state, vm, &BTreeSet::new(), &observed);
         failover::why_not_running(state, vm.id);

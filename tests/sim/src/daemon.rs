@@ -7,24 +7,20 @@ use std::sync::Arc;
 
 use cluster_model::agent::{Memory, Sight};
 use cluster_model::supervise::Supervisor;
-use cluster_model::{
-    ClusterState, Command, Envelope, Grant, Incarnation, Liveness, LogIndex, MonitorView,
-    NodeLease, Reply, RequestId, Token,
-};
+use cluster_model::{ClusterState, Envelope, HeldLease, Incarnation, MonitorView};
 use rand::Rng;
 
 use crate::invariants;
-use crate::leader::table_of;
 use crate::monitor::MonitorCall;
 use crate::mutants::{self, Mutant};
 use crate::raft::Role;
-use crate::setup;
 use crate::world::{ConfirmFor, Daemon, Event, MS, Message, Place, S, World, node_id};
 
 /// A daemon looks at everything this often.
 const TICK: u64 = 100 * MS;
-/// A registration that got no answer is sent again.
-const REGISTER_PAUSE: u64 = 700 * MS;
+
+/// Whoever heard a leader this lately gives nobody else a vote.
+const LEADER_HEARD: u64 = 900 * MS;
 
 /// A monitor of an earlier life that does not answer for this long is ended.
 const FOUND_PATIENCE: u64 = 10 * S;
@@ -43,7 +39,6 @@ impl World {
         }
         let life = self.number();
         let election_at = self.election_due(node);
-        let looked_at = self.clock(node);
         let mutant = self.mutant;
         let forgets = self.mutant == Some(Mutant::LogForgotten);
         let host = &mut self.hosts[node];
@@ -52,12 +47,15 @@ impl World {
             host.raft.forget(ENTRIES_FORGOTTEN);
         }
         host.paused_until = 0;
+        host.hangs_until = 0;
         host.daemon = Some(Daemon {
             life,
             state: Arc::new(ClusterState::default()),
             applied: 0,
             memory: Memory::with(mutants::safeguards(mutant)),
-            lease: NodeLease::default(),
+            lease: HeldLease::default(),
+            sent: BTreeMap::new(),
+            booked_until: 0,
             session_since: None,
             registering: 0,
             sight: BTreeMap::new(),
@@ -65,12 +63,15 @@ impl World {
             flows: BTreeMap::new(),
             rpcs: BTreeMap::new(),
             waiting: BTreeMap::new(),
+            own: BTreeMap::new(),
+            leaving: None,
+            returning: 0,
             handed_on: BTreeMap::new(),
             confirms: BTreeMap::new(),
-            table: None,
+            term: None,
             volumes_down: BTreeSet::new(),
-            looked_at,
             election_at,
+            heard_at: None,
             planned_at: 0,
             supervisor: Supervisor::default(),
         });
@@ -125,9 +126,21 @@ impl World {
                 self.publish(node, nonce);
             }
         }
+        self.leave_in_time(node);
         self.look(node);
         let next = self.after(node, TICK);
         self.at(next, Event::Tick { node, life });
+    }
+
+    /// Whether it hears a leader, or leads and was confirmed a moment ago: it then gives nobody else its vote, so that
+    /// a node that does not hear the leader deposes nobody. It stands for openraft's pre-vote and leader's lease.
+    fn has_a_leader(&self, node: usize) -> bool {
+        let clock = self.clock(node);
+        self.hosts[node].daemon.as_ref().is_some_and(|daemon| {
+            daemon
+                .heard_at
+                .is_some_and(|heard| clock.saturating_sub(heard) < LEADER_HEARD)
+        })
     }
 
     /// Sends what the log says.
@@ -150,6 +163,11 @@ impl World {
                 let heard = leaders.is_some();
                 let commit = self.hosts[node].raft.commit;
                 let led = self.hosts[node].raft.role == Role::Leader;
+                if matches!(message, crate::raft::RaftMessage::Vote { .. })
+                    && self.has_a_leader(node)
+                {
+                    return;
+                }
                 let out = self.hosts[node].raft.take_in(peer, message);
                 if !led && self.hosts[node].raft.role == Role::Leader {
                     let term = self.hosts[node].raft.vote.term;
@@ -163,8 +181,10 @@ impl World {
                 invariants::log_changed(self, node);
                 if heard && self.hosts[node].raft.leader == Some(peer) {
                     let due = self.election_due(node);
+                    let heard_at = self.clock(node);
                     if let Some(daemon) = self.daemon(node) {
                         daemon.election_at = due;
+                        daemon.heard_at = Some(heard_at);
                     }
                 }
                 self.raft_out(node, out);
@@ -185,6 +205,7 @@ impl World {
             Message::Heartbeat {
                 sequence,
                 incarnation,
+                applied,
                 volume_down,
             } => {
                 let Place::Daemon(peer) = from else { return };
@@ -202,6 +223,7 @@ impl World {
                         node: peer,
                         sequence,
                         incarnation,
+                        applied,
                         received,
                     },
                 );
@@ -210,7 +232,10 @@ impl World {
                 sequence,
                 grant,
                 index,
-            } => self.granted(node, sequence, grant, index),
+                until,
+            } => self.granted(node, sequence, grant, index, until),
+            Message::Shortened { nonce, life } => self.shortened(node, nonce, life),
+            Message::Proposed { rpc, answer } if self.own_answered(node, rpc, &answer) => {}
             Message::AskReady { rpc, migration } => {
                 let receives = |monitor: &&MonitorView| {
                     monitor.migration.as_ref().is_some_and(|part| {
@@ -244,6 +269,8 @@ impl World {
             | Message::Ask { .. }
             | Message::Quiet { .. }
             | Message::Final { .. }
+            | Message::Extend { .. }
+            | Message::Shorten { .. }
             | Message::Broken { .. } => {}
         }
         self.look(node);
@@ -324,109 +351,7 @@ impl World {
                 let index = Some(index);
                 self.send(Place::Daemon(node), to, Message::Confirmed { rpc, index });
             }
-            ConfirmFor::Lease {
-                node: peer,
-                sequence,
-                incarnation,
-                received,
-            } => {
-                let now_ns = self.clock(node) * 1_000;
-                let term = self.hosts[node].raft.vote.term;
-                let early = self.mutant == Some(Mutant::LostTooEarly);
-                let Some(daemon) = self.daemon(node) else {
-                    return;
-                };
-                if daemon.applied < index {
-                    return;
-                }
-                let state = daemon.state.clone();
-                let (_, table, condemned) = table_of(&mut daemon.table, term, now_ns);
-                let up_since = state.nodes.get(&node_id(peer)).map(|known| known.up_since);
-                if up_since.is_some_and(|since| condemned.contains(&(node_id(peer), since)))
-                    && !early
-                {
-                    return;
-                }
-                let received_ns = received * 1_000;
-                let granted = table.grant(
-                    &state,
-                    node_id(peer),
-                    Incarnation(incarnation),
-                    received_ns,
-                    received_ns,
-                    now_ns,
-                );
-                if let Ok(grant) = granted {
-                    invariants::answers(self, node, received);
-                    let message = Message::Granted {
-                        sequence,
-                        grant,
-                        index,
-                    };
-                    self.send(Place::Daemon(node), Place::Daemon(peer), message);
-                }
-            }
-        }
-    }
-
-    /// A node's heartbeat to whoever leads, as far as it knows.
-    pub fn heartbeat(&mut self, node: usize) {
-        let sent_ns = self.clock(node) * 1_000;
-        let volume_down = !self.reaches(Place::Daemon(node), Place::Server) || !self.server.up;
-        let (leader, incarnation) = (self.hosts[node].raft.leader, self.hosts[node].incarnation);
-        let Some(daemon) = self.daemon(node) else {
-            return;
-        };
-        let life = daemon.life;
-        let sequence = daemon.lease.sending(sent_ns);
-        let interval = u64::from(daemon.state.settings.heartbeat_ms.max(300)) * MS;
-        if let Some(leader) = leader {
-            let message = Message::Heartbeat {
-                sequence,
-                incarnation,
-                volume_down,
-            };
-            self.send(Place::Daemon(node), Place::Daemon(leader), message);
-        }
-        let next = self.after(node, interval);
-        self.at(next, Event::Beat { node, life });
-    }
-
-    fn granted(&mut self, node: usize, sequence: u64, grant: Grant, index: usize) {
-        let now_ns = self.clock(node) * 1_000;
-        let from_receipt = self.mutant == Some(Mutant::LeaseFromReceipt);
-        let me = node_id(node);
-        let Some(daemon) = self.daemon(node) else {
-            return;
-        };
-        if daemon.applied < index {
-            let again = Message::Granted {
-                sequence,
-                grant,
-                index,
-            };
-            return self.later(node, again);
-        }
-        let granted = daemon.lease.granted(sequence, grant);
-        let deadline_ns = match granted {
-            _ if from_receipt => now_ns + u64::from(grant.lease_ms) * 1_000_000,
-            Some(deadline_ns) => deadline_ns,
-            None => return,
-        };
-        let state = daemon.state.clone();
-        let deadline = deadline_ns / 1_000;
-        let monitors: Vec<(u64, Token)> = self.daemon(node).map_or_else(Vec::new, |daemon| {
-            let mine = daemon.sight.values().map(|(_, monitor)| monitor);
-            let mine = mine.filter(|monitor| {
-                let known = state.vms.get(&monitor.vm);
-                known.is_some_and(|vm| vm.ownership.owner == Some(me))
-            });
-            mine.map(|monitor| (monitor.nonce, monitor.token)).collect()
-        });
-        for (nonce, token) in monitors {
-            let (here, there) = (Place::Daemon(node), Place::Monitor(node, nonce));
-            let call = MonitorCall::Extend { token, deadline };
-            self.send(here, there, Message::Ask { rpc: 1, call });
+            asked @ ConfirmFor::Lease { .. } => self.answer_heartbeat(node, asked, index),
         }
     }
 
@@ -437,6 +362,10 @@ impl World {
             let raft = &self.hosts[node].raft;
             (raft.commit, raft.vote, raft.role == Role::Leader)
         };
+        // A replica that hangs takes in entries and acknowledges them, and gets no further.
+        if self.hosts[node].hangs_until > self.now {
+            return;
+        }
         let mut applied_any = false;
         let wall_ms = self.wall_ms(node);
         loop {
@@ -472,73 +401,6 @@ impl World {
         if applied_any {
             self.flows_applied(node);
         }
-    }
-
-    /// Registers this life, and again when the log counts it as lost.
-    fn register(&mut self, node: usize) {
-        let (now, incarnation) = (self.now, self.hosts[node].incarnation);
-        let at_ms = self.wall_ms(node);
-        let number = self.number();
-        let Some(daemon) = self.daemon(node) else {
-            return;
-        };
-        let known = daemon.state.nodes.get(&node_id(node)).filter(|known| {
-            daemon.session_since.is_none()
-                || known.incarnation != Incarnation(incarnation)
-                || matches!(known.liveness, Liveness::Joining | Liveness::Lost)
-        });
-        // A life registers when it knows what runs on its host.
-        let known = known.filter(|_| daemon.finding.is_empty());
-        let Some(replaces) = known.map(|known| known.incarnation) else {
-            return;
-        };
-        if now < daemon.registering {
-            return;
-        }
-        daemon.registering = now + REGISTER_PAUSE;
-        let envelope = Envelope {
-            request: RequestId(format!("n{}/{number}", node + 1)),
-            actor: format!("node/n{}", node + 1),
-            at_ms,
-            asked: None,
-            command: Command::RegisterNode {
-                node: node_id(node),
-                incarnation: Incarnation(incarnation),
-                replaces,
-                address: format!("127.0.0.{}:1", node + 1),
-                facts: setup::facts(),
-            },
-        };
-        // Rpc 0 of a flow that is none: the answer is taken in below.
-        let rpc = number;
-        daemon.rpcs.insert(rpc, 0);
-        if let Some(leader) = self.hosts[node].raft.leader {
-            let message = Message::Propose {
-                rpc,
-                envelope: Arc::new(envelope),
-            };
-            self.send(Place::Daemon(node), Place::Daemon(leader), message);
-        }
-    }
-
-    /// A registration was answered.
-    pub fn registered(&mut self, node: usize, answer: Option<(usize, Reply)>) {
-        let Some((index, Reply::Done { index: at, outcome })) = answer else {
-            return;
-        };
-        let Some(daemon) = self.daemon(node) else {
-            return;
-        };
-        if daemon.applied >= index {
-            daemon.session_since.get_or_insert(LogIndex(index as u64));
-            return;
-        }
-        let rpc = self.number();
-        if let Some(daemon) = self.daemon(node) {
-            daemon.rpcs.insert(rpc, 0);
-        }
-        let answer = Some((index, Reply::Done { index: at, outcome }));
-        self.later(node, Message::Proposed { rpc, answer });
     }
 
     /// A message that this replica is behind of: it is taken in again a little later.
@@ -599,7 +461,7 @@ impl World {
         let Some(daemon) = self.daemon(node) else {
             return;
         };
-        if daemon.applied == 0 || !daemon.finding.is_empty() {
+        if daemon.applied == 0 || !daemon.finding.is_empty() || daemon.leaving.is_some() {
             return;
         }
         let monitors = daemon.sight.values().map(|(_, view)| view.clone());

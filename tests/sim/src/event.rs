@@ -39,6 +39,7 @@ pub enum Message {
     Heartbeat {
         sequence: u64,
         incarnation: u64,
+        applied: usize,
         volume_down: bool,
     },
     /// Grants it.
@@ -46,7 +47,19 @@ pub enum Message {
         sequence: u64,
         grant: Grant,
         index: usize,
+        /// The node waits that long for its replica, real time.
+        until: u64,
     },
+    /// A daemon to its monitor: the deadline moves on.
+    Extend { deadline: u64, session: u64 },
+    /// The same: it moves back, and earlier lives are obeyed no more.
+    Shorten {
+        deadline: u64,
+        session: u64,
+        life: u64,
+    },
+    /// A monitor: it did that, for that life.
+    Shortened { nonce: u64, life: u64 },
     /// Source to destination: is your monitor ready?
     AskReady { rpc: u64, migration: MigrationId },
     /// Its nonce.
@@ -124,6 +137,8 @@ pub enum Event {
     Operate,
     /// A daemon starts.
     StartDaemon { node: usize },
+    /// A daemon that is back from an absence is gone again.
+    GoneAgain { node: usize },
     /// A host boots.
     Boot { node: usize },
     /// The storage server starts.

@@ -22,7 +22,7 @@ impl World {
         self.counts.faults += 1;
         let node = self.rng.random_range(0..self.hosts.len());
         let long = self.rng.random_range(200 * MS..15 * S);
-        match self.rng.random_range(0..21) {
+        match self.rng.random_range(0..24) {
             0 => {
                 self.kill_daemon(node);
                 self.at(self.now + long, Event::StartDaemon { node });
@@ -68,7 +68,14 @@ impl World {
             7 => self.cut("from the other nodes", node, true, true, false, long),
             8 => self.cut("from the storage", node, false, false, true, long),
             9 => self.cut("one way: it is not heard", node, true, false, false, long),
-            10 => self.cut("one way: it does not hear", node, false, true, false, long),
+            10 => self.cut(
+                "one way: it does not hear",
+                node,
+                false,
+                true,
+                false,
+                2 * long,
+            ),
             11 => {
                 self.say(|| "the storage server crashes".into());
                 self.server.crash();
@@ -102,7 +109,19 @@ impl World {
                 self.congested = Some((node, late));
                 self.at(self.now + long, Event::Heal);
             }
-            20 => self.cut_from_leader(node, long),
+            20 => self.cut_from_leader(node, 2 * long),
+            21 | 22 => self.stop_as_planned(node),
+            23 => {
+                let until = self.now + 2 * long;
+                self.say(|| {
+                    format!(
+                        "the replica of n{} hangs for {} ms",
+                        node + 1,
+                        2 * long / MS
+                    )
+                });
+                self.hosts[node].hangs_until = until;
+            }
             17 => {
                 self.say(|| format!("the storage is full for {} ms", long / MS));
                 self.server_full_until = self.now + long;
@@ -150,6 +169,29 @@ impl World {
         self.say(|| format!("clusterd of n{} is killed", node + 1));
         self.hosts[node].daemon = None;
         self.hosts[node].paused_until = 0;
+    }
+
+    /// A `clusterd` that was told to stop is gone.
+    pub fn end_daemon(&mut self, node: usize) {
+        self.say(|| format!("clusterd of n{} has stopped", node + 1));
+        self.hosts[node].daemon = None;
+        self.hosts[node].paused_until = 0;
+    }
+
+    /// What came back from an absence is gone again, longer than a lease.
+    pub fn gone_again(&mut self, node: usize) {
+        if self.now >= self.calm_at {
+            return;
+        }
+        let long = self.rng.random_range(5 * S..25 * S);
+        match self.rng.random_range(0..3) {
+            0 => self.cut("from the other nodes", node, true, true, false, long),
+            1 => self.kill_daemon(node),
+            _ => {
+                self.say(|| format!("clusterd of n{} is stopped for {} ms", node + 1, long / MS));
+                self.hosts[node].paused_until = self.now + long;
+            }
+        }
     }
 
     fn power_off(&mut self, node: usize) {
@@ -200,18 +242,22 @@ impl World {
         let leader = self.hosts[node].raft.leader;
         let leader = leader.filter(|&leader| leader != node);
         let peer = leader.unwrap_or((node + 1) % self.hosts.len());
-        let both = self.rng.random_bool(0.5);
+        let (there, back) = match self.rng.random_range(0..4) {
+            0 => (true, false),
+            1 => (false, true),
+            _ => (true, true),
+        };
         self.say(|| {
-            let ways = if both { "both ways" } else { "one way" };
-            format!(
-                "n{} and n{} are cut off {ways} for {} ms",
-                node + 1,
-                peer + 1,
-                long / MS
-            )
+            let (from, to) = (node + 1, peer + 1);
+            let how = match (there, back) {
+                (true, true) => format!("n{from} and n{to} do not hear each other"),
+                (true, false) => format!("n{to} does not hear n{from}"),
+                _ => format!("n{from} does not hear n{to}"),
+            };
+            format!("{how} for {} ms", long / MS)
         });
-        self.links[node][peer] = false;
-        self.links[peer][node] &= !both;
+        self.links[node][peer] &= !there;
+        self.links[peer][node] &= !back;
         self.at(self.now + long, Event::Heal);
     }
 
@@ -239,6 +285,7 @@ impl World {
                 continue;
             }
             self.hosts[node].paused_until = 0;
+            self.hosts[node].hangs_until = 0;
             for monitor in self.hosts[node].monitors.values_mut() {
                 monitor.paused_until = 0;
             }

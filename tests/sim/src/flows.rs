@@ -448,17 +448,8 @@ impl World {
             .daemon(node)
             .and_then(|daemon| daemon.rpcs.remove(&rpc))
         else {
-            if let Message::Proposed { answer, .. } = message {
-                self.hand_on(node, rpc, answer);
-            }
             return;
         };
-        if id == 0 {
-            if let Message::Proposed { answer, .. } = message {
-                self.registered(node, answer);
-            }
-            return;
-        }
         let applied = self.daemon(node).map_or(0, |daemon| daemon.applied);
         let Some(flow) = self
             .daemon(node)

@@ -2,6 +2,7 @@
 
 mod all_end;
 mod asked;
+mod bounded;
 mod claimed;
 mod discarded;
 mod evidence;
@@ -47,6 +48,10 @@ pub struct Truth {
     pub done: BTreeMap<RequestId, u64>,
     /// When the first entry of each term was committed, as far as somebody knew it, real time.
     pub terms: BTreeMap<u64, u64>,
+    /// Which node has granted leases without a pause since when, and when it did so last, real time.
+    pub steady: Option<(usize, u64, u64)>,
+    /// Since when each node was not seen to hold a lease, by the book, or not to be up, real time.
+    pub without: BTreeMap<usize, u64>,
     /// The vote and the count of committed entries that each node had last.
     pub promised: BTreeMap<usize, (Vote, usize)>,
 }
@@ -64,6 +69,8 @@ impl Truth {
             holders: BTreeMap::new(),
             done: BTreeMap::new(),
             terms: BTreeMap::new(),
+            steady: None,
+            without: BTreeMap::new(),
             promised: BTreeMap::new(),
         };
         for entry in log {
@@ -146,6 +153,16 @@ pub fn same_log(world: &mut World, node: usize) -> bool {
 /// The leader is about to answer what reached it at `received` on its clock, µs.
 pub fn answers(world: &mut World, node: usize, received: u64) {
     renewals::check(world, node, received);
+}
+
+/// The leader grants a lease.
+pub fn grants(world: &mut World, node: usize) {
+    bounded::granted(world, node);
+}
+
+/// The leader has looked for lost nodes.
+pub fn looked(world: &mut World, node: usize) {
+    bounded::check(world, node);
 }
 
 /// A node is about to end a monitor by the log.

@@ -1,70 +1,61 @@
-//! What only the leader does: the lease table, losses, plans, supervision.
+//! What only the leader does: losses, plans, supervision. Whom it takes for lost is `cluster_model::Term`'s to say.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use cluster_model::queue::Next;
 use cluster_model::{
-    ClusterState, Command, Envelope, LeaseTable, Liveness, LogIndex, NodeLoad, Observed, Reply,
-    RequestId, Why, drain, failover, queue,
+    ClusterState, Command, Envelope, Liveness, Loss, LossOutcome, NodeId, NodeLoad, Observed,
+    Reply, RequestId, Term, Why, drain, failover, queue,
 };
+use rand::Rng;
 
+use crate::invariants;
+use crate::leases::term_of;
 use crate::mutants::Mutant;
-use crate::world::{MS, Message, Place, S, World, name, node_id};
+use crate::raft::Role;
+use crate::world::{MS, Message, Own, Place, S, World, name, node_id};
 
-/// The leader's table is made anew after it stood still for this long.
-const STOOD_STILL: u64 = 1_500 * MS;
+/// How long a leader waits for what came of a proposal.
+const PATIENCE: u64 = 3 * S;
 
 impl World {
-    /// The leader's table and plans.
+    /// The leader looks for lost nodes, and plans.
     pub fn lead(&mut self, node: usize) {
         let clock = self.clock(node);
         let raft = &self.hosts[node].raft;
-        let term = raft.vote.term;
-        // A leader that has not committed in its term does not know what its predecessors did.
-        let knows = raft.knows();
+        let (leads, knows, number) = (raft.role == Role::Leader, raft.knows(), raft.vote.term);
         let early = self.mutant == Some(Mutant::LostTooEarly);
         let now = self.now;
         let wall_ms = self.wall_ms(node);
-        let Some(daemon) = self.hosts[node].daemon.as_mut() else {
+        let Some(daemon) = self.daemon(node).filter(|daemon| daemon.leaving.is_none()) else {
             return;
         };
-        let stood_still = clock.saturating_sub(daemon.looked_at) > STOOD_STILL;
-        daemon.looked_at = clock;
-        if !knows {
+        if !leads {
             return;
         }
         let state = daemon.state.clone();
-        let table = table_of(&mut daemon.table, term, clock * 1_000);
-        if stood_still {
-            table.1 = LeaseTable::new(clock * 1_000);
-        }
-        let mut lost = table.1.lost(&state, clock * 1_000);
+        let now_ns = clock * 1_000;
+        let term = term_of(&mut daemon.term, number, now_ns);
+        let mut losses = term.look(&state, now_ns).losses;
         if early {
-            let looks_ns = clock * 1_000 + 4 * S * 1_000;
-            lost.extend(lost_early(&state, &table.1, node_id(node), looks_ns));
+            losses.extend(lost_early(
+                &state,
+                term,
+                node_id(node),
+                now_ns + 4 * S * 1_000,
+            ));
         }
+        for loss in losses {
+            self.propose_loss(node, number, loss);
+        }
+        self.give_up_losses(node);
+        invariants::looked(self, node);
+        // A leader that has not committed in its term does not know what its predecessors did.
+        let Some(daemon) = self.daemon(node).filter(|_| knows) else {
+            return;
+        };
         let mut due: Vec<(String, Command)> = Vec::new();
-        for command in lost {
-            if let Command::NodeLost {
-                node, incarnation, ..
-            } = &command
-            {
-                let up_since = state
-                    .nodes
-                    .get(node)
-                    .map_or(LogIndex(0), |known| known.up_since);
-                // One loss is proposed once: it stays in this leader's log for as long as it leads.
-                if table.2.insert((*node, up_since)) {
-                    due.push((format!("lost/{node}/{incarnation}/term-{term}"), command));
-                }
-            }
-        }
-        // Of a node that was lost and came up again nothing is proposed.
-        table.2.retain(|(node, up_since)| {
-            let known = state.nodes.get(node);
-            known.is_some_and(|known| known.up_since == *up_since && known.liveness == Liveness::Up)
-        });
         if now >= daemon.planned_at {
             daemon.planned_at = now + 400 * MS;
             let observed = observed(&daemon.volumes_down);
@@ -84,14 +75,68 @@ impl World {
                 asked: None,
                 command,
             });
-            if self.mutant == Some(Mutant::LossHandedOn)
-                && let Command::NodeLost { .. } = &envelope.command
-                && let Some(daemon) = self.daemon(node)
-            {
-                daemon.handed_on.insert(number, envelope.clone());
-            }
             self.leader_propose(node, Place::Daemon(node), number, envelope);
         }
+    }
+
+    fn propose_loss(&mut self, node: usize, term: u64, loss: Loss) {
+        let rpc = self.number();
+        let envelope = Arc::new(Envelope {
+            request: loss.request.clone(),
+            actor: "controller/leases".into(),
+            at_ms: self.wall_ms(node),
+            asked: None,
+            command: loss.command.clone(),
+        });
+        let hands_on = self.mutant == Some(Mutant::LossHandedOn);
+        let until = self.now + PATIENCE;
+        if let Some(daemon) = self.daemon(node) {
+            if hands_on {
+                daemon.handed_on.insert(rpc, envelope.clone());
+            }
+            daemon.own.insert(rpc, Own::Loss { loss, term, until });
+        }
+        self.leader_propose(node, Place::Daemon(node), rpc, envelope);
+    }
+
+    /// A proposal that has no answer for this long is given up: what comes later is not heard.
+    fn give_up_losses(&mut self, node: usize) {
+        let now = self.now;
+        let Some(daemon) = self.daemon(node) else {
+            return;
+        };
+        let late = daemon.own.iter().filter_map(|(rpc, own)| match own {
+            Own::Loss { until, .. } if *until < now => Some(*rpc),
+            _ => None,
+        });
+        for rpc in late.collect::<Vec<u64>>() {
+            self.own_answered(node, rpc, &None);
+        }
+    }
+
+    /// A loss was answered, or not: seldom the answer is lost on its way back.
+    pub fn loss_answered(
+        &mut self,
+        node: usize,
+        rpc: u64,
+        loss: &Loss,
+        term: u64,
+        answer: &Option<(usize, Reply)>,
+    ) {
+        let is_lost = self.rng.random_ratio(1, 8);
+        let outcome = match answer {
+            _ if is_lost => LossOutcome::Unknown,
+            Some((_, Reply::Done { .. })) => LossOutcome::Recorded,
+            Some((_, Reply::Rejected(_))) => LossOutcome::Refused,
+            None => LossOutcome::Unknown,
+        };
+        let now_ns = self.clock(node) * 1_000;
+        if let Some(daemon) = self.daemon(node)
+            && let Some(known) = daemon.term.as_mut().filter(|known| known.number() == term)
+        {
+            known.loss_answered(loss, outcome, now_ns);
+        }
+        self.hand_on(node, rpc, answer.clone());
     }
 
     /// The mutant's: a loss that was not written here is asked for where the leader is now.
@@ -117,38 +162,25 @@ impl World {
     }
 }
 
-/// The term, its table, and the nodes whose loss is proposed, by the entry they came up by.
-pub type Table = Option<(u64, LeaseTable, BTreeSet<(cluster_model::NodeId, LogIndex)>)>;
-
-/// The table of that term, made anew when the term is.
-pub fn table_of(
-    table: &mut Table,
-    term: u64,
-    now_ns: u64,
-) -> &mut (u64, LeaseTable, BTreeSet<(cluster_model::NodeId, LogIndex)>) {
-    if table.as_ref().is_none_or(|(known, ..)| *known != term) {
-        *table = None;
-    }
-    table.get_or_insert_with(|| (term, LeaseTable::new(now_ns), BTreeSet::new()))
-}
-
-/// The mutant's: what the table would say later, though the answers of meanwhile are still to come.
-fn lost_early(
-    state: &ClusterState,
-    table: &LeaseTable,
-    leader: cluster_model::NodeId,
-    looks_ns: u64,
-) -> Vec<Command> {
+/// The mutant's: what the term would say later, though the answers of meanwhile are still to come.
+fn lost_early(state: &ClusterState, term: &Term, leader: NodeId, looks_ns: u64) -> Vec<Loss> {
     let silent = state.nodes.values().filter(|known| {
         known.id != leader
             && known.liveness == Liveness::Up
-            && looks_ns >= table.lost_at_ns(state, known)
+            && term
+                .lost_at_ns(state, known.id)
+                .is_some_and(|lost_at| looks_ns >= lost_at)
     });
     silent
-        .map(|known| Command::NodeLost {
+        .map(|known| Loss {
             node: known.id,
-            incarnation: known.incarnation,
-            why: Why::rule("too early, on purpose"),
+            up_since: known.up_since,
+            request: RequestId(format!("early/{}/{}", known.id, known.up_since)),
+            command: Command::NodeLost {
+                node: known.id,
+                incarnation: known.incarnation,
+                why: Why::rule("too early, on purpose"),
+            },
         })
         .collect()
 }

@@ -20,6 +20,7 @@ mod faults;
 mod flows;
 mod invariants;
 mod leader;
+mod leases;
 mod machines;
 mod monitor;
 mod mutants;

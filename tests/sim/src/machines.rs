@@ -239,16 +239,6 @@ impl World {
                 }
                 None
             }
-            MonitorCall::Extend { token, deadline } => {
-                let refused = older(monitor, token);
-                // One that has lapsed is not saved by an extension: it thaws by a permit only.
-                if refused.is_none() && token == monitor.token && monitor.deadline > clock {
-                    monitor.deadline = monitor.deadline.max(deadline);
-                    let deadline = monitor.deadline;
-                    self.arm(node, nonce, deadline);
-                }
-                refused
-            }
         };
         self.reply(node, nonce, rpc, refused);
     }

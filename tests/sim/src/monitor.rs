@@ -81,13 +81,6 @@ pub enum MonitorCall {
     },
     /// End the sending.
     CancelSend(MigrationId),
-    /// The lease goes on until then, for that token.
-    Extend {
-        /// The token.
-        token: Token,
-        /// The deadline.
-        deadline: u64,
-    },
     /// Say how it stands.
     Describe,
 }

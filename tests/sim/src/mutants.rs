@@ -80,11 +80,13 @@ pub enum Mutant {
     RequestsForgotten,
     /// A frozen machine's monitor is ended instead of let run again.
     FrozenEnded,
+    /// A node that registers again ends its absence, whatever its monitors were told.
+    AbsenceForgotten,
 }
 
 impl Mutant {
     /// Every one of them.
-    pub const ALL: [Mutant; 37] = [
+    pub const ALL: [Mutant; 38] = [
         Mutant::NoConfirm,
         Mutant::PermitOutlivesLease,
         Mutant::ConfirmIsLocal,
@@ -122,6 +124,7 @@ impl Mutant {
         Mutant::CommitFallsBack,
         Mutant::RequestsForgotten,
         Mutant::FrozenEnded,
+        Mutant::AbsenceForgotten,
     ];
 }
 
@@ -229,6 +232,12 @@ pub fn on_apply(
 
 /// Changes the state that an entry left, the same on every replica.
 pub fn applied(mutant: Option<Mutant>, state: &mut ClusterState, envelope: &Envelope) {
+    if let (Some(Mutant::AbsenceForgotten), Command::RegisterNode { node, .. }) =
+        (mutant, &envelope.command)
+        && let Some(known) = state.nodes.get_mut(node)
+    {
+        known.absence = None;
+    }
     if mutant == Some(Mutant::RequestsForgotten) {
         state.answers.clear();
         state.answer_order.clear();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use cluster_model::agent::Memory;
 use cluster_model::{
-    ClusterState, Envelope, LogIndex, MonitorView, Name, NodeId, NodeLease, Token, VmId,
+    ClusterState, Envelope, HeldLease, LogIndex, Loss, MonitorView, Name, NodeId, Term, Token, VmId,
 };
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -46,6 +46,10 @@ pub struct Host {
     pub daemon: Option<Daemon>,
     /// Until when `clusterd` is stopped (SIGSTOP).
     pub paused_until: u64,
+    /// Until when its replica hangs: entries come in, and nothing is applied.
+    pub hangs_until: u64,
+    /// Which life of `clusterd` each monitor obeys, by nonce; any, if it is not here.
+    pub sessions: BTreeMap<u64, u64>,
     /// Its monitors.
     pub monitors: BTreeMap<u64, Monitor>,
 }
@@ -62,7 +66,11 @@ pub struct Daemon {
     /// The agent's memory.
     pub memory: Memory,
     /// Its lease.
-    pub lease: NodeLease,
+    pub lease: HeldLease,
+    /// When each heartbeat was sent, on its own clock: for the book.
+    pub sent: BTreeMap<u64, u64>,
+    /// Until when its leases run, by the book: on its own clock, µs.
+    pub booked_until: u64,
     /// The entry by which this life registered.
     pub session_since: Option<LogIndex>,
     /// A registration is under way, or paused until then.
@@ -77,22 +85,46 @@ pub struct Daemon {
     pub rpcs: BTreeMap<u64, u64>,
     /// Leader: who waits for which entry, and the vote it led under.
     pub waiting: BTreeMap<usize, Vec<(Place, u64, Vote)>>,
+    /// What it proposed for itself, by the number of the proposal.
+    pub own: BTreeMap<u64, Own>,
+    /// It was told to stop, and ends then at the latest.
+    pub leaving: Option<u64>,
+    /// The end of its absence is on its way into the log until then.
+    pub returning: u64,
     /// The mutant's: losses that are handed on, by the number of their proposal.
     pub handed_on: BTreeMap<u64, Arc<Envelope>>,
     /// Leader: what each confirm round is for.
     pub confirms: BTreeMap<u64, ConfirmFor>,
-    /// Leader: the lease table of a term.
-    pub table: crate::leader::Table,
+    /// Leader: what it knows of leases in its term.
+    pub term: Option<Term>,
     /// Leader: nodes that do not reach the volume.
     pub volumes_down: BTreeSet<NodeId>,
-    /// When it last looked for lost nodes, on its own clock.
-    pub looked_at: u64,
     /// When an election is due, real time.
     pub election_at: u64,
+    /// When it last heard its leader, on its own clock.
+    pub heard_at: Option<u64>,
     /// When the controllers planned last.
     pub planned_at: u64,
     /// What it has seen of open migrations.
     pub supervisor: cluster_model::supervise::Supervisor,
+}
+
+impl Daemon {
+    /// Which life it is, for monitors: the entry by which it registered.
+    pub fn session(&self) -> u64 {
+        self.session_since.map_or(0, |since| since.0)
+    }
+}
+
+/// What a daemon proposes for itself.
+#[derive(Clone, Debug)]
+pub enum Own {
+    /// That it is there.
+    Registration,
+    /// That it will be away.
+    Absence,
+    /// Leader: that a node is lost, seen in that term; given up then.
+    Loss { loss: Loss, term: u64, until: u64 },
 }
 
 /// Who waits for a confirm round.
@@ -105,6 +137,7 @@ pub enum ConfirmFor {
         node: usize,
         sequence: u64,
         incarnation: u64,
+        applied: usize,
         received: u64,
     },
 }
@@ -219,6 +252,8 @@ impl World {
                 raft: Raft::new(node, count, log.clone()),
                 daemon: None,
                 paused_until: 0,
+                hangs_until: 0,
+                sessions: BTreeMap::new(),
                 monitors: BTreeMap::new(),
             });
             world.at(world.now, Event::StartDaemon { node });
@@ -424,6 +459,7 @@ impl World {
             Event::Operate => self.operate(),
             Event::StartDaemon { node } => self.start_daemon(node),
             Event::Boot { node } => self.boot(node),
+            Event::GoneAgain { node } => self.gone_again(node),
             Event::StartServer => {
                 if !self.server.up {
                     self.server.start();
@@ -491,6 +527,7 @@ impl World {
                 let event = Event::Arrive { from, to, message };
                 if self.monitor_lives(node, nonce, &event)
                     && let Event::Arrive { message, .. } = event
+                    && !self.deadline_told(node, nonce, &message)
                 {
                     self.monitor_hears(node, nonce, message);
                 }

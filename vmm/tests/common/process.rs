@@ -7,7 +7,7 @@ use std::time::Duration;
 use proto::monitor::monitor_client::MonitorClient;
 use proto::monitor::{
     DescribeRequest, ExpectSourceRequest, ExtendLeaseRequest, MonitorStatus, Phase, RekeyRequest,
-    RunPermit, SendMigrationRequest,
+    RunPermit, SendMigrationRequest, ShortenLeaseRequest,
 };
 use serde_json::{Value, json};
 use tokio::process::{Child, Command};
@@ -150,6 +150,7 @@ impl Process {
             token,
             lease_deadline_ns,
             nonce: self.nonce,
+            session: 0,
         };
         Ok(self
             .client
@@ -157,6 +158,17 @@ impl Process {
             .await?
             .into_inner()
             .phase())
+    }
+
+    /// Moves its deadline back, as the life of `clusterd` that registered by entry `session`.
+    pub async fn shorten(&mut self, session: u64, lease: Duration) -> Result<(), tonic::Status> {
+        let request = ShortenLeaseRequest {
+            nonce: self.nonce,
+            lease_deadline_ns: clock::boottime_ns() + lease.as_nanos() as u64,
+            session,
+        };
+        self.client.shorten_lease(request).await?;
+        Ok(())
     }
 
     /// Gives it a newer token.

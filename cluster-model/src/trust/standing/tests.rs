@@ -74,6 +74,7 @@ fn rule(command: &Command) -> Rule {
     match command {
         Command::RegisterNode { .. }
         | Command::Absent { .. }
+        | Command::Returned { .. }
         | Command::DisksMade { .. }
         | Command::Activated { .. }
         | Command::Release { .. }

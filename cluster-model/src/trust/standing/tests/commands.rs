@@ -65,6 +65,11 @@ pub(super) fn every_command(node: NodeId, vm: VmId, migration: MigrationId) -> V
             incarnation,
             duration_ms: 1,
         },
+        Command::Returned {
+            node,
+            incarnation,
+            absence: crate::ids::LogIndex(1),
+        },
         Command::NodeLost {
             node,
             incarnation,
