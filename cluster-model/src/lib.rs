@@ -21,6 +21,7 @@ pub mod placement;
 pub mod queue;
 pub mod rejection;
 pub mod settings;
+pub mod settle;
 pub mod state;
 pub mod supervise;
 #[cfg(test)]
@@ -42,6 +43,7 @@ pub use lease::{Grant, LeaseRefusal, LeaseTable, NodeLease};
 pub use placement::{Choice, NoPlace, Score, best_node};
 pub use rejection::Rejection;
 pub use settings::{BalanceLevel, Settings, SettingsError};
+pub use settle::Settle;
 pub use state::{
     Boot, ClusterInfo, ClusterState, Desired, DiskSpec, Drain, Duty, FenceClass, Lease, Liveness,
     Migration, MigrationCause, MigrationOptions, MigrationState, NicSpec, Node, NodeFacts,

@@ -700,19 +700,6 @@ impl ClusterState {
             .saturating_sub(self.memory_committed_mib(node.id))
     }
 
-    /// The settle time of a machine's volumes, milliseconds: the largest that certification measured,
-    /// and never under the setting.
-    pub fn settle_ms(&self, vm: &Vm) -> u32 {
-        vm.spec
-            .disks
-            .iter()
-            .filter_map(|disk| self.volume_named(&disk.volume))
-            .map(|volume| volume.settle_ms)
-            .max()
-            .unwrap_or(0)
-            .max(self.settings.settle_ms_min)
-    }
-
     /// Whether every volume of a machine can fence its old owner without a person's help.
     pub fn fence_allows_failover(&self, vm: &Vm) -> bool {
         vm.spec.disks.iter().all(|disk| {

@@ -11,6 +11,7 @@ use crate::state::{
     ClusterInfo, ClusterState, Drain, Duty, LOSSES_MAX, Liveness, MigrationCause, MigrationState,
     Node, NodeFacts, NodeRole, OwnershipCause, Rule, Volume,
 };
+use crate::settle::SETTLE_MS_MAX;
 use crate::trust::Sha256;
 use crate::{ABSENT_MS_MAX, FIRST_NODE};
 
@@ -590,6 +591,12 @@ impl ClusterState {
             return Err(Rejection::TooLarge {
                 what: "volume's certificate authority (bytes)".into(),
                 max: TLS_CA_BYTES_MAX as u64,
+            });
+        }
+        if volume.settle_ms > SETTLE_MS_MAX {
+            return Err(Rejection::TooLarge {
+                what: "volume's settle time (ms)".into(),
+                max: u64::from(SETTLE_MS_MAX),
             });
         }
         let id = volume.id;

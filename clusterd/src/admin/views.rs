@@ -215,7 +215,7 @@ pub fn volume(state: &ClusterState, volume: &Volume) -> VolumeView {
         name: volume.name.to_string(),
         url: volume.url.clone(),
         fence_class: volume.fence.as_str().into(),
-        settle_ms: volume.settle_ms.max(state.settings.settle_ms_min),
+        settle_ms: volume.settle_ms(&state.settings),
         state: String::new(),
         size_bytes: volume.size_bytes,
         free_bytes: 0,

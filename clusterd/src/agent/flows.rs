@@ -21,10 +21,6 @@ const STOP_PATIENCE: Duration = Duration::from_secs(20);
 const STOP_LOOK: Duration = Duration::from_millis(50);
 /// How long a monitor that is ended may take to say what it measured.
 const LAST_WORD: Duration = Duration::from_millis(300);
-/// The settle time covers this many times the slowest writes that the machine has seen.
-const SETTLE_LATENCIES: u64 = 10;
-/// No settle takes longer, whatever was measured.
-const SETTLE_MAX: Duration = Duration::from_secs(120);
 
 /// Why an act was not carried out.
 #[derive(Debug, thiserror::Error)]
@@ -251,10 +247,17 @@ impl Flow {
         let claim = self.member.broker.claim(&self.state, vm, token).await?;
         failpoint::reach("agent.after_claim").await?;
         if settle && !vm.spec.disks.is_empty() {
-            let measured = Duration::from_micros(write_latency_p999_us * SETTLE_LATENCIES);
-            let settle = Duration::from_millis(u64::from(self.state.settle_ms(vm))).max(measured);
-            tracing::info!(vm = %vm.id, %token, settle_ms = settle.as_millis(), "settling");
-            tokio::time::sleep(settle.min(SETTLE_MAX)).await;
+            let settle = self.state.settle(vm, write_latency_p999_us);
+            tracing::info!(vm = %vm.id, %token, settle_ms = settle.ms, "settling");
+            if settle.is_bounded() {
+                tracing::warn!(
+                    vm = %vm.id,
+                    measured_ms = settle.measured_ms,
+                    settle_ms = settle.ms,
+                    "its writes were so slow that what was measured is not waited in full"
+                );
+            }
+            tokio::time::sleep(Duration::from_millis(settle.ms)).await;
             self.member
                 .broker
                 .verify_and_commit(&self.state, vm, token)

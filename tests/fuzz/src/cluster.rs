@@ -195,7 +195,7 @@ pub fn decide_everything(state: &ClusterState) {
     for vm in state.vms.values() {
         let _ = best_node(state, vm, &BTreeSet::new(), &observed);
         failover::why_not_running(state, vm.id);
-        state.settle_ms(vm);
+        state.settle(vm, 0);
     }
     state.leases().count();
 }

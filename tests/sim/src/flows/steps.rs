@@ -16,13 +16,13 @@ impl World {
                 .state
                 .vms
                 .get(&vm)
-                .map_or(1_000, |vm| flow.state.settle_ms(vm));
+                .map_or(1_000, |vm| flow.state.settle(vm, 0).ms);
             match settle {
                 true if mutant == Some(Mutant::NoSettle) => vec![Step::Verify(vm, token)],
                 true if mutant == Some(Mutant::NoCommitOnTakeover) => {
-                    vec![Step::Settle(u64::from(ms) * MS)]
+                    vec![Step::Settle(ms * MS)]
                 }
-                true => vec![Step::Settle(u64::from(ms) * MS), Step::Verify(vm, token)],
+                true => vec![Step::Settle(ms * MS), Step::Verify(vm, token)],
                 false => Vec::new(),
             }
         };
