@@ -7,11 +7,11 @@ use crate::command::{Outcome, Rejection};
 use crate::event::{Object, Severity, Why, counted};
 use crate::ids::{Incarnation, LogIndex, Name, NodeId, VmId, VolumeId};
 use crate::settings::Settings;
+use crate::settle::SETTLE_MS_MAX;
 use crate::state::{
     ClusterInfo, ClusterState, Drain, Duty, LOSSES_MAX, Liveness, MigrationCause, MigrationState,
     Node, NodeFacts, NodeRole, OwnershipCause, Rule, Volume,
 };
-use crate::settle::SETTLE_MS_MAX;
 use crate::trust::Sha256;
 use crate::{ABSENT_MS_MAX, FIRST_NODE};
 
@@ -127,6 +127,7 @@ impl ClusterState {
         }
         self.nodes.remove(&node);
         self.drains.remove(&node);
+        self.forget_home(node);
         self.trust.join_tokens.retain(|_, token| token.node != name);
         self.note(
             entry,
@@ -386,6 +387,7 @@ impl ClusterState {
                 hint: "watch it: clusterctl node show".into(),
             });
         }
+        self.failbacks.remove(&node);
         let machines: BTreeSet<VmId> = self.owned_by(node).map(|vm| vm.id).collect();
         for &vm in &machines {
             let known = self.vm_mut(vm)?;
@@ -526,7 +528,12 @@ impl ClusterState {
         Ok(Outcome::Nothing)
     }
 
-    pub(super) fn uncordon(&mut self, entry: &mut Entry<'_>, node: NodeId) -> Applied {
+    pub(super) fn uncordon(
+        &mut self,
+        entry: &mut Entry<'_>,
+        node: NodeId,
+        failback: bool,
+    ) -> Applied {
         let known = self.node_mut(node)?;
         let name = known.name.clone();
         known.duty = Duty::Active;
@@ -557,6 +564,11 @@ impl ClusterState {
             format!("{name} takes machines again"),
             None,
         );
+        if failback {
+            self.begin_failback(entry, node);
+        } else {
+            self.forget_home(node);
+        }
         Ok(Outcome::Nothing)
     }
 

@@ -7,7 +7,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
 use cluster_model::agent::Learnt;
-use cluster_model::{Command, Migration, MigrationId, MigrationState, NodeId, Token, VmId};
+use cluster_model::{Command, Migration, MigrationId, MigrationState, NodeId, Token, Vm, VmId};
 use proto::monitor as wire;
 use proto::peer as peer_wire;
 use proto::peer::peer_client::PeerClient;
@@ -132,7 +132,7 @@ impl Flow {
             addresses: ready.addresses,
             ticket,
             destination_fingerprint: ready.fingerprint,
-            options: Some(self.options(vm, migration)),
+            options: Some(self.options(self.vm(vm)?, migration)),
             traceparent: crate::telemetry::traceparent(self.member.cluster_id(), id),
         };
         let nonce = monitor.nonce();
@@ -145,19 +145,12 @@ impl Flow {
         Ok(())
     }
 
-    fn options(&self, vm: VmId, migration: &Migration) -> wire::MigrationOptions {
-        let settings = &self.state.settings;
-        let or = |given: u32, otherwise: u32| if given == 0 { otherwise } else { given };
-        let downtime_of_vm = self
-            .state
-            .vms
-            .get(&vm)
-            .and_then(|vm| vm.spec.downtime_max_ms)
-            .unwrap_or(settings.downtime_max_ms);
+    fn options(&self, vm: &Vm, migration: &Migration) -> wire::MigrationOptions {
+        let options = migration.options.in_force(vm, &self.state.settings);
         wire::MigrationOptions {
-            channels: or(migration.options.channels, settings.migration_channels),
-            bandwidth_max_bytes_s: migration.options.bandwidth_max_bytes_s,
-            downtime_max_ms: or(migration.options.downtime_max_ms, downtime_of_vm),
+            channels: options.channels,
+            bandwidth_max_bytes_s: options.bandwidth_max_bytes_s,
+            downtime_max_ms: options.downtime_max_ms,
             rounds_max: 0,
         }
     }
