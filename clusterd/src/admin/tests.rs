@@ -9,7 +9,7 @@ use cluster_model::trust::{Authority, Bearer, Role, Who};
 use cluster_model::{
     Boot, ClusterState, Command, Desired, DiskSpec, Envelope, FIRST_NODE, FenceClass, Incarnation,
     LogIndex, MigrationCause, Name, Node, NodeFacts, NodeId, OnIsolation, Outcome, Reply,
-    RequestId, Token, VmId, VmSpec, Why,
+    RequestId, VmId, VmSpec, Why,
 };
 use proto::admin::admin_server::Admin;
 use proto::admin::{
@@ -220,12 +220,13 @@ fn cluster() -> ClusterState {
     let Outcome::Vm(vm) = created else {
         panic!("{created:?}");
     };
+    let expects = state.vms[&vm].ownership.token;
     let started = done(
         &mut state,
         Command::StartVm {
             vm,
             node: FIRST_NODE,
-            expects: Token::NONE,
+            expects,
             why: Why::default(),
         },
     );
