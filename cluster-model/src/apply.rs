@@ -5,6 +5,7 @@
 
 mod audit;
 mod cluster;
+mod failback;
 mod migrations;
 #[cfg(test)]
 mod tests;
@@ -159,7 +160,9 @@ impl ClusterState {
                 stuck,
             } => self.drain_trouble(entry, *node, *vm, reason, *stuck),
             Command::EndDrain { node } => self.end_drain(entry, *node),
-            Command::Uncordon { node } => self.uncordon(entry, *node),
+            Command::Uncordon { node, failback } => self.uncordon(entry, *node, *failback),
+            Command::StayAway { node, vm, reason } => self.stay_away(entry, *node, *vm, reason),
+            Command::EndFailback { node } => self.end_failback(entry, *node),
             Command::AddVolume {
                 name,
                 url,

@@ -153,6 +153,23 @@ pub enum Command {
     Uncordon {
         /// Which.
         node: NodeId,
+        /// Whether the machines that a drain took from it return.
+        #[serde(default)]
+        failback: bool,
+    },
+    /// A machine does not return to the node that a drain took it from.
+    StayAway {
+        /// The node.
+        node: NodeId,
+        /// Which machine.
+        vm: VmId,
+        /// Why.
+        reason: String,
+    },
+    /// The fail-back's work is over: every machine is back, or stays where it is.
+    EndFailback {
+        /// To which node.
+        node: NodeId,
     },
     /// Adds a volume that was probed, adopted and certified.
     AddVolume {

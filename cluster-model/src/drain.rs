@@ -15,7 +15,7 @@ use crate::command::{Command, Rejection};
 use crate::event::Why;
 use crate::fleet::{Count, Fleet, Observed};
 use crate::ids::{LogIndex, NodeId, VmId};
-use crate::placement::{Choice, best_node_in, takes_machines};
+use crate::placement::{Choice, best_node_in};
 use crate::state::{
     ClusterState, Desired, Drain, Migration, MigrationCause, MigrationOptions, MigrationState, Vm,
 };
@@ -89,7 +89,7 @@ pub struct DrainPlan {
 }
 
 /// How long `memory_mib` takes at `rate_bytes_s`, ms; a rate of 0 counts as 1.
-fn copy_ms(memory_mib: u64, rate_bytes_s: u64) -> u64 {
+pub(crate) fn copy_ms(memory_mib: u64, rate_bytes_s: u64) -> u64 {
     let bytes = u128::from(memory_mib) << 20;
     u64::try_from(bytes * 1_000 / u128::from(rate_bytes_s.max(1))).unwrap_or(u64::MAX)
 }
@@ -160,7 +160,8 @@ pub fn plan(
     })
 }
 
-fn not_now(vm: &Vm) -> Option<&'static str> {
+/// Why a machine cannot be moved yet.
+pub(crate) fn not_now(vm: &Vm) -> Option<&'static str> {
     if vm.desired == Desired::Stopped {
         Some("it is stopping")
     } else if !vm.ownership.activated {
@@ -271,7 +272,8 @@ fn next_of(fleet: &mut Fleet<'_>, drain: &Drain) -> Vec<Command> {
     commands
 }
 
-fn queue(
+/// Queues a move, and promises its room in the plan.
+pub(crate) fn queue(
     fleet: &mut Fleet<'_>,
     vm: &Vm,
     from: NodeId,
@@ -288,53 +290,4 @@ fn queue(
         cause,
         why,
     }
-}
-
-/// The migrations that bring the machines of a drained node back to it, once it takes machines again.
-///
-/// A machine whose return failed [`crate::Settings::drain_tries_max`] times stays where it is.
-pub fn fail_back(state: &ClusterState, node: NodeId, observed: &Observed) -> Vec<Command> {
-    let Some(home) = state
-        .nodes
-        .get(&node)
-        .filter(|node| takes_machines(node).is_ok())
-    else {
-        return Vec::new();
-    };
-    let cause = MigrationCause::Failback(node);
-    let mut fleet = Fleet::new(state, observed, Count::Open);
-    let others: BTreeSet<NodeId> = state
-        .nodes
-        .keys()
-        .copied()
-        .filter(|&other| other != home.id)
-        .collect();
-    let open = state
-        .migrations
-        .values()
-        .filter(|migration| migration.is_open() && migration.cause == cause)
-        .count();
-    let mut away: Vec<(&Vm, NodeId)> = state
-        .vms
-        .values()
-        .filter(|vm| vm.home == Some(node))
-        .filter_map(|vm| vm.ownership.owner.map(|owner| (vm, owner)))
-        .filter(|&(vm, owner)| owner != node && not_now(vm).is_none() && !fleet.is_moving(vm.id))
-        .collect();
-    away.sort_by_key(|(vm, _)| (Reverse(vm.spec.priority), vm.id));
-    let tries_max = usize::from(state.settings.drain_tries_max);
-    let mut commands = Vec::new();
-    for (vm, owner) in away {
-        if open + commands.len() >= AHEAD_MAX {
-            break;
-        }
-        if failed_tries(state, vm.id, &cause, LogIndex(0)).len() >= tries_max {
-            continue;
-        }
-        if let Ok(choice) = best_node_in(&fleet, vm, &others) {
-            let rule = "fail-back: a drain took it from here";
-            commands.push(queue(&mut fleet, vm, owner, &choice, cause.clone(), rule));
-        }
-    }
-    commands
 }

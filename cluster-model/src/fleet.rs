@@ -9,9 +9,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{Name, NodeId, VmId};
-use crate::state::{ClusterState, Node, Rule, Vm, Volume};
+use crate::state::{ClusterState, Liveness, Node, Rule, Vm, Volume};
 
-/// What the leader heard in heartbeats. Soft: it makes plans better, and nothing rests on it.
+/// What the leader heard in heartbeats, as plans are fed with it. Soft: it makes plans better, and nothing rests
+/// on it. The leader makes it ([`Observed::of`]) for what it plans itself and for whoever asks what it would plan.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Observed {
     /// By node.
@@ -27,6 +28,50 @@ pub struct NodeLoad {
     pub cpu_permille: u16,
     /// Volumes that it does not reach at the moment.
     pub volumes_down: BTreeSet<Name>,
+}
+
+/// What a plan wants to know of one node's last report.
+#[derive(Clone, Copy, Debug)]
+pub struct Reported<'r> {
+    /// Processor load, thousandths of all its processors.
+    pub cpu_permille: u16,
+    /// Volumes that it does not reach.
+    pub volumes_down: &'r BTreeSet<Name>,
+    /// Processor time that each machine on it uses, thousandths of one processor.
+    pub vm_cpu_milli: &'r BTreeMap<VmId, u32>,
+}
+
+impl Observed {
+    /// What the last reports say of the nodes and machines in `state`.
+    ///
+    /// A report counts until its node is lost or removed, whatever its age: an older one says more than none. Of
+    /// a machine its owner's word counts; while it moves both sides report one.
+    pub fn of<'r>(
+        state: &ClusterState,
+        reports: impl IntoIterator<Item = (NodeId, Reported<'r>)>,
+    ) -> Observed {
+        let mut observed = Observed::default();
+        for (id, report) in reports {
+            let up = |node: &Node| node.liveness == Liveness::Up;
+            if !state.nodes.get(&id).is_some_and(up) {
+                continue;
+            }
+            observed.nodes.insert(
+                id,
+                NodeLoad {
+                    cpu_permille: report.cpu_permille,
+                    volumes_down: report.volumes_down.clone(),
+                },
+            );
+            for (vm, milli) in report.vm_cpu_milli {
+                let owner = state.vms.get(vm).and_then(|vm| vm.ownership.owner);
+                if owner == Some(id) {
+                    observed.vm_cpu_milli.insert(*vm, *milli);
+                }
+            }
+        }
+        observed
+    }
 }
 
 /// Which migrations count as room spoken for at their destination.
@@ -206,4 +251,47 @@ pub(crate) fn permille(part: u64, whole: u64) -> u16 {
         return 1_000;
     }
     u16::try_from(part.saturating_mul(1_000) / whole).unwrap_or(u16::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{World, name};
+
+    #[test]
+    fn a_report_counts_while_its_node_is_up_and_of_a_machine_the_owners_word() {
+        let mut world = World::new(3, 1_024);
+        let vm = world.running("a", 64, NodeId(1));
+        let down = BTreeSet::from([name("shared")]);
+        let milli = |milli| BTreeMap::from([(vm, milli)]);
+        let (at_home, elsewhere) = (milli(700), milli(20));
+        let reports = [
+            (NodeId(1), 100, &down, &at_home),
+            (NodeId(2), 200, &down, &elsewhere),
+            // Nobody knows this one any more.
+            (NodeId(99), 300, &down, &elsewhere),
+        ];
+        let observed = |world: &World| {
+            let reports = reports.map(|(node, cpu_permille, volumes_down, vm_cpu_milli)| {
+                let report = Reported {
+                    cpu_permille,
+                    volumes_down,
+                    vm_cpu_milli,
+                };
+                (node, report)
+            });
+            Observed::of(&world.state, reports)
+        };
+        let now = observed(&world);
+        let nodes: Vec<NodeId> = now.nodes.keys().copied().collect();
+        assert_eq!(nodes, [NodeId(1), NodeId(2)]);
+        assert_eq!(now.nodes[&NodeId(2)].volumes_down, down);
+        assert_eq!(now.nodes[&NodeId(2)].cpu_permille, 200);
+        assert_eq!(now.vm_cpu_milli, at_home);
+
+        world.lose(NodeId(1));
+        let after = observed(&world);
+        assert_eq!(after.nodes.keys().collect::<Vec<_>>(), [&NodeId(2)]);
+        assert_eq!(after.vm_cpu_milli, BTreeMap::new(), "nobody owns it now");
+    }
 }

@@ -26,6 +26,7 @@ use crate::command::Command;
 use crate::ids::{MigrationId, NodeId, Token, VmId};
 use crate::permit::{ClaimAck, Confirm, RunPermit};
 use crate::safeguards::{Safeguard, Safeguards};
+use crate::settle::Settle;
 use crate::state::{ClusterState, Migration, MigrationOptions, Vm};
 
 use program::Op;
@@ -42,8 +43,6 @@ const STOP_LOOK_NS: u64 = 50_000_000;
 pub const READY_PATIENCE_NS: u64 = 30_000_000_000;
 /// A destination that is not ready is asked again after this pause, ns.
 const READY_PAUSE_NS: u64 = 10_000_000;
-/// The settle time covers this many times the slowest writes that the machine has seen.
-const SETTLE_LATENCIES: u64 = 10;
 
 /// The flow's surroundings at the moment of a call. **The lease is read before the state**: what the log said is good
 /// for the lease that was held before it was asked, and no longer.
@@ -189,7 +188,10 @@ pub enum Step {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Waits {
     /// Writes of the last owner that the storage server has let in already.
-    Settle,
+    Settle {
+        /// What the machine's own writes ask for, ms: it may be more than is waited, and that is to be said.
+        measured_ms: u64,
+    },
     /// A guest that stops.
     Stop,
     /// A destination that is being built.
@@ -386,10 +388,12 @@ impl Flow {
             Op::MakeDisks(token) => Step::MakeDisks { vm, token: *token },
             Op::Propose(command) => Step::Propose(command.clone()),
             Op::Claim(token) => Step::Claim { vm, token: *token },
-            Op::Settle => match self.settle_ns() {
-                Some(ns) => Step::Wait {
-                    ns,
-                    why: Waits::Settle,
+            Op::Settle => match self.settle_time() {
+                Some(settle) => Step::Wait {
+                    ns: settle.ms.saturating_mul(1_000_000),
+                    why: Waits::Settle {
+                        measured_ms: settle.measured_ms,
+                    },
                 },
                 None => return Begun::log("the log knows no such machine"),
             },
@@ -509,16 +513,15 @@ impl Flow {
         matches!(self.act, Some(Act::RunAfterCutover { .. }))
     }
 
-    /// The largest of what was certified, what is set, and ten times the machine's slowest writes.
-    fn settle_ns(&self) -> Option<u64> {
+    /// How long the takeover waits: see [`crate::settle`].
+    fn settle_time(&self) -> Option<Settle> {
         let vm = self.machine()?;
         let latency_us = self
             .proofs
             .monitor
             .as_ref()
             .map_or(0, |monitor| monitor.write_latency_p999_us);
-        let measured_ns = latency_us.saturating_mul(1_000 * SETTLE_LATENCIES);
-        Some((u64::from(self.state.settle_ms(vm)) * 1_000_000).max(measured_ns))
+        Some(self.state.settle(vm, latency_us))
     }
 
     /// The monitor is told a token only after the log said that it is current.
@@ -658,29 +661,17 @@ impl Flow {
         ) else {
             return Begun::host("the destination is not known");
         };
+        let Some(machine) = self.machine() else {
+            return Begun::host("the log knows no such machine");
+        };
         let step = Step::Send {
             nonce: monitor.nonce,
             migration: id,
             ready,
-            options: self.options(migration),
+            options: migration.options.in_force(machine, &self.state.settings),
         };
         self.asked = Some(Op::Send(id));
         Begun::Step(step)
-    }
-
-    /// What the migration was asked with, else what its machine says, else what is set.
-    fn options(&self, migration: &Migration) -> MigrationOptions {
-        let settings = &self.state.settings;
-        let or = |given: u32, otherwise: u32| if given == 0 { otherwise } else { given };
-        let of_vm = self.machine().and_then(|vm| vm.spec.downtime_max_ms);
-        MigrationOptions {
-            channels: or(migration.options.channels, settings.migration_channels),
-            bandwidth_max_bytes_s: migration.options.bandwidth_max_bytes_s,
-            downtime_max_ms: or(
-                migration.options.downtime_max_ms,
-                of_vm.unwrap_or(settings.downtime_max_ms),
-            ),
-        }
     }
 
     /// Takes in what came of an operation.

@@ -10,8 +10,10 @@ pub mod agent;
 mod apply;
 pub mod balance;
 pub mod command;
+pub mod decision;
 pub mod drain;
 pub mod event;
+pub mod failback;
 pub mod failover;
 pub mod fleet;
 pub mod flow;
@@ -25,6 +27,7 @@ pub mod queue;
 pub mod rejection;
 pub mod safeguards;
 pub mod settings;
+pub mod settle;
 pub mod state;
 pub mod supervise;
 #[cfg(test)]
@@ -43,12 +46,13 @@ pub use ids::{
     Incarnation, LogIndex, MigrationId, Name, NameError, NodeId, RequestId, Token, VmId, VolumeId,
 };
 pub use lease::{Grant, Heartbeat, HeldLease, LeaseRefusal, Loss, LossOutcome, Term};
-pub use placement::{Choice, NoPlace, Score, best_node};
+pub use placement::{Choice, NoPlace, Score};
 pub use rejection::Rejection;
 pub use settings::{BalanceLevel, Settings, SettingsError};
+pub use settle::Settle;
 pub use state::{
-    Absence, Boot, ClusterInfo, ClusterState, Desired, DiskSpec, Drain, Duty, FenceClass, Lease,
-    Liveness, Migration, MigrationCause, MigrationOptions, MigrationState, NicSpec, Node,
+    Absence, Boot, ClusterInfo, ClusterState, Desired, DiskSpec, Drain, Duty, Failback, FenceClass,
+    Lease, Liveness, Migration, MigrationCause, MigrationOptions, MigrationState, NicSpec, Node,
     NodeFacts, NodeRole, OnIsolation, Ownership, OwnershipCause, Rule, Vm, VmSpec, Volume,
 };
 pub use trust::{

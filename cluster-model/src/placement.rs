@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::command::Rejection;
 use crate::event::{Why, counted};
-use crate::fleet::{Fleet, Observed, permille};
+use crate::fleet::{Fleet, permille};
 use crate::ids::{Name, NodeId, VmId};
 use crate::state::{ClusterState, Duty, Liveness, Node, NodeRole, Rule, Vm, Volume};
 
@@ -340,8 +340,13 @@ impl NoPlace {
         format!(
             "no node can take {}: {}",
             state.vm_label(self.vm),
-            refusals(&self.considered, |rejection| rejection.in_words(state))
+            self.reasons(state)
         )
+    }
+
+    /// Each node's refusal, with people's names.
+    pub fn reasons(&self, state: &ClusterState) -> String {
+        refusals(&self.considered, |rejection| rejection.in_words(state))
     }
 
     /// Whether room alone is missing on some node: it may come back.
@@ -383,24 +388,10 @@ impl Choice {
     }
 }
 
-/// The best node for a machine, other than those of `exclude`, from scratch.
+/// The best node for a machine in a plan, other than those of `exclude`.
 ///
 /// A machine that has an owner is to move: its owner is left out, and the destination must be able to take
 /// up its running state.
-///
-/// # Errors
-/// Every node's refusal.
-pub fn best_node(
-    state: &ClusterState,
-    vm: &Vm,
-    exclude: &BTreeSet<NodeId>,
-    observed: &Observed,
-) -> Result<Choice, NoPlace> {
-    let fleet = Fleet::new(state, observed, crate::fleet::Count::Open);
-    best_node_in(&fleet, vm, exclude)
-}
-
-/// The best node for a machine in a plan; as [`best_node`].
 ///
 /// # Errors
 /// Every node's refusal.

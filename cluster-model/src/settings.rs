@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::settle::{SETTLE_MS_MAX, SETTLE_MS_MIN};
+
 /// How eager the balancer is, as in Windows Server 2016.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -178,11 +180,13 @@ impl Settings {
         if !(1..=64).contains(&self.cpu_overcommit) {
             return bad("cpu_overcommit", self.cpu_overcommit.to_string(), "1 to 64");
         }
-        if !(1_000..=600_000).contains(&self.settle_ms_min) {
+        if !(SETTLE_MS_MIN..=SETTLE_MS_MAX).contains(&self.settle_ms_min) {
             return bad(
                 "settle_ms_min",
                 self.settle_ms_min.to_string(),
-                "1000 to 600000: under a second late writes of a lost owner were seen to land",
+                &format!(
+                    "{SETTLE_MS_MIN} to {SETTLE_MS_MAX}: under a second late writes of a lost owner were seen to land"
+                ),
             );
         }
         if !(1..=86_400).contains(&self.balance_interval_s) {

@@ -45,6 +45,9 @@ pub struct ClusterState {
     pub migrations: BTreeMap<MigrationId, Migration>,
     /// Drains under way or done, by node; removed by `uncordon`.
     pub drains: BTreeMap<NodeId, Drain>,
+    /// Fail-backs under way, by the node that machines return to.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub failbacks: BTreeMap<NodeId, Failback>,
     /// Placement rules.
     pub rules: BTreeMap<Name, Rule>,
     /// What can be set for the whole cluster.
@@ -450,7 +453,8 @@ pub struct Vm {
     pub held: Option<String>,
     /// When it last moved (`at_ms`), for the balancer's cooldown.
     pub moved_at_ms: u64,
-    /// The node that a drain took it from, until it is back there or a person moved it: for fail-back.
+    /// The node that a drain took it from, until it is back there, a person moved it, or that node was taken
+    /// back into duty without it.
     pub home: Option<NodeId>,
     /// Nodes that could not start it since it last ran, or since a person last asked for it.
     #[serde(default)]
@@ -487,6 +491,20 @@ pub struct MigrationOptions {
     pub bandwidth_max_bytes_s: u64,
     /// Ceiling of the blackout, ms; 0: the machine's or the setting.
     pub downtime_max_ms: u32,
+}
+
+impl MigrationOptions {
+    /// Every option as it holds for that machine: what was asked for, else the machine's, else the cluster's.
+    #[must_use]
+    pub fn in_force(&self, vm: &Vm, settings: &Settings) -> MigrationOptions {
+        let or = |asked: u32, otherwise: u32| if asked == 0 { otherwise } else { asked };
+        let downtime_max_ms = vm.spec.downtime_max_ms.unwrap_or(settings.downtime_max_ms);
+        MigrationOptions {
+            channels: or(self.channels, settings.migration_channels),
+            bandwidth_max_bytes_s: self.bandwidth_max_bytes_s,
+            downtime_max_ms: or(self.downtime_max_ms, downtime_max_ms),
+        }
+    }
 }
 
 /// Why a migration was asked for.
@@ -607,6 +625,21 @@ pub struct Drain {
     pub machines: BTreeSet<VmId>,
 }
 
+/// Machines return to a node that a drain took them from: those whose [`Vm::home`] it is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Failback {
+    /// Which node.
+    pub node: NodeId,
+    /// Who asked.
+    pub actor: String,
+    /// The entry that began it.
+    pub since: LogIndex,
+    /// How often each machine's move failed.
+    pub failures: BTreeMap<VmId, u8>,
+    /// Machines that do not return, and why.
+    pub stays: BTreeMap<VmId, String>,
+}
+
 /// A placement rule.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "kind")]
@@ -715,24 +748,44 @@ impl ClusterState {
             .saturating_sub(self.memory_committed_mib(node.id))
     }
 
-    /// The settle time of a machine's volumes, milliseconds: the largest that certification measured,
-    /// and never under the setting.
-    pub fn settle_ms(&self, vm: &Vm) -> u32 {
-        vm.spec
-            .disks
-            .iter()
-            .filter_map(|disk| self.volume_named(&disk.volume))
-            .map(|volume| volume.settle_ms)
-            .max()
-            .unwrap_or(0)
-            .max(self.settings.settle_ms_min)
-    }
-
     /// Whether every volume of a machine can fence its old owner without a person's help.
     pub fn fence_allows_failover(&self, vm: &Vm) -> bool {
         vm.spec.disks.iter().all(|disk| {
             self.volume_named(&disk.volume)
                 .is_some_and(|volume| volume.fence != FenceClass::None)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{World, spec};
+
+    #[test]
+    fn an_option_of_a_move_is_what_was_asked_for_else_the_machines_else_the_clusters() {
+        let mut world = World::new(1, 1_024);
+        world.settings(|settings| {
+            settings.downtime_max_ms = 200;
+            settings.migration_channels = 3;
+        });
+        let plain = world.create("plain", 64);
+        let mut asked = spec("own", 64);
+        asked.downtime_max_ms = Some(50);
+        let own = world.create_with("own", asked);
+        let settings = &world.state.settings;
+        let options = |channels, bandwidth_max_bytes_s, downtime_max_ms| MigrationOptions {
+            channels,
+            bandwidth_max_bytes_s,
+            downtime_max_ms,
+        };
+        for (vm, given, in_force) in [
+            (plain, options(0, 0, 0), options(3, 0, 200)),
+            (own, options(0, 0, 0), options(3, 0, 50)),
+            (plain, options(8, 7, 10), options(8, 7, 10)),
+            (own, options(8, 7, 10), options(8, 7, 10)),
+        ] {
+            assert_eq!(given.in_force(world.vm(vm), settings), in_force);
+        }
     }
 }

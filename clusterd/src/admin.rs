@@ -16,12 +16,15 @@ mod plans;
 mod predict;
 mod service;
 pub mod soft;
+#[cfg(test)]
+mod tests;
 mod tokens;
 pub mod views;
 mod vms;
 mod volume_security;
 mod volumes;
 
+pub use asker::Asker;
 pub use backend::{Backend, BackendError, ConsoleChunks};
 pub use node_backend::NodeBackend;
 pub use service::AdminService;

@@ -288,6 +288,9 @@ impl Broker {
         vm: &Vm,
         token: Token,
     ) -> Result<(), BrokerError> {
+        // Whoever began a disk before wrote without a monitor, so nothing was measured.
+        let settle_ms = state.settle(vm, 0).ms;
+        let patience = CREATE_TIMEOUT + Duration::from_millis(settle_ms);
         for (number, (disk, file)) in vm.spec.disks.iter().zip(files(state, vm)?).enumerate() {
             let request = wire::CreateDiskRequest {
                 volume: file.volume,
@@ -296,9 +299,9 @@ impl Broker {
                 token: token.0,
                 image: vm.images.get(&number).cloned().unwrap_or_default(),
                 since: vm.first_token.0,
-                settle_ms: state.settle_ms(vm),
+                settle_ms: u32::try_from(settle_ms).unwrap_or(u32::MAX),
             };
-            self.call("make a disk", CREATE_TIMEOUT, |mut client| async move {
+            self.call("make a disk", patience, |mut client| async move {
                 client.create_disk(request).await
             })
             .await?;

@@ -12,7 +12,7 @@ pub use planners::run as planners;
 
 use std::sync::Arc;
 
-use cluster_model::{ClusterState, Command, RequestId};
+use cluster_model::{ClusterState, Command, decision};
 
 use crate::member::Member;
 
@@ -39,14 +39,14 @@ async fn propose(
     term: u64,
     state: &ClusterState,
     controller: &str,
-    what: String,
     command: Command,
 ) {
-    let request = RequestId(format!("{controller}/{what}/@{}", state.applied.0));
+    let request = decision::request_id(controller, &command, state);
+    let what = request.0.clone();
     let actor = format!("controller/{controller}");
     match member.propose_in_term(term, &actor, request, command).await {
-        Ok((index, _)) => tracing::info!(controller, what, entry = %index, "decided"),
+        Ok((index, _)) => tracing::info!(what, entry = %index, "decided"),
         // Somebody was faster, or the state has moved on: the next look sees it.
-        Err(error) => tracing::info!(controller, what, %error, "not decided"),
+        Err(error) => tracing::info!(what, %error, "not decided"),
     }
 }

@@ -13,14 +13,14 @@ use std::time::Duration;
 
 use cluster_model::trust::{Authority, Role, Sha256};
 use cluster_model::{
-    ClusterInfo, ClusterState, Command, FIRST_NODE, Incarnation, LogIndex, MigrationId, Name,
-    NodeId, NodeRole, Outcome, RequestId, Settings, VmId,
+    ClusterInfo, ClusterState, Command, FIRST_NODE, Incarnation, LogIndex, Name, NodeId, NodeRole,
+    Observed, Outcome, RequestId, Settings, VmId,
 };
-use proto::monitor::MigrationProgress;
+use proto::peer::ObservedRequest;
 use proto::peer::peer_client::PeerClient;
 use proto::peer::raft_server::RaftServer;
-use proto::peer::{ObservedRequest, SourceProgressRequest};
 use proto::token::{AccessToken, JoinToken, Secret};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -515,47 +515,45 @@ impl NodeHandle {
     /// See [`AskError`].
     pub async fn reports(&self) -> Result<Reports, AskError> {
         let member = self.member().ok_or(AskError::NotMember)?;
-        let leadership = member.raft.leadership().borrow().clone();
-        if leadership.is_me {
+        if member.raft.leadership().borrow().is_me {
             let now_ns = member.clock.boottime_ns();
             return Ok(report::aged(&member.leader.reports().borrow(), now_ns));
         }
-        let address = leadership.address.ok_or(AskError::NoLeader)?;
-        let mut client = PeerClient::new(self.channel(&address)?)
-            .max_decoding_message_size(net::MESSAGE_BYTES_MAX);
-        let reply = ask(&address, client.observed(ObservedRequest {})).await?;
-        if !reply.not_leader.is_empty() {
-            return Err(AskError::NoLeader);
-        }
-        serde_json::from_slice(&reply.observed)
-            .map(Arc::new)
-            .map_err(|error| AskError::Silent {
-                address,
-                why: error.to_string(),
-            })
+        let reports = self.told_by_leader(&member, ObservedRequest { for_plans: false });
+        reports.await.map(Arc::new)
     }
 
-    /// How a migration stands, asked of its source's monitor; `None` when the source knows nothing of it
-    /// (it is queued, or it ended long ago).
+    /// What the leader's planners are fed with at the moment.
     ///
     /// # Errors
     /// See [`AskError`].
-    pub async fn migration_progress(
+    pub async fn observed(&self) -> Result<Observed, AskError> {
+        let member = self.member().ok_or(AskError::NotMember)?;
+        if member.raft.leadership().borrow().is_me {
+            let reports = member.leader.reports().borrow().clone();
+            return Ok(report::observed(&member.state(), &reports));
+        }
+        self.told_by_leader(&member, ObservedRequest { for_plans: true })
+            .await
+    }
+
+    async fn told_by_leader<T: DeserializeOwned>(
         &self,
-        id: MigrationId,
-    ) -> Result<Option<MigrationProgress>, AskError> {
-        let state = self.state();
-        let source = state
-            .migrations
-            .get(&id)
-            .and_then(|migration| state.nodes.get(&migration.from));
-        let Some(source) = source else {
-            return Ok(None);
-        };
-        let mut client = PeerClient::new(self.channel(&source.address)?);
-        let request = SourceProgressRequest { migration_id: id.0 };
-        let reply = ask(&source.address, client.source_progress(request)).await?;
-        Ok(serde_json::from_slice(&reply.progress).ok())
+        member: &Member,
+        request: ObservedRequest,
+    ) -> Result<T, AskError> {
+        let address = member.raft.leadership().borrow().address.clone();
+        let address = address.ok_or(AskError::NoLeader)?;
+        let mut client = PeerClient::new(self.channel(&address)?)
+            .max_decoding_message_size(net::MESSAGE_BYTES_MAX);
+        let reply = ask(&address, client.observed(request)).await?;
+        if !reply.not_leader.is_empty() {
+            return Err(AskError::NoLeader);
+        }
+        serde_json::from_slice(&reply.observed).map_err(|error| AskError::Silent {
+            address,
+            why: error.to_string(),
+        })
     }
 
     /// This node's monitor of a machine that it owns, for its console.

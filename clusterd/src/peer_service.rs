@@ -177,16 +177,20 @@ impl Peer for PeerService {
 
     async fn observed(
         &self,
-        _request: Request<ObservedRequest>,
+        request: Request<ObservedRequest>,
     ) -> Result<Response<ObservedReply>, Status> {
         let member = self.member()?;
         let leadership = member.raft.leadership().borrow().clone();
         let reply = if leadership.is_me {
-            let now_ns = member.clock.boottime_ns();
-            let reports = report::aged(&member.leader.reports().borrow(), now_ns);
+            let reports = member.leader.reports().borrow().clone();
+            let observed = if request.get_ref().for_plans {
+                serde_json::to_vec(&report::observed(&member.state(), &reports))
+            } else {
+                let now_ns = member.clock.boottime_ns();
+                serde_json::to_vec(&*report::aged(&reports, now_ns))
+            };
             ObservedReply {
-                observed: serde_json::to_vec(&*reports)
-                    .map_err(|error| Status::internal(error.to_string()))?,
+                observed: observed.map_err(|error| Status::internal(error.to_string()))?,
                 ..ObservedReply::default()
             }
         } else {

@@ -4,8 +4,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use cluster_model::fleet::Reported;
 use cluster_model::trust::Sha256;
-use cluster_model::{Name, NodeId, NodeLoad, Observed, VmId};
+use cluster_model::{ClusterState, Name, NodeId, Observed, VmId};
 use proto::monitor::MonitorStatus;
 use serde::{Deserialize, Serialize};
 
@@ -60,24 +61,17 @@ pub fn aged(reports: &Reports, now_ns: u64) -> Reports {
     aged
 }
 
-/// What the planners are fed with.
-pub fn observed(reports: &Reports) -> Observed {
-    Observed {
-        nodes: reports
-            .iter()
-            .map(|(node, report)| {
-                let load = NodeLoad {
-                    cpu_permille: report.cpu_permille,
-                    volumes_down: report.volumes_down.clone(),
-                };
-                (*node, load)
-            })
-            .collect(),
-        vm_cpu_milli: reports
-            .values()
-            .flat_map(|report| report.vm_cpu_milli.clone())
-            .collect(),
-    }
+/// What the planners are fed with; only the leader, who has the reports, makes it.
+pub fn observed(state: &ClusterState, reports: &Reports) -> Observed {
+    let reported = reports.iter().map(|(node, report)| {
+        let report = Reported {
+            cpu_permille: report.cpu_permille,
+            volumes_down: &report.volumes_down,
+            vm_cpu_milli: &report.vm_cpu_milli,
+        };
+        (*node, report)
+    });
+    Observed::of(state, reported)
 }
 
 /// Makes a node's reports; remembers processor counters between them.

@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use cluster_model::ids::Token;
+use cluster_model::settle::{SETTLE_MS_MAX, SETTLE_MS_MIN, certified_ms};
 use futures::stream::{FuturesUnordered, StreamExt};
 
-use crate::fence::{DISK_MODE, claimant, data_credential, settle_time};
+use crate::fence::{DISK_MODE, claimant, data_credential};
 use crate::nfs::client::SetAttributes;
 use crate::nfs::{Credential, FileHandle, NfsClient, NfsError, Stable, Status};
 
@@ -38,8 +39,8 @@ impl FenceClass {
 pub struct Certificate {
     /// The class.
     pub class: FenceClass,
-    /// A takeover waits at least so long.
-    pub settle: Duration,
+    /// A takeover waits at least so long, ms.
+    pub settle_ms: u32,
     /// One line a trial.
     pub report: String,
 }
@@ -56,9 +57,6 @@ const FLOOD_IN_FLIGHT: usize = 32;
 
 /// The flood of one round stops so long after the swap.
 const FLOOD_AFTER: Duration = Duration::from_millis(60);
-
-/// Late landings seen are multiplied by this.
-const LAG_FACTOR: u32 = 10;
 
 /// The class of a directory: time, where an armed watchdog resets a host that has lost its lease.
 pub fn certify_directory(watchdog_armed: bool) -> Certificate {
@@ -79,7 +77,7 @@ pub fn certify_directory(watchdog_armed: bool) -> Certificate {
     };
     Certificate {
         class,
-        settle: settle_time(Duration::ZERO, Duration::ZERO),
+        settle_ms: SETTLE_MS_MIN,
         report: report.into(),
     }
 }
@@ -111,11 +109,11 @@ pub async fn certify(
         ok: true,
         report: String::new(),
     };
-    let settle = match trial.run().await {
-        Ok(lag) => settle_time(Duration::ZERO, lag * LAG_FACTOR),
+    let lag = match trial.run().await {
+        Ok(lag) => lag,
         Err(error) => {
             trial.note(false, &format!("a trial did not end: {error}"));
-            settle_time(Duration::ZERO, Duration::ZERO)
+            Duration::ZERO
         }
     };
     let broker = Credential {
@@ -125,16 +123,28 @@ pub async fn certify(
     if let Err(error) = owner_side.remove(broker, directory, &name).await {
         trial.note(true, &format!("the file `{name}` stays behind: {error}"));
     }
-    let class = if trial.ok {
-        FenceClass::GidToken
-    } else {
-        FenceClass::None
+    Ok(certificate(trial.ok, lag, trial.report))
+}
+
+/// What the trials come to: a server that refuses rightly and lets WRITEs land too late fences nobody.
+fn certificate(ok: bool, lag: Duration, mut report: String) -> Certificate {
+    let lag_us = u64::try_from(lag.as_micros()).unwrap_or(u64::MAX);
+    let (class, settle_ms) = match certified_ms(lag_us) {
+        Ok(settle_ms) if ok => (FenceClass::GidToken, settle_ms),
+        Ok(settle_ms) => (FenceClass::None, settle_ms),
+        Err(needed_ms) => {
+            let _ = writeln!(
+                report,
+                "FAIL a takeover would have to wait {needed_ms} ms for late WRITEs, over the {SETTLE_MS_MAX} ms that any takeover waits: failover only by hand"
+            );
+            (FenceClass::None, SETTLE_MS_MAX)
+        }
     };
-    Ok(Certificate {
+    Certificate {
         class,
-        settle,
-        report: trial.report,
-    })
+        settle_ms,
+        report,
+    }
 }
 
 struct Trial<'a> {
@@ -322,5 +332,38 @@ impl Trial<'_> {
             old = new;
         }
         Ok(longest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_whose_writes_land_too_late_has_no_fence_and_the_report_says_why() {
+        let good = certificate(true, Duration::from_millis(108), String::new());
+        assert_eq!((good.class, good.settle_ms), (FenceClass::GidToken, 1_080));
+        assert_eq!(good.report, "");
+
+        let slowest = certificate(true, Duration::from_secs(60), String::new());
+        assert_eq!(
+            (slowest.class, slowest.settle_ms),
+            (FenceClass::GidToken, SETTLE_MS_MAX)
+        );
+
+        let late = certificate(true, Duration::from_secs(61), "ok   a trial\n".into());
+        assert_eq!(
+            (late.class, late.settle_ms),
+            (FenceClass::None, SETTLE_MS_MAX)
+        );
+        assert!(
+            late.report.starts_with("ok   a trial\nFAIL "),
+            "{}",
+            late.report
+        );
+        assert!(late.report.contains("610000 ms"), "{}", late.report);
+
+        let lax = certificate(false, Duration::ZERO, String::new());
+        assert_eq!((lax.class, lax.settle_ms), (FenceClass::None, 1_000));
     }
 }

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use cluster_model::ids::Token;
+use cluster_model::settle::SETTLE_MS_MAX;
 use proto::broker as wire;
 use proto::broker::broker_server::{Broker, BrokerServer};
 use tonic::{Code, Request, Response, Status};
@@ -21,9 +22,6 @@ const FILES_MAX: usize = 256;
 
 /// Requests under way may go on for so long when the daemon is asked to stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// The longest wait for late writes that a request may ask for.
-const SETTLE_MAX: Duration = Duration::from_secs(120);
 
 /// How the daemon is started.
 #[derive(Clone, Debug, clap::Args)]
@@ -101,6 +99,16 @@ struct BrokerService {
 pub(crate) fn volume(wire: Option<wire::Volume>) -> Result<VolumeRef, Status> {
     let wire = wire.ok_or_else(|| Status::invalid_argument("the request names no volume"))?;
     VolumeRef::parse(&wire.url, &wire.tls_ca, &wire.cluster_id, wire.broker_uid).map_err(to_status)
+}
+
+/// How long to wait for late writes: what is asked for, or a refusal, never less.
+fn settle(ms: u32) -> Result<Duration, Status> {
+    if ms > SETTLE_MS_MAX {
+        return Err(Status::invalid_argument(format!(
+            "a settle time of {ms} ms is over the {SETTLE_MS_MAX} ms that any takeover waits"
+        )));
+    }
+    Ok(Duration::from_millis(u64::from(ms)))
 }
 
 pub(crate) fn path(text: &str) -> Result<DiskPath, Status> {
@@ -249,12 +257,12 @@ impl Broker for BrokerService {
         tracing::info!(
             volume = %volume.url,
             class = certificate.class.as_str(),
-            settle = ?certificate.settle,
+            settle_ms = certificate.settle_ms,
             "adopted"
         );
         Ok(Response::new(wire::AdoptVolumeReply {
             fence_class: certificate.class.as_str().into(),
-            settle_ms: u32::try_from(certificate.settle.as_millis()).unwrap_or(u32::MAX),
+            settle_ms: certificate.settle_ms,
             report: certificate.report,
             volume_uuid,
         }))
@@ -275,7 +283,7 @@ impl Broker for BrokerService {
             } else {
                 token(request.since)?
             },
-            settle: Duration::from_millis(u64::from(request.settle_ms)).min(SETTLE_MAX),
+            settle: settle(request.settle_ms)?,
             image: (!request.image.is_empty()).then(|| request.image.into()),
         };
         self.store
@@ -368,5 +376,18 @@ impl Broker for BrokerService {
                 .map(|error| error.to_string())
                 .unwrap_or_default(),
         }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_settle_time_is_waited_in_full_or_refused() {
+        assert_eq!(settle(300_000).unwrap(), Duration::from_secs(300));
+        assert_eq!(settle(SETTLE_MS_MAX).unwrap(), Duration::from_secs(600));
+        let refused = settle(SETTLE_MS_MAX + 1).unwrap_err();
+        assert!(refused.message().contains("600001 ms"), "{refused}");
     }
 }

@@ -9,7 +9,6 @@
 //! only who presents the token's gid may read or write it, and only the broker may move it on.
 
 use std::future::Future;
-use std::time::Duration;
 
 use bytes::Bytes;
 use cluster_model::ids::Token;
@@ -23,22 +22,6 @@ pub const DISK_MODE: u32 = 0o060;
 
 /// The mode of a disk whose content is still being made.
 pub const UNFINISHED_MODE: u32 = 0o020;
-
-/// The settle time is never shorter: late landings were measured up to 108 ms (and none after 50 ms
-/// of waiting), so this has a margin of ten.
-pub const SETTLE_MIN: Duration = Duration::from_secs(1);
-
-/// The settle time exceeds the slowest WRITEs by this factor.
-const SETTLE_FACTOR: u32 = 10;
-
-/// How long a takeover waits between its claim and the confirmation, so that WRITEs of the old
-/// owner that had passed the server's check have landed: the largest of [`SETTLE_MIN`], ten times
-/// the slowest of a thousand WRITEs, and what certification measured.
-pub fn settle_time(write_latency_p999: Duration, certified: Duration) -> Duration {
-    SETTLE_MIN
-        .max(write_latency_p999 * SETTLE_FACTOR)
-        .max(certified)
-}
 
 /// The uid under which the broker itself does data I/O: any but its own, which the server's
 /// owner override would favour; what counts is the group.
@@ -267,27 +250,12 @@ pub(crate) async fn write_all(
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::dialer::Dialer;
     use crate::nfs::mount;
     use crate::nfs::scripted_server::{DISK, ScriptedServer};
-
-    #[test]
-    fn the_settle_time_is_the_largest_of_its_three_bounds() {
-        let (ms, zero) = (Duration::from_millis, Duration::ZERO);
-        for (p999, certified, settle) in [
-            (zero, zero, SETTLE_MIN),
-            (ms(100), zero, ms(1000)),
-            (ms(250), zero, ms(2500)),
-            (ms(250), ms(4000), ms(4000)),
-        ] {
-            assert_eq!(
-                settle_time(p999, certified),
-                settle,
-                "{p999:?} {certified:?}"
-            );
-        }
-    }
 
     #[test]
     fn the_broker_never_does_data_io_as_the_owner() {

@@ -7,6 +7,7 @@ use crate::command::{Outcome, Rejection};
 use crate::event::{Object, Severity, Why, counted};
 use crate::ids::{Incarnation, LogIndex, Name, NodeId, VmId, VolumeId};
 use crate::settings::Settings;
+use crate::settle::SETTLE_MS_MAX;
 use crate::state::{
     Absence, ClusterInfo, ClusterState, Drain, Duty, LOSSES_MAX, Liveness, MigrationCause,
     MigrationState, Node, NodeFacts, NodeRole, OwnershipCause, Rule, Volume,
@@ -126,6 +127,7 @@ impl ClusterState {
         }
         self.nodes.remove(&node);
         self.drains.remove(&node);
+        self.forget_home(node);
         self.trust.join_tokens.retain(|_, token| token.node != name);
         self.note(
             entry,
@@ -410,6 +412,7 @@ impl ClusterState {
                 hint: "watch it: clusterctl node show".into(),
             });
         }
+        self.failbacks.remove(&node);
         let machines: BTreeSet<VmId> = self.owned_by(node).map(|vm| vm.id).collect();
         for &vm in &machines {
             let known = self.vm_mut(vm)?;
@@ -550,7 +553,12 @@ impl ClusterState {
         Ok(Outcome::Nothing)
     }
 
-    pub(super) fn uncordon(&mut self, entry: &mut Entry<'_>, node: NodeId) -> Applied {
+    pub(super) fn uncordon(
+        &mut self,
+        entry: &mut Entry<'_>,
+        node: NodeId,
+        failback: bool,
+    ) -> Applied {
         let known = self.node_mut(node)?;
         let name = known.name.clone();
         known.duty = Duty::Active;
@@ -581,6 +589,11 @@ impl ClusterState {
             format!("{name} takes machines again"),
             None,
         );
+        if failback {
+            self.begin_failback(entry, node);
+        } else {
+            self.forget_home(node);
+        }
         Ok(Outcome::Nothing)
     }
 
@@ -615,6 +628,12 @@ impl ClusterState {
             return Err(Rejection::TooLarge {
                 what: "volume's certificate authority (bytes)".into(),
                 max: TLS_CA_BYTES_MAX as u64,
+            });
+        }
+        if volume.settle_ms > SETTLE_MS_MAX {
+            return Err(Rejection::TooLarge {
+                what: "volume's settle time (ms)".into(),
+                max: u64::from(SETTLE_MS_MAX),
             });
         }
         let id = volume.id;

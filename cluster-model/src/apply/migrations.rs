@@ -383,6 +383,7 @@ impl ClusterState {
         };
         migration.ended_at_ms = at_ms;
         let (vm, from, to) = (migration.vm, migration.from, migration.to);
+        let cause = migration.cause.clone();
         let detail = format!(
             "{} stays on {}: {reason}",
             self.vm_label(vm),
@@ -401,6 +402,9 @@ impl ClusterState {
             detail,
             None,
         );
+        if let MigrationCause::Failback(node) = cause {
+            self.failback_failed(entry, node, vm, reason);
+        }
         self.forget_old_migrations();
     }
 

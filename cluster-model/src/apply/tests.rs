@@ -174,7 +174,7 @@ fn command(world: &World, (kind, a, b, c): Step) -> Command {
             address: "x:1".into(),
             facts: facts(NODE_MIB),
         },
-        22 => match c % 6 {
+        22 => match c % 8 {
             0 if a % 3 == 0 => Command::StartDrain {
                 node,
                 reason: String::new(),
@@ -201,7 +201,16 @@ fn command(world: &World, (kind, a, b, c): Step) -> Command {
                 stuck: a % 2 == 0,
             },
             4 if a % 8 == 0 => Command::RemoveNode { node },
-            _ => Command::Uncordon { node },
+            6 => Command::StayAway {
+                node,
+                vm,
+                reason: "no room".into(),
+            },
+            7 => Command::EndFailback { node },
+            _ => Command::Uncordon {
+                node,
+                failback: a % 2 == 0,
+            },
         },
         _ => Command::DeleteVm { vm },
     }

@@ -34,7 +34,9 @@ impl Command {
             | Command::StartDrain { node, .. }
             | Command::DrainTrouble { node, .. }
             | Command::EndDrain { node }
-            | Command::Uncordon { node } => named_node(state, *node),
+            | Command::Uncordon { node, .. }
+            | Command::StayAway { node, .. }
+            | Command::EndFailback { node } => named_node(state, *node),
             Command::AddVolume { name, .. } => format!("volume/{name}"),
             Command::RemoveVolume { volume } => named_volume(state, *volume),
             Command::CreateVm { name, .. } => format!("vm/{name}"),

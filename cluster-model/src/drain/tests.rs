@@ -206,7 +206,10 @@ fn uncordon_takes_back_what_the_drain_had_queued() {
     drain(&mut world);
     let command = next(&world.state, &Observed::default()).remove(0);
     world.done(command);
-    world.done(Command::Uncordon { node: NODE });
+    world.done(Command::Uncordon {
+        node: NODE,
+        failback: false,
+    });
     assert!(
         world
             .state
@@ -215,42 +218,4 @@ fn uncordon_takes_back_what_the_drain_had_queued() {
             .all(|migration| !migration.is_open())
     );
     assert_eq!(next(&world.state, &Observed::default()), vec![]);
-}
-
-#[test]
-fn fail_back_brings_the_drained_machines_home_and_no_others() {
-    let mut world = World::new(3, 4_096);
-    let drained = world.running("drained", 128, NODE);
-    let moved_by_hand = world.running("moved", 128, NODE);
-    let stranger = world.running("stranger", 128, NodeId(2));
-    drain(&mut world);
-    run(&mut world, |_, _| true);
-    let by_hand = world.vm(moved_by_hand).ownership.owner.expect("an owner");
-    let to = if by_hand == NodeId(2) {
-        NodeId(3)
-    } else {
-        NodeId(2)
-    };
-    let (migration, _) = world.migrate(moved_by_hand, to);
-    world.cutover(migration);
-    world.activate(moved_by_hand);
-    assert_eq!(
-        fail_back(&world.state, NODE, &Observed::default()),
-        vec![],
-        "it takes none yet"
-    );
-    world.done(Command::Uncordon { node: NODE });
-    let commands = fail_back(&world.state, NODE, &Observed::default());
-    assert!(
-        matches!(&commands[..], [Command::QueueMigration { vm, to: NODE, .. }] if *vm == drained),
-        "{commands:?}"
-    );
-    for command in commands {
-        world.done(command);
-    }
-    run(&mut world, |_, _| true);
-    assert_eq!(world.vm(drained).ownership.owner, Some(NODE));
-    assert_eq!(world.vm(drained).home, None);
-    assert_eq!(world.vm(stranger).ownership.owner, Some(NodeId(2)));
-    assert_eq!(fail_back(&world.state, NODE, &Observed::default()), vec![]);
 }

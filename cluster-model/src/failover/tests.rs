@@ -62,8 +62,11 @@ fn what_does_not_fit_waits_with_one_note_and_starts_when_there_is_room() {
         vec![],
         "it is not said again"
     );
-    let words = why_not_running(&world.state, low).expect("it waits");
-    assert!(words.inputs["because"].contains("no room"), "{words:?}");
+    let words = why_not_running(&world.state, world.vm(low)).expect("it waits");
+    assert!(
+        words.contains("low waits: no node can take it") && words.contains("no room"),
+        "{words:?}"
+    );
     world.desire(waits, Desired::Stopped);
     world.done(Command::Release {
         vm: waits,
@@ -84,11 +87,8 @@ fn a_machine_whose_lost_owner_cannot_be_fenced_waits_for_a_person() {
     world.lose(NodeId(1));
     let observed = Observed::default();
     assert_eq!(plan(&world.state, &observed), vec![]);
-    let words = why_not_running(&world.state, vm).expect("it is held");
-    assert!(
-        words.inputs["because"].contains("fence class none"),
-        "{words:?}"
-    );
+    let words = why_not_running(&world.state, world.vm(vm)).expect("it is held");
+    assert!(words.contains("fence class none"), "{words:?}");
     world.desire(vm, Desired::Running);
     assert_eq!(
         starts(&plan(&world.state, &observed)),
@@ -117,5 +117,63 @@ fn one_plan_is_bounded() {
     }
     // Processors run out first on this node; every machine has its word all the same.
     let commands = plan(&world.state, &Observed::default());
-    assert_eq!(commands.len(), STARTS_MAX);
+    assert_eq!(starts(&commands).len(), 64);
+    assert_eq!(commands.len(), STARTS_MAX + 5);
+
+    world.settings(|settings| settings.cpu_overcommit = 64);
+    let commands = plan(&world.state, &Observed::default());
+    assert_eq!(
+        (starts(&commands).len(), commands.len()),
+        (STARTS_MAX, STARTS_MAX)
+    );
+}
+
+#[test]
+fn machines_without_a_place_keep_no_other_from_its_own() {
+    let mut world = World::new(2, 1_024);
+    world.lose(NodeId(1));
+    let mut pinned = std::collections::BTreeSet::new();
+    for number in 0..NOTES_MAX + 10 {
+        let mut asked = spec(&format!("pinned-{number}"), 16);
+        asked.priority = 900;
+        let vm = world.create_with(&format!("pinned-{number}"), asked);
+        world.done(Command::SetRule {
+            name: crate::testing::name(&format!("rule-{number}")),
+            rule: Some(crate::state::Rule::PossibleOwners {
+                vm,
+                nodes: std::collections::BTreeSet::from([NodeId(1)]),
+            }),
+        });
+        pinned.insert(vm);
+    }
+    // Too large for any node, and without a rule: alike, and still each has its own word.
+    let large: Vec<VmId> = (0..3)
+        .map(|number| world.create(&format!("large-{number}"), 4_096))
+        .collect();
+    let free = world.create("free", 16);
+    let observed = Observed::default();
+    let commands = plan(&world.state, &observed);
+    assert_eq!(starts(&commands), vec![(free, NodeId(2))]);
+    assert_eq!(commands.len(), 1 + NOTES_MAX);
+    for command in commands {
+        world.done(command);
+    }
+    // The next plan says what the first had no room for, and nothing twice.
+    let mut said: Vec<VmId> = Vec::new();
+    for command in plan(&world.state, &observed) {
+        if let Command::Note {
+            objects, detail, ..
+        } = &command
+        {
+            let [Object::Vm(vm)] = objects[..] else {
+                panic!("{objects:?}");
+            };
+            assert!(detail.starts_with(world.vm(vm).name.as_str()), "{detail}");
+            said.push(vm);
+        }
+        world.done(command);
+    }
+    assert_eq!(said.len(), 13, "{said:?}");
+    assert!(large.iter().all(|vm| said.contains(vm)));
+    assert_eq!(plan(&world.state, &observed), vec![]);
 }

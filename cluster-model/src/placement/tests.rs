@@ -2,9 +2,18 @@
 
 use super::*;
 use crate::command::Command;
-use crate::fleet::{Count, NodeLoad};
+use crate::fleet::{Count, NodeLoad, Observed};
 use crate::ids::Incarnation;
 use crate::testing::{World, facts, name, spec};
+
+fn best_node(
+    state: &ClusterState,
+    vm: &Vm,
+    exclude: &BTreeSet<NodeId>,
+    observed: &Observed,
+) -> Result<Choice, NoPlace> {
+    best_node_in(&Fleet::new(state, observed, Count::Open), vm, exclude)
+}
 
 fn chosen(world: &World, vm: VmId, observed: &Observed) -> Option<NodeId> {
     best_node(&world.state, world.vm(vm), &BTreeSet::new(), observed)

@@ -19,8 +19,9 @@ pub enum Who {
         /// The kernel's word for it.
         uid: u32,
     },
-    /// A member, by its certificate. Of itself it only looks; [`ClusterState::may_call`] knows what it may
-    /// pass on, and [`ClusterState::may_propose`] what it may hand to the leader.
+    /// A node, by its certificate, for itself: it only looks. With a person's call it passes on what the person
+    /// showed, and then it is the person who asks; what it may hand to the leader says
+    /// [`ClusterState::may_propose`].
     Node(NodeId),
     /// Whoever showed an access token.
     Bearer(Bearer),

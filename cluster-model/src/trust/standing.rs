@@ -18,8 +18,8 @@ use std::collections::BTreeSet;
 
 use crate::command::{Command, Envelope};
 use crate::ids::{LogIndex, MigrationId, Name, NodeId, VmId};
-use crate::state::{ClusterState, Desired, MigrationCause, Node, Vm};
-use crate::trust::access::{Denied, Who, authorise, authorise_tagged};
+use crate::state::{ClusterState, Desired, MigrationCause, Node};
+use crate::trust::access::{Denied, Who, authorise_tagged};
 use crate::trust::call::Call;
 
 /// The largest entry that a learner hands on of its own, bytes of JSON: a migration's summary, the largest of
@@ -188,26 +188,6 @@ impl ClusterState {
         Ok(())
     }
 
-    /// Whether somebody may make a call of the admin API here, where [`authorise`] alone cannot tell: a
-    /// node that passes a person's call on to another (a console's, to the machine's owner) is let do what
-    /// it could propose anyway, that is, all if it may lead; a learner only looks, unless it passes on the
-    /// person's own token too, and one that is no member may nothing.
-    ///
-    /// # Errors
-    /// As [`authorise`].
-    pub fn may_call(&self, who: &Who, call: Call, on: Option<&Vm>) -> Result<(), Denied> {
-        match who {
-            Who::Node(id) => match self.peer_standing(*id) {
-                Standing::Member { may_lead: true } => Ok(()),
-                Standing::Member { may_lead: false } => authorise(who, call, on),
-                Standing::Removed | Standing::NotYetKnown => authorise(&Who::Nobody, call, on),
-            },
-            Who::Local { .. } | Who::Bearer(_) | Who::Foreign(_) | Who::Nobody => {
-                authorise(who, call, on)
-            }
-        }
-    }
-
     /// Whether a command is about the node itself, a machine that it owns, or a migration that it is a side of.
     fn is_of(&self, node: &Node, command: &Command) -> bool {
         let me = node.id;
@@ -249,6 +229,8 @@ impl ClusterState {
             | Command::DrainTrouble { .. }
             | Command::EndDrain { .. }
             | Command::Uncordon { .. }
+            | Command::StayAway { .. }
+            | Command::EndFailback { .. }
             | Command::AddVolume { .. }
             | Command::RemoveVolume { .. }
             | Command::CreateVm { .. }
@@ -294,6 +276,8 @@ impl ClusterState {
             | Command::DrainTrouble { .. }
             | Command::EndDrain { .. }
             | Command::Uncordon { .. }
+            | Command::StayAway { .. }
+            | Command::EndFailback { .. }
             | Command::AddVolume { .. }
             | Command::RemoveVolume { .. }
             | Command::StartVm { .. }
@@ -378,6 +362,8 @@ fn call_of(command: &Command) -> Option<Call> {
         | Command::NodeLost { .. }
         | Command::DrainTrouble { .. }
         | Command::EndDrain { .. }
+        | Command::StayAway { .. }
+        | Command::EndFailback { .. }
         | Command::StartVm { .. }
         | Command::DisksMade { .. }
         | Command::Activated { .. }

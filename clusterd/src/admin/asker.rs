@@ -2,7 +2,9 @@
 //!
 //! Every call of the API goes through [`AdminService::asker`], in the one place where the generated service
 //! hands it on. What is about one machine is looked at again where that machine is found
-//! ([`may_touch`]), since only then its tags are known.
+//! ([`Asker::may_touch`]), since only then its tags are known.
+
+use std::collections::BTreeSet;
 
 use cluster_model::trust::{self, Call, Sha256, Who};
 use cluster_model::{Name, Vm, VmSpec};
@@ -19,33 +21,31 @@ const FOR_LOCAL: &str = "baton-for-local";
 /// Images and kernels that a person who is no admin may name lie here, on every node.
 const IMAGE_FOLDER: &str = "/var/lib/baton/images/";
 
-tokio::task_local! {
-    static ASKER: Asker;
-}
-
-/// Who makes the call that is under way.
+/// Who makes a call. Whatever a call reaches gets it as an argument: there is none to be had otherwise, since
+/// only [`AdminService::asker`] makes one.
 #[derive(Clone, Debug)]
-pub(super) struct Asker {
-    /// Who, proved.
-    pub(super) who: Who,
-    /// What they call.
-    pub(super) call: Call,
-    /// From where.
-    pub(super) from: String,
-    /// What they showed, for the leader to look at.
-    pub(super) credential: Option<String>,
+pub struct Asker {
+    who: Who,
+    call: Call,
+    from: String,
+    credential: Option<String>,
 }
 
 impl Asker {
-    /// Makes `call` in their name.
-    pub(super) async fn makes<T>(self, call: impl Future<Output = T>) -> T {
-        ASKER.scope(self, call).await
+    /// Somebody, proved by a test.
+    #[cfg(test)]
+    pub(super) fn of(who: Who, call: Call) -> Asker {
+        Asker {
+            who,
+            call,
+            from: "test".into(),
+            credential: None,
+        }
     }
 
-    /// Says to another node for whom the call under way is handed on to it.
-    pub(super) fn hand_on(metadata: &mut MetadataMap) {
-        let Some(asker) = Asker::now() else { return };
-        let (key, value) = match (&asker.credential, &asker.who) {
+    /// Says to another node for whom the call is handed on to it.
+    pub(super) fn hand_on(&self, metadata: &mut MetadataMap) {
+        let (key, value) = match (&self.credential, &self.who) {
             (Some(credential), _) => ("authorization", credential.clone()),
             (None, Who::Local { uid }) => (FOR_LOCAL, uid.to_string()),
             _ => return,
@@ -53,11 +53,6 @@ impl Asker {
         if let Ok(value) = value.parse() {
             metadata.insert(key, value);
         }
-    }
-
-    /// Who makes the call that is under way; nobody outside of one.
-    pub(super) fn now() -> Option<Asker> {
-        ASKER.try_with(Clone::clone).ok()
     }
 
     /// What they are called in the log. A local user says so themselves; whoever may open the socket is root or
@@ -70,6 +65,88 @@ impl Asker {
             Who::Node(node) => node.to_string(),
             Who::Foreign(_) | Who::Nobody => "nobody".to_owned(),
         }
+    }
+
+    /// What the audit keeps of a change that they ask for.
+    pub(super) fn record(&self, reason: &str) -> trust::Asked {
+        trust::Asked {
+            from: self.from.clone(),
+            reason: reason.to_owned(),
+            method: self.call.to_string(),
+        }
+    }
+
+    /// What they showed, for the leader to look at.
+    pub(super) fn credential(&self) -> Option<&str> {
+        self.credential.as_deref()
+    }
+
+    /// The tags of the machines that they are narrowed to, if they are.
+    pub(super) fn narrowed_to(&self) -> Option<&BTreeSet<Name>> {
+        self.who.narrowed_to()
+    }
+
+    /// Whether they are shown this machine and what is about it.
+    pub(super) fn sees(&self, vm: &Vm) -> bool {
+        self.who.sees(vm)
+    }
+
+    /// Whether they are shown what is about a machine that may be gone: whoever is narrowed to some is not.
+    pub(super) fn sees_what_is_of(&self, vm: Option<&Vm>) -> bool {
+        vm.map_or(self.narrowed_to().is_none(), |vm| self.sees(vm))
+    }
+
+    /// Refuses the call when it may not be made on this machine; `None`: there is none of that name, which
+    /// whoever is narrowed to tags does not learn.
+    pub(super) fn may_touch(&self, vm: Option<&Vm>) -> Result<(), Status> {
+        if self.narrowed_to().is_none() {
+            return Ok(());
+        }
+        match vm {
+            Some(_) => allowed(self, vm),
+            None => Err(status(
+                Code::PermissionDenied,
+                "E-DENIED",
+                format!(
+                    "{} may not call {} on that machine: the token is for machines with certain tags only",
+                    self.who, self.call
+                ),
+            )),
+        }
+    }
+
+    /// Refuses a machine that they may not create: without one of their tags, or with files of the host that
+    /// only an admin may name.
+    pub(super) fn may_create<'p>(
+        &self,
+        spec: &VmSpec,
+        files: impl Iterator<Item = &'p str>,
+    ) -> Result<(), Status> {
+        trust::authorise_new(&self.who, spec).map_err(|denied| refuse(self, &denied))?;
+        if self.who.role() >= Some(trust::Role::Admin) {
+            return Ok(());
+        }
+        if spec.witness.is_some() {
+            return Err(status(
+                Code::PermissionDenied,
+                "E-DENIED",
+                "a witness is a file on the hosts; only an admin may name one",
+            ));
+        }
+        for path in files {
+            let inside =
+                path.starts_with(IMAGE_FOLDER) && !path.split('/').any(|part| part == "..");
+            if !inside {
+                return Err(status(
+                    Code::PermissionDenied,
+                    "E-DENIED",
+                    format!(
+                        "{path}: images and kernels lie in {IMAGE_FOLDER}; only an admin may name others"
+                    ),
+                ));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -150,72 +227,8 @@ fn refuse(asker: &Asker, denied: &trust::Denied) -> Status {
     }
 }
 
-/// Refuses the call under way when it may not be made on this machine; `None`: there is none of that name,
-/// which whoever is narrowed to tags does not learn.
-pub(super) fn may_touch(vm: Option<&Vm>) -> Result<(), Status> {
-    match Asker::now() {
-        Some(asker) if asker.who.narrowed_to().is_some() => match vm {
-            Some(_) => allowed(&asker, vm),
-            None => Err(status(
-                Code::PermissionDenied,
-                "E-DENIED",
-                format!(
-                    "{} may not call {} on that machine: the token is for machines with certain tags only",
-                    asker.who, asker.call
-                ),
-            )),
-        },
-        _ => Ok(()),
-    }
-}
-
-/// Whether the call under way shows this machine and what is about it.
-pub(super) fn sees(vm: &Vm) -> bool {
-    Asker::now().is_none_or(|asker| asker.who.sees(vm))
-}
-
-/// Whether the call under way is narrowed to some machines.
-pub(super) fn is_narrowed() -> bool {
-    Asker::now().is_some_and(|asker| asker.who.narrowed_to().is_some())
-}
-
-/// Refuses a machine that the call under way may not create: without one of their tags, or with files of the
-/// host that only an admin may name.
-pub(super) fn may_create<'p>(
-    spec: &VmSpec,
-    files: impl Iterator<Item = &'p str>,
-) -> Result<(), Status> {
-    let Some(asker) = Asker::now() else {
-        return Ok(());
-    };
-    trust::authorise_new(&asker.who, spec).map_err(|denied| refuse(&asker, &denied))?;
-    if asker.who.role() >= Some(trust::Role::Admin) {
-        return Ok(());
-    }
-    if spec.witness.is_some() {
-        return Err(status(
-            Code::PermissionDenied,
-            "E-DENIED",
-            "a witness is a file on the hosts; only an admin may name one",
-        ));
-    }
-    for path in files {
-        let inside = path.starts_with(IMAGE_FOLDER) && !path.split('/').any(|part| part == "..");
-        if !inside {
-            return Err(status(
-                Code::PermissionDenied,
-                "E-DENIED",
-                format!(
-                    "{path}: images and kernels lie in {IMAGE_FOLDER}; only an admin may name others"
-                ),
-            ));
-        }
-    }
-    Ok(())
-}
-
 /// Tags as they were asked for.
-pub(super) fn tags(texts: &[String]) -> Result<std::collections::BTreeSet<Name>, Status> {
+pub(super) fn tags(texts: &[String]) -> Result<BTreeSet<Name>, Status> {
     texts
         .iter()
         .map(|text| Name::new(text.as_str()).map_err(|error| invalid(format!("tag: {error}"))))

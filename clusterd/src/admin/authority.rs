@@ -1,29 +1,42 @@
 //! The certificate authority, and other clusters that are trusted.
 
-use cluster_model::Command;
+use std::collections::BTreeMap;
+
 use cluster_model::trust::{Sha256, TrustedCluster};
+use cluster_model::{Command, Node, NodeId};
 use proto::admin::{
     CaRotateReply, CaRotateRequest, CaShowReply, CaShowRequest, Done, RootView, TrustAddRequest,
     TrustListReply, TrustListRequest, TrustRemoveRequest, TrustView,
 };
 use tonic::{Code, Status};
 
+use super::asker::Asker;
 use super::error::{invalid, status};
 use super::service::{AdminService, asked, name};
 use crate::trust::RecoveryKey;
 
 impl AdminService {
-    pub(super) async fn ca_show(&self, _: CaShowRequest) -> Result<CaShowReply, Status> {
+    pub(super) async fn ca_show(&self, _: &Asker, _: CaShowRequest) -> Result<CaShowReply, Status> {
         let state = self.cluster_state()?;
         let authority = state.trust.authority.as_ref().ok_or_else(no_authority)?;
         let papers = self.backend.papers();
-        let mut behind: Vec<String> = self
+        let known: BTreeMap<NodeId, u64> = self
             .backend
             .certificate_generations()
             .await
             .into_iter()
-            .filter(|(_, generation)| *generation < authority.issuing.generation)
-            .map(|(node, _)| state.node_label(node))
+            .collect();
+        // A node of which nothing is known counts as behind.
+        let is_behind = |node: &&Node| {
+            known
+                .get(&node.id)
+                .is_none_or(|generation| *generation < authority.issuing.generation)
+        };
+        let mut behind: Vec<String> = state
+            .nodes
+            .values()
+            .filter(is_behind)
+            .map(|node| node.name.to_string())
             .collect();
         behind.sort();
         Ok(CaShowReply {
@@ -46,9 +59,10 @@ impl AdminService {
 
     pub(super) async fn ca_rotate(
         &self,
+        asker: &Asker,
         request: CaRotateRequest,
     ) -> Result<CaRotateReply, Status> {
-        let change = asked(request.change)?;
+        let change = asked(asker, request.change)?;
         let state = self.cluster_state()?;
         let authority = state.trust.authority.as_ref().ok_or_else(no_authority)?;
         let recovery: RecoveryKey = request
@@ -82,8 +96,12 @@ impl AdminService {
         })
     }
 
-    pub(super) async fn trust_add(&self, request: TrustAddRequest) -> Result<Done, Status> {
-        let change = asked(request.change)?;
+    pub(super) async fn trust_add(
+        &self,
+        asker: &Asker,
+        request: TrustAddRequest,
+    ) -> Result<Done, Status> {
+        let change = asked(asker, request.change)?;
         let certificates = proto::tls::certificates(&request.root_pem)
             .map_err(|error| invalid(format!("--ca: {error}")))?;
         let [root] = certificates.as_slice() else {
@@ -104,7 +122,11 @@ impl AdminService {
         Ok(Done { log_index: index.0 })
     }
 
-    pub(super) async fn trust_list(&self, _: TrustListRequest) -> Result<TrustListReply, Status> {
+    pub(super) async fn trust_list(
+        &self,
+        _: &Asker,
+        _: TrustListRequest,
+    ) -> Result<TrustListReply, Status> {
         let state = self.cluster_state()?;
         let clusters = state
             .trust
@@ -119,8 +141,12 @@ impl AdminService {
         })
     }
 
-    pub(super) async fn trust_remove(&self, request: TrustRemoveRequest) -> Result<Done, Status> {
-        let change = asked(request.change)?;
+    pub(super) async fn trust_remove(
+        &self,
+        asker: &Asker,
+        request: TrustRemoveRequest,
+    ) -> Result<Done, Status> {
+        let change = asked(asker, request.change)?;
         let command = Command::DistrustCluster {
             name: name(&request.name)?,
         };

@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use cluster_model::trust::Authority;
-use cluster_model::{ClusterState, Envelope, NodeId, Reply, VmId};
+use cluster_model::{ClusterState, Envelope, NodeId, Observed, Reply, VmId};
 use proto::admin::NodeCheckReply;
 use tokio::sync::{mpsc, watch};
 use tonic::Status;
 
+use super::asker::Asker;
 use super::soft::Soft;
 use crate::broker::Broker;
 use crate::node::Founded;
@@ -34,6 +35,11 @@ pub enum BackendError {
         "no quorum answered in time ({0}); whether the change was made is not known: ask again with the same --request-id"
     )]
     NoQuorum(String),
+    /// The leader, who alone has what nodes report, did not tell it.
+    #[error(
+        "what nodes report is not known ({0}), and a plan without it would not be the leader's; try again, or see: clusterctl status"
+    )]
+    NoReports(String),
     /// Something else.
     #[error("{0}")]
     Failed(String),
@@ -50,8 +56,11 @@ pub trait Backend: Send + Sync + 'static {
     fn state(&self) -> watch::Receiver<Arc<ClusterState>>;
     /// The log's status here; `None` while the node is in no cluster.
     fn raft(&self) -> Option<RaftStatus>;
-    /// The nodes' soft state: the leader's, or where no leader answers what this node knows itself.
+    /// The nodes' soft state: the leader's, or where no leader answers what this node knows itself; then it says
+    /// so ([`Soft::unknown`]).
     async fn soft(&self) -> Soft;
+    /// What the leader's planners are fed with: a plan that is shown is the one that it would carry out.
+    async fn observed(&self) -> Result<Observed, BackendError>;
     /// Hands a command to the leader and waits until it was applied here too.
     /// `credential`: what the person behind it showed.
     async fn propose(
@@ -72,7 +81,7 @@ pub trait Backend: Send + Sync + 'static {
     async fn join(&self, token: &str) -> Result<NodeId, BackendError>;
     /// This node's papers; `None` before it belongs to a cluster.
     fn papers(&self) -> Option<Papers>;
-    /// Of each node that reports: the generation of the CA that made its certificate.
+    /// The generation of the CA that made its certificate, of each node of which it is known.
     async fn certificate_generations(&self) -> Vec<(NodeId, u64)>;
     /// Makes a new issuing CA, and a new root if asked, and keeps its key here until the log lets it sign.
     async fn prepare_rotation(
@@ -84,10 +93,12 @@ pub trait Backend: Send + Sync + 'static {
     /// This node's storage broker.
     fn broker(&self) -> Result<Broker, BackendError>;
     /// Looks at the host of a node, there.
-    async fn node_check(&self, node: NodeId) -> Result<NodeCheckReply, BackendError>;
+    async fn node_check(&self, asker: &Asker, node: NodeId)
+    -> Result<NodeCheckReply, BackendError>;
     /// The serial console of a machine, wherever it runs; what arrives on `typed` is sent to it.
     async fn console(
         &self,
+        asker: &Asker,
         vm: VmId,
         typed: mpsc::Receiver<Vec<u8>>,
     ) -> Result<ConsoleChunks, BackendError>;

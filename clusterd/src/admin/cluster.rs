@@ -13,6 +13,7 @@ use proto::admin::{
 use serde_json::Value;
 use tonic::Status;
 
+use super::asker::Asker;
 use super::error::invalid;
 use super::service::{AdminService, asked, name, node_named, vm_named};
 
@@ -22,7 +23,11 @@ const ALERTS_MAX: usize = 10;
 const JSON_BYTES_MAX: usize = 32 * 1024;
 
 impl AdminService {
-    pub(super) async fn version(&self, _: VersionRequest) -> Result<VersionReply, Status> {
+    pub(super) async fn version(
+        &self,
+        _: &Asker,
+        _: VersionRequest,
+    ) -> Result<VersionReply, Status> {
         Ok(VersionReply {
             version: env!("CARGO_PKG_VERSION").into(),
         })
@@ -30,9 +35,10 @@ impl AdminService {
 
     pub(super) async fn cluster_init(
         &self,
+        asker: &Asker,
         request: ClusterInitRequest,
     ) -> Result<ClusterInitReply, Status> {
-        let change = asked(request.change)?;
+        let change = asked(asker, request.change)?;
         let cluster_name = name(&request.name)?;
         let founded = self
             .backend
@@ -49,6 +55,7 @@ impl AdminService {
 
     pub(super) async fn cluster_status(
         &self,
+        _: &Asker,
         _: ClusterStatusRequest,
     ) -> Result<ClusterStatusReply, Status> {
         self.cluster_state()?;
@@ -117,6 +124,10 @@ impl AdminService {
                 ));
             }
         }
+        if let Some(why) = self.backend.soft().await.unknown {
+            // First: what is shown of nodes and machines is only the log's half.
+            alerts.insert(0, format!("what nodes report is not known: {why}"));
+        }
         alerts.truncate(ALERTS_MAX);
         Ok(ClusterStatusReply {
             cluster_id: cluster.id,
@@ -164,6 +175,7 @@ impl AdminService {
 
     pub(super) async fn settings_get(
         &self,
+        _: &Asker,
         _: SettingsGetRequest,
     ) -> Result<SettingsReply, Status> {
         settings_reply(&self.cluster_state()?.settings)
@@ -171,9 +183,10 @@ impl AdminService {
 
     pub(super) async fn settings_set(
         &self,
+        asker: &Asker,
         request: SettingsSetRequest,
     ) -> Result<SettingsReply, Status> {
-        let change = asked(request.change)?;
+        let change = asked(asker, request.change)?;
         if request.patch_json.len() > JSON_BYTES_MAX {
             return Err(invalid(format!(
                 "the settings are over {JSON_BYTES_MAX} bytes"
@@ -209,15 +222,19 @@ impl AdminService {
         settings_reply(&self.cluster_state()?.settings)
     }
 
-    pub(super) async fn rule_set(&self, request: RuleSetRequest) -> Result<Done, Status> {
-        let change = asked(request.change)?;
+    pub(super) async fn rule_set(
+        &self,
+        asker: &Asker,
+        request: RuleSetRequest,
+    ) -> Result<Done, Status> {
+        let change = asked(asker, request.change)?;
         let rule_name = name(&request.name)?;
         if request.rule_json.len() > JSON_BYTES_MAX {
             return Err(invalid(format!("the rule is over {JSON_BYTES_MAX} bytes")));
         }
         let rule = match request.rule_json.as_str() {
             "" => None,
-            text => Some(self.parse_rule(text)?),
+            text => Some(self.parse_rule(asker, text)?),
         };
         let (index, _) = self
             .propose(
@@ -232,7 +249,7 @@ impl AdminService {
     }
 
     /// A rule as people write it, with names, into the log's, with numbers.
-    fn parse_rule(&self, text: &str) -> Result<Rule, Status> {
+    fn parse_rule(&self, asker: &Asker, text: &str) -> Result<Rule, Status> {
         let state = self.cluster_state()?;
         let rule: Value = serde_json::from_str(text)
             .map_err(|error| invalid(format!("the rule is malformed: {error}")))?;
@@ -249,7 +266,7 @@ impl AdminService {
             .into_iter()
             .chain(rule.get("vm").and_then(Value::as_str).map(str::to_owned))
         {
-            vms.insert(vm_named(&state, &vm)?.id);
+            vms.insert(vm_named(asker, &state, &vm)?.id);
         }
         let mut nodes = BTreeSet::new();
         for node in names("nodes") {
@@ -294,7 +311,11 @@ impl AdminService {
         }
     }
 
-    pub(super) async fn rule_list(&self, _: RuleListRequest) -> Result<RuleListReply, Status> {
+    pub(super) async fn rule_list(
+        &self,
+        _: &Asker,
+        _: RuleListRequest,
+    ) -> Result<RuleListReply, Status> {
         let state = self.cluster_state()?;
         let vm_names = |vms: &BTreeSet<_>| {
             vms.iter()

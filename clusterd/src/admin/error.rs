@@ -162,6 +162,7 @@ impl From<BackendError> for Status {
             BackendError::NoCluster => (Code::FailedPrecondition, "E-NOCLUSTER"),
             BackendError::InCluster(_) => (Code::AlreadyExists, "E-INITIALISED"),
             BackendError::NoQuorum(_) => (Code::Unavailable, "E-NOQUORUM"),
+            BackendError::NoReports(_) => (Code::Unavailable, "E-NOREPORTS"),
             BackendError::Failed(_) => (Code::Internal, "E-FAILED"),
         };
         status(code, stable, error.to_string())

@@ -3,13 +3,15 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use cluster_model::{ClusterState, Event, Name, Object, Severity, counted};
+use cluster_model::{
+    ClusterState, Event, Failback, Name, Object, Severity, counted, failback, failover,
+};
 use proto::admin::{Check, EventView, EventsRequest, MigrationView, WhyReply, WhyRequest};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::asker::{Asker, is_narrowed, may_touch};
+use super::asker::Asker;
 use super::error::invalid;
 use super::service::{AdminService, Answers, node_named};
 use super::views;
@@ -55,6 +57,7 @@ impl Filter {
 impl AdminService {
     pub(super) async fn events(
         &self,
+        asker: &Asker,
         request: EventsRequest,
     ) -> Result<Answers<EventView>, Status> {
         let mut states = self.backend.state();
@@ -76,7 +79,7 @@ impl AdminService {
                 }
             },
             kind_prefix: request.kind_prefix,
-            tags: Asker::now().and_then(|asker| asker.who.narrowed_to().cloned()),
+            tags: asker.narrowed_to().cloned(),
         };
         let (sender, receiver) = mpsc::channel(QUEUE);
         let mut seen = (request.after_index, request.after_sequence);
@@ -114,11 +117,11 @@ impl AdminService {
         Ok(Box::pin(ReceiverStream::new(receiver)))
     }
 
-    pub(super) async fn why(&self, request: WhyRequest) -> Result<WhyReply, Status> {
+    pub(super) async fn why(&self, asker: &Asker, request: WhyRequest) -> Result<WhyReply, Status> {
         let state = self.cluster_state()?;
         let object = views::parse_object(&state, &request.object)?;
-        if is_narrowed() {
-            may_touch(match object {
+        if asker.narrowed_to().is_some() {
+            asker.may_touch(match object {
                 Object::Vm(vm) => state.vms.get(&vm),
                 Object::Migration(id) => state
                     .migrations
@@ -199,6 +202,9 @@ impl AdminService {
                         node.name
                     );
                 }
+                if let Some(record) = state.failbacks.get(&id) {
+                    reply.next = returns(&state, record);
+                }
             }
             Object::Migration(id) => {
                 let soft = self.backend.soft().await;
@@ -213,6 +219,22 @@ impl AdminService {
         }
         Ok(reply)
     }
+}
+
+/// How a fail-back stands.
+fn returns(state: &ClusterState, failback: &Failback) -> String {
+    let left = failback::away(state, failback);
+    let names: Vec<&str> = left
+        .iter()
+        .take(CHAIN_MAX)
+        .map(|vm| vm.name.as_str())
+        .collect();
+    format!(
+        "{} to come back to it, as {} asked: {}",
+        counted(left.len(), "machine"),
+        failback.actor,
+        names.join(", ")
+    )
 }
 
 fn migration_summary(view: &MigrationView) -> String {
@@ -251,12 +273,7 @@ fn vm_summary(state: &ClusterState, vm: &cluster_model::Vm) -> String {
             "{} has no owner (token {}): {}",
             vm.name,
             ownership.token,
-            match (&vm.held, vm.desired) {
-                (Some(reason), _) => format!("held, {reason}"),
-                (None, cluster_model::Desired::Stopped) => "it should be stopped".into(),
-                (None, cluster_model::Desired::Running) =>
-                    "it waits for a node that can take it".into(),
-            }
+            failover::why_not_running(state, vm).unwrap_or_default()
         ),
     }
 }

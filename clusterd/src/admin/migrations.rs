@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::asker::{is_narrowed, sees};
+use super::asker::Asker;
 use super::error::not_found;
 use super::service::{AdminService, Answers, asked, migration_named, vm_named};
 use super::views;
@@ -26,6 +26,7 @@ const QUEUE: usize = 16;
 impl AdminService {
     pub(super) async fn migration_list(
         &self,
+        asker: &Asker,
         request: MigrationListRequest,
     ) -> Result<MigrationListReply, Status> {
         let state = self.cluster_state()?;
@@ -33,14 +34,14 @@ impl AdminService {
         let only = if request.vm.is_empty() {
             None
         } else {
-            Some(vm_named(&state, &request.vm)?.id)
+            Some(vm_named(asker, &state, &request.vm)?.id)
         };
         let migrations = state
             .migrations
             .values()
             .filter(|migration| request.all || migration.is_open())
             .filter(|migration| only.is_none_or(|only| only == migration.vm))
-            .filter(|migration| !is_narrowed() || state.vms.get(&migration.vm).is_some_and(sees))
+            .filter(|migration| asker.sees_what_is_of(state.vms.get(&migration.vm)))
             .map(|migration| views::migration(&state, &soft, migration))
             .collect();
         Ok(MigrationListReply { migrations })
@@ -48,9 +49,10 @@ impl AdminService {
 
     pub(super) async fn migration_watch(
         &self,
+        asker: &Asker,
         request: MigrationWatchRequest,
     ) -> Result<Answers<MigrationView>, Status> {
-        let id = migration_named(&*self.cluster_state()?, &request.migration)?.id;
+        let id = migration_named(asker, &*self.cluster_state()?, &request.migration)?.id;
         let (sender, receiver) = mpsc::channel(QUEUE);
         let service = self.clone();
         tokio::spawn(async move {
@@ -105,10 +107,11 @@ impl AdminService {
 
     pub(super) async fn migration_cancel(
         &self,
+        asker: &Asker,
         request: MigrationCancelRequest,
     ) -> Result<MigrationView, Status> {
-        let change = asked(request.change)?;
-        let id = migration_named(&*self.cluster_state()?, &request.migration)?.id;
+        let change = asked(asker, request.change)?;
+        let id = migration_named(asker, &*self.cluster_state()?, &request.migration)?.id;
         let reason = if change.reason.is_empty() {
             format!("cancelled by {}", change.actor)
         } else {

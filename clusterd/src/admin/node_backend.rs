@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use cluster_model::trust::Authority;
-use cluster_model::{ClusterState, Envelope, Name, NodeId, Reply, Settings, VmId};
+use cluster_model::{ClusterState, Envelope, Name, NodeId, Observed, Reply, Settings, VmId};
 use proto::admin::admin_client::AdminClient;
 use proto::admin::{MonitorCheck, NodeCheckReply, NodeCheckRequest, VmConsoleInput};
 use proto::monitor::ConsoleInput;
@@ -20,7 +20,7 @@ use super::soft::{Soft, SoftNode};
 use crate::broker::Broker;
 use crate::check;
 use crate::member::PROPOSE_TIMEOUT;
-use crate::node::{BeginError, Founded, NodeHandle};
+use crate::node::{AskError, BeginError, Founded, NodeHandle};
 use crate::raft::RaftStatus;
 use crate::report::{NodeReport, Reporter};
 use crate::trust::{self, Papers, Prepared, RecoveryKey};
@@ -62,6 +62,17 @@ impl NodeBackend {
     }
 }
 
+/// What the leader tells, or why it is not known.
+async fn in_time<T>(asked: impl Future<Output = Result<T, AskError>>) -> Result<T, String> {
+    match tokio::time::timeout(REPORTS_TIMEOUT, asked).await {
+        Ok(told) => told.map_err(|error| error.to_string()),
+        Err(_) => Err(format!(
+            "the leader did not answer within {} s",
+            REPORTS_TIMEOUT.as_secs()
+        )),
+    }
+}
+
 /// A report as views want it.
 fn soft_node(report: &NodeReport, heartbeat_ms: u64) -> SoftNode {
     let age_ms = report.age_ms;
@@ -98,11 +109,14 @@ impl Backend for NodeBackend {
     async fn soft(&self) -> Soft {
         let heartbeat_ms = u64::from(self.node.state().settings.heartbeat_ms);
         let mut soft = Soft::default();
-        if let Ok(Ok(reports)) = tokio::time::timeout(REPORTS_TIMEOUT, self.node.reports()).await {
-            soft.nodes = reports
-                .iter()
-                .map(|(&id, report)| (id, soft_node(report, heartbeat_ms)))
-                .collect();
+        match in_time(self.node.reports()).await {
+            Ok(reports) => {
+                soft.nodes = reports
+                    .iter()
+                    .map(|(&id, report)| (id, soft_node(report, heartbeat_ms)))
+                    .collect();
+            }
+            Err(why) => soft.unknown = Some(why),
         }
         // What this node knows of itself is newer than what the leader was told.
         if let Some(member) = self.node.member() {
@@ -114,6 +128,12 @@ impl Backend for NodeBackend {
             soft.nodes.insert(member.node, own);
         }
         soft
+    }
+
+    async fn observed(&self) -> Result<Observed, BackendError> {
+        in_time(self.node.observed())
+            .await
+            .map_err(BackendError::NoReports)
     }
 
     async fn propose(
@@ -189,12 +209,16 @@ impl Backend for NodeBackend {
     }
 
     async fn certificate_generations(&self) -> Vec<(NodeId, u64)> {
-        let reports = tokio::time::timeout(REPORTS_TIMEOUT, self.node.reports()).await;
-        let reports = reports.ok().and_then(Result::ok).unwrap_or_default();
-        reports
-            .iter()
-            .map(|(node, report)| (*node, report.trust.generation))
-            .collect()
+        match in_time(self.node.reports()).await {
+            Ok(reports) => reports
+                .iter()
+                .map(|(node, report)| (*node, report.trust.generation))
+                .collect(),
+            Err(why) => {
+                tracing::info!(why, "the nodes' certificates are not known");
+                Vec::new()
+            }
+        }
     }
 
     async fn prepare_rotation(
@@ -215,7 +239,11 @@ impl Backend for NodeBackend {
             .ok_or(BackendError::NoCluster)
     }
 
-    async fn node_check(&self, node: NodeId) -> Result<NodeCheckReply, BackendError> {
+    async fn node_check(
+        &self,
+        asker: &Asker,
+        node: NodeId,
+    ) -> Result<NodeCheckReply, BackendError> {
         let member = self.node.member().ok_or(BackendError::NoCluster)?;
         let state = member.state();
         let label = state.node_label(node);
@@ -251,7 +279,7 @@ impl Backend for NodeBackend {
         let mut request = tonic::Request::new(NodeCheckRequest {
             node: String::new(),
         });
-        Asker::hand_on(request.metadata_mut());
+        asker.hand_on(request.metadata_mut());
         let mut client = AdminClient::new(channel);
         let asked = tokio::time::timeout(CHECK_TIMEOUT, client.node_check(request)).await;
         match asked {
@@ -266,6 +294,7 @@ impl Backend for NodeBackend {
 
     async fn console(
         &self,
+        asker: &Asker,
         vm: VmId,
         typed: mpsc::Receiver<Vec<u8>>,
     ) -> Result<ConsoleChunks, BackendError> {
@@ -295,7 +324,7 @@ impl Backend for NodeBackend {
             data,
         });
         let mut request = tonic::Request::new(first.chain(rest));
-        Asker::hand_on(request.metadata_mut());
+        asker.hand_on(request.metadata_mut());
         let output = AdminClient::new(channel)
             .vm_console(request)
             .await

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use cluster_model::fleet::{Count, Fleet, NodeLoad, Observed};
-use cluster_model::placement;
+use cluster_model::fleet::{Count, Fleet, Observed};
 use cluster_model::{
-    ClusterState, Command, Duty, MigrationCause, MigrationOptions, MigrationState, NodeId, Vm, Why,
+    ClusterState, Command, Duty, MigrationCause, MigrationState, NodeId, Vm, Why, failback,
+    placement,
 };
 use proto::admin::{
     DrainMove, DrainStatus, NodeCheckReply, NodeCheckRequest, NodeDrainStatusRequest,
@@ -13,34 +13,18 @@ use proto::admin::{
 };
 use tonic::Status;
 
-use super::asker::{is_narrowed, sees};
+use super::asker::Asker;
+use super::plans::planned;
 use super::predict::Basis;
 use super::service::{AdminService, asked, node_named};
 use super::views;
 
 impl AdminService {
-    /// What the planners want to know besides the log.
-    pub(super) async fn loads(&self) -> Observed {
-        let soft = self.backend.soft().await;
-        let nodes = soft
-            .nodes
-            .iter()
-            .map(|(&node, known)| {
-                let load = NodeLoad {
-                    // A share of 1000; a load beyond what is offered is still only full.
-                    cpu_permille: (known.cpu_load.clamp(0.0, 1.0) * 1_000.0) as u16,
-                    ..NodeLoad::default()
-                };
-                (node, load)
-            })
-            .collect();
-        Observed {
-            nodes,
-            ..Observed::default()
-        }
-    }
-
-    pub(super) async fn node_list(&self, _: NodeListRequest) -> Result<NodeListReply, Status> {
+    pub(super) async fn node_list(
+        &self,
+        _: &Asker,
+        _: NodeListRequest,
+    ) -> Result<NodeListReply, Status> {
         let state = self.cluster_state()?;
         let soft = self.backend.soft().await;
         let leader = self.backend.raft().and_then(|raft| raft.leadership.leader);
@@ -54,6 +38,7 @@ impl AdminService {
 
     pub(super) async fn node_check(
         &self,
+        asker: &Asker,
         request: NodeCheckRequest,
     ) -> Result<NodeCheckReply, Status> {
         let state = self.cluster_state()?;
@@ -63,21 +48,20 @@ impl AdminService {
             request.node
         };
         let node = node_named(&state, &named)?.id;
-        let mut reply = self.backend.node_check(node).await?;
-        if is_narrowed() {
-            reply.monitors.retain(|monitor| {
-                let vm = state.vms.values().find(|vm| vm.name.as_str() == monitor.vm);
-                vm.is_some_and(sees)
-            });
-        }
+        let mut reply = self.backend.node_check(asker, node).await?;
+        reply.monitors.retain(|monitor| {
+            let vm = state.vms.values().find(|vm| vm.name.as_str() == monitor.vm);
+            asker.sees_what_is_of(vm)
+        });
         Ok(reply)
     }
 
     pub(super) async fn node_remove(
         &self,
+        asker: &Asker,
         request: NodeRemoveRequest,
     ) -> Result<proto::admin::Done, Status> {
-        let change = asked(request.change)?;
+        let change = asked(asker, request.change)?;
         let node = node_named(&*self.cluster_state()?, &request.node)?.id;
         let (index, _) = self.propose(&change, Command::RemoveNode { node }).await?;
         Ok(proto::admin::Done { log_index: index.0 })
@@ -85,6 +69,7 @@ impl AdminService {
 
     pub(super) async fn node_drain_status(
         &self,
+        _: &Asker,
         request: NodeDrainStatusRequest,
     ) -> Result<DrainStatus, Status> {
         let state = self.cluster_state()?;
@@ -150,53 +135,28 @@ impl AdminService {
 
     pub(super) async fn node_uncordon(
         &self,
+        asker: &Asker,
         request: NodeUncordonRequest,
     ) -> Result<NodeUncordonReply, Status> {
-        let change = asked(request.change)?;
+        let change = asked(asker, request.change)?;
         let state = self.cluster_state()?;
         let node = node_named(&state, &request.node)?.clone();
-        // Read before the entry that forgets the drain.
-        let machines = state
-            .drains
-            .get(&node.id)
-            .map(|drain| drain.machines.clone())
-            .unwrap_or_default();
-        self.propose(&change, Command::Uncordon { node: node.id })
-            .await?;
-        let mut failback = Vec::new();
-        if request.failback {
-            let state = self.state();
-            let away = machines
-                .iter()
-                .filter_map(|vm| state.vms.get(vm))
-                .filter(|vm| {
-                    vm.ownership.owner.is_some_and(|owner| owner != node.id)
-                        && vm.desired == cluster_model::Desired::Running
-                });
-            for vm in away {
-                let command = Command::QueueMigration {
-                    vm: vm.id,
-                    to: node.id,
-                    options: MigrationOptions::default(),
-                    cause: MigrationCause::Failback(node.id),
-                    why: Why::rule("it was here before the drain"),
-                };
-                let asked_for = self
-                    .propose_part(&change, &format!("failback/{}", vm.id), command)
-                    .await;
-                failback.push(DrainMove {
-                    vm: vm.name.to_string(),
-                    how: if asked_for.is_ok() { "live" } else { "none" }.into(),
-                    to: node.name.to_string(),
-                    predicted_ms: Basis::of(&state, Some(vm.id)).predicted_ms(vm.spec.memory_mib),
-                    predicted_blackout_ms: views::downtime_max_ms(&state, vm),
-                    why: match asked_for {
-                        Ok(_) => "it was here before the drain".into(),
-                        Err(status) => status.message().to_owned(),
-                    },
-                });
-            }
-        }
+        // Known before anything is changed: what is shown below is what the leader is going to do.
+        let observed = match request.failback {
+            true => self.backend.observed().await?,
+            false => Observed::default(),
+        };
+        let command = Command::Uncordon {
+            node: node.id,
+            failback: request.failback,
+        };
+        self.propose(&change, command).await?;
+        let state = self.state();
+        let rate = Basis::of(&state, None).bytes_s();
+        let failback = failback::plan(&state, node.id, &observed, rate)
+            .iter()
+            .filter_map(|machine| planned(&state, machine.vm, &machine.step))
+            .collect();
         Ok(NodeUncordonReply { failback })
     }
 }
@@ -206,9 +166,9 @@ pub(super) fn choose(
     state: &ClusterState,
     vm: &Vm,
     from: NodeId,
-    loads: &Observed,
+    observed: &Observed,
 ) -> Result<(NodeId, Why), String> {
-    let fleet = Fleet::new(state, loads, Count::Open);
+    let fleet = Fleet::new(state, observed, Count::Open);
     match placement::best_node_in(&fleet, vm, &BTreeSet::from([from])) {
         Ok(choice) => Ok((
             choice.node,

@@ -1,29 +1,35 @@
 //! Plans made on request: emptying a node, evening out load.
 
 use cluster_model::drain::{self, Step};
-use cluster_model::{BalanceLevel, ClusterState, Command, Vm, VmId, balance, counted};
+use cluster_model::{
+    BalanceLevel, ClusterState, Command, MigrationOptions, Vm, VmId, balance, counted,
+};
 use proto::admin::{
     BalanceMove, BalancePlan, BalanceRunRequest, BalanceStatusRequest, DrainMove, DrainPlan,
     NodeDrainRequest,
 };
 use tonic::Status;
 
+use super::asker::Asker;
 use super::error::rejected;
 use super::predict::Basis;
 use super::service::{AdminService, asked, node_named};
-use super::views;
 
 /// Machines named in a plan's left-alone list at most.
 const LEFT_ALONE_MAX: usize = 10;
 
 impl AdminService {
-    pub(super) async fn node_drain(&self, request: NodeDrainRequest) -> Result<DrainPlan, Status> {
-        let change = asked(request.change)?;
-        let loads = self.loads().await;
+    pub(super) async fn node_drain(
+        &self,
+        asker: &Asker,
+        request: NodeDrainRequest,
+    ) -> Result<DrainPlan, Status> {
+        let change = asked(asker, request.change)?;
+        let observed = self.backend.observed().await?;
         let state = self.cluster_state()?;
         let node = node_named(&state, &request.node)?.clone();
         let basis = Basis::of(&state, None);
-        let plan = drain::plan(&state, node.id, &loads, basis.bytes_s())
+        let plan = drain::plan(&state, node.id, &observed, basis.bytes_s())
             .map_err(|rejection| rejected(&state, &rejection))?;
         let moves: Vec<DrainMove> = plan
             .machines
@@ -55,24 +61,26 @@ impl AdminService {
 
     pub(super) async fn balance_status(
         &self,
+        _: &Asker,
         _: BalanceStatusRequest,
     ) -> Result<BalancePlan, Status> {
-        let loads = self.loads().await;
+        let observed = self.backend.observed().await?;
         let state = self.cluster_state()?;
         Ok(balance_view(
             &state,
-            &balance::plan(&state, &loads, self.backend.wall_ms()),
+            &balance::plan(&state, &observed, self.backend.wall_ms()),
         ))
     }
 
     pub(super) async fn balance_run(
         &self,
+        asker: &Asker,
         request: BalanceRunRequest,
     ) -> Result<BalancePlan, Status> {
-        let change = asked(request.change)?;
-        let loads = self.loads().await;
+        let change = asked(asker, request.change)?;
+        let observed = self.backend.observed().await?;
         let state = self.cluster_state()?;
-        let plan = balance::plan(&state, &loads, self.backend.wall_ms());
+        let plan = balance::plan(&state, &observed, self.backend.wall_ms());
         let mut view = balance_view(&state, &plan);
         if !request.dry_run {
             for planned in &plan.moves {
@@ -89,9 +97,11 @@ impl AdminService {
     }
 }
 
-fn planned(state: &ClusterState, vm: VmId, step: &Step) -> Option<DrainMove> {
+/// A step of a plan, as it is shown; none for a machine that is gone.
+pub(super) fn planned(state: &ClusterState, vm: VmId, step: &Step) -> Option<DrainMove> {
     let vm: &Vm = state.vms.get(&vm)?;
-    let blackout = views::downtime_max_ms(state, vm);
+    let options = MigrationOptions::default().in_force(vm, &state.settings);
+    let blackout = u64::from(options.downtime_max_ms);
     let base = DrainMove {
         vm: vm.name.to_string(),
         ..DrainMove::default()

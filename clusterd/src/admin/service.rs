@@ -11,7 +11,7 @@ use proto::admin::admin_server::{Admin, AdminServer};
 use proto::admin::*;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::asker::{Asker, may_touch};
+use super::asker::Asker;
 use super::backend::Backend;
 use super::error::{bad_name, invalid, not_found, rejected};
 use super::views;
@@ -60,7 +60,7 @@ impl AdminService {
     /// Proposes a command under the id that the client chose.
     pub(super) async fn propose(
         &self,
-        change: &Asked,
+        change: &Asked<'_>,
         command: Command,
     ) -> Result<(LogIndex, Outcome), Status> {
         self.propose_as(&change.request, change, command).await
@@ -69,7 +69,7 @@ impl AdminService {
     /// Proposes one of several commands of one request, each under an id of its own.
     pub(super) async fn propose_part(
         &self,
-        change: &Asked,
+        change: &Asked<'_>,
         part: &str,
         command: Command,
     ) -> Result<(LogIndex, Outcome), Status> {
@@ -80,24 +80,18 @@ impl AdminService {
     async fn propose_as(
         &self,
         request: &str,
-        change: &Asked,
+        change: &Asked<'_>,
         command: Command,
     ) -> Result<(LogIndex, Outcome), Status> {
-        let asker = Asker::now();
         let envelope = Envelope {
             request: RequestId(request.to_owned()),
             actor: change.actor.clone(),
             at_ms: self.backend.wall_ms(),
-            asked: asker.as_ref().map(|asker| cluster_model::trust::Asked {
-                from: asker.from.clone(),
-                reason: change.reason.clone(),
-                method: asker.call.to_string(),
-            }),
+            asked: Some(change.asker.record(&change.reason)),
             command,
         };
-        let credential = asker.and_then(|asker| asker.credential);
         self.backend
-            .propose(envelope, credential.as_deref())
+            .propose(envelope, change.asker.credential())
             .await?
             .into_result()
             .map_err(|rejection| rejected(&self.state(), &rejection))
@@ -105,14 +99,15 @@ impl AdminService {
 }
 
 /// Who asks for a change, parsed.
-pub(super) struct Asked {
+pub(super) struct Asked<'a> {
+    pub(super) asker: &'a Asker,
     pub(super) request: String,
     pub(super) actor: String,
     pub(super) reason: String,
 }
 
 /// Parses what every change carries.
-pub(super) fn asked(change: Option<Change>) -> Result<Asked, Status> {
+pub(super) fn asked(asker: &Asker, change: Option<Change>) -> Result<Asked<'_>, Status> {
     let change = change.ok_or_else(|| {
         invalid("the request carries no `change`; use a clusterctl of this version")
     })?;
@@ -127,14 +122,11 @@ pub(super) fn asked(change: Option<Change>) -> Result<Asked, Status> {
             "actor and reason: printable characters, 128 and 1,024 bytes at most",
         ));
     }
-    // Who proved to be somebody is that one, whatever the request says.
-    let actor = match Asker::now() {
-        Some(asker) => asker.name(&change.actor),
-        None => change.actor,
-    };
     Ok(Asked {
+        asker,
         request: format!("api/{}", change.request_id),
-        actor,
+        // Who proved to be somebody is that one, whatever the request says.
+        actor: asker.name(&change.actor),
         reason: change.reason,
     })
 }
@@ -154,12 +146,13 @@ pub(super) fn node_named<'s>(state: &'s ClusterState, text: &str) -> Result<&'s 
 
 /// The machine of that name.
 pub(super) fn vm_named<'s>(
+    asker: &Asker,
     state: &'s ClusterState,
     text: &str,
 ) -> Result<&'s cluster_model::Vm, Status> {
     let text = text.strip_prefix("vm/").unwrap_or(text);
     let vm = views::vm_named(state, text);
-    may_touch(vm)?;
+    asker.may_touch(vm)?;
     vm.ok_or_else(|| not_found(state, "vm", text))
 }
 
@@ -173,12 +166,13 @@ pub(super) fn volume_named<'s>(state: &'s ClusterState, text: &str) -> Result<&'
 
 /// The migration with that id.
 pub(super) fn migration_named<'s>(
+    asker: &Asker,
     state: &'s ClusterState,
     text: &str,
 ) -> Result<&'s cluster_model::Migration, Status> {
     let text = text.strip_prefix("migration/").unwrap_or(text);
     let migration = views::parse_migration(state, text);
-    may_touch(migration.and_then(|migration| state.vms.get(&migration.vm)))?;
+    asker.may_touch(migration.and_then(|migration| state.vms.get(&migration.vm)))?;
     migration.ok_or_else(|| not_found(state, "migration", text))
 }
 
@@ -192,9 +186,7 @@ macro_rules! hand_on {
                     // A call's request is called after it.
                     let name = stringify!($request).trim_end_matches("Request");
                     let asker = self.asker(name, &request)?;
-                    let reply = asker
-                        .makes(AdminService::$method(self, request.into_inner()))
-                        .await?;
+                    let reply = AdminService::$method(self, &asker, request.into_inner()).await?;
                     Ok(Response::new(reply))
                 }
             )*
@@ -205,8 +197,8 @@ macro_rules! hand_on {
                 request: Request<Streaming<VmConsoleInput>>,
             ) -> Result<Response<Self::VmConsoleStream>, Status> {
                 let asker = self.asker("VmConsole", &request)?;
-                let call = AdminService::vm_console(self, request.into_inner());
-                Ok(Response::new(asker.makes(call).await?))
+                let answers = AdminService::vm_console(self, &asker, request.into_inner()).await?;
+                Ok(Response::new(answers))
             }
 
             type MigrationWatchStream = Answers<MigrationView>;
@@ -215,15 +207,15 @@ macro_rules! hand_on {
                 request: Request<MigrationWatchRequest>,
             ) -> Result<Response<Self::MigrationWatchStream>, Status> {
                 let asker = self.asker("MigrationWatch", &request)?;
-                let call = AdminService::migration_watch(self, request.into_inner());
-                Ok(Response::new(asker.makes(call).await?))
+                let answers = AdminService::migration_watch(self, &asker, request.into_inner()).await?;
+                Ok(Response::new(answers))
             }
 
             type EventsStream = Answers<EventView>;
             async fn events(&self, request: Request<EventsRequest>) -> Result<Response<Self::EventsStream>, Status> {
                 let asker = self.asker("Events", &request)?;
-                let call = AdminService::events(self, request.into_inner());
-                Ok(Response::new(asker.makes(call).await?))
+                let answers = AdminService::events(self, &asker, request.into_inner()).await?;
+                Ok(Response::new(answers))
             }
         }
     };

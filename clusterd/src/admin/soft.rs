@@ -10,6 +10,8 @@ use proto::monitor::MonitorStatus;
 pub struct Soft {
     /// By node.
     pub nodes: BTreeMap<NodeId, SoftNode>,
+    /// Why the leader's part of it is missing: then nothing is known of any other node.
+    pub unknown: Option<String>,
 }
 
 /// One node's.

@@ -11,7 +11,7 @@ use proto::admin::{
 use proto::token::{ADDRESSES_MAX, AccessToken, JoinToken, Secret};
 use tonic::{Code, Status};
 
-use super::asker;
+use super::asker::{self, Asker};
 use super::error::{invalid, status};
 use super::service::{AdminService, asked, name};
 use crate::trust;
@@ -80,8 +80,12 @@ fn role(text: &str) -> Result<NodeRole, Status> {
 }
 
 impl AdminService {
-    pub(super) async fn node_add(&self, request: NodeAddRequest) -> Result<NodeAddReply, Status> {
-        let change = asked(request.change)?;
+    pub(super) async fn node_add(
+        &self,
+        asker: &Asker,
+        request: NodeAddRequest,
+    ) -> Result<NodeAddReply, Status> {
+        let change = asked(asker, request.change)?;
         let node = name(&request.name)?;
         let role = role(&request.role)?;
         let ttl_s = ttl(request.ttl_s, JOIN_TTL_S, JOIN_TTL_S_MAX)?;
@@ -114,9 +118,10 @@ impl AdminService {
 
     pub(super) async fn node_join(
         &self,
+        asker: &Asker,
         request: NodeJoinRequest,
     ) -> Result<NodeJoinReply, Status> {
-        asked(request.change)?;
+        asked(asker, request.change)?;
         let node_id = self.backend.join(&request.token).await?.0;
         let state = self.state();
         let cluster = state.cluster.as_ref();
@@ -133,6 +138,7 @@ impl AdminService {
 
     pub(super) async fn join_token_list(
         &self,
+        _: &Asker,
         _: JoinTokenListRequest,
     ) -> Result<JoinTokenListReply, Status> {
         let now_ms = self.backend.wall_ms();
@@ -159,9 +165,10 @@ impl AdminService {
 
     pub(super) async fn join_token_revoke(
         &self,
+        asker: &Asker,
         request: JoinTokenRevokeRequest,
     ) -> Result<Done, Status> {
-        let change = asked(request.change)?;
+        let change = asked(asker, request.change)?;
         let command = Command::RevokeJoinToken { id: request.id };
         let (index, _) = self.propose(&change, command).await?;
         Ok(Done { log_index: index.0 })
@@ -169,9 +176,10 @@ impl AdminService {
 
     pub(super) async fn token_create(
         &self,
+        asker: &Asker,
         request: TokenCreateRequest,
     ) -> Result<TokenCreateReply, Status> {
-        let change = asked(request.change)?;
+        let change = asked(asker, request.change)?;
         let role = Role::parse(&request.role).ok_or_else(|| {
             invalid(format!(
                 "role `{}`: use viewer, operator or admin",
@@ -202,7 +210,11 @@ impl AdminService {
         })
     }
 
-    pub(super) async fn token_list(&self, _: TokenListRequest) -> Result<TokenListReply, Status> {
+    pub(super) async fn token_list(
+        &self,
+        _: &Asker,
+        _: TokenListRequest,
+    ) -> Result<TokenListReply, Status> {
         let now_ms = self.backend.wall_ms();
         let state = self.cluster_state()?;
         let tokens = state
@@ -223,8 +235,12 @@ impl AdminService {
         })
     }
 
-    pub(super) async fn token_revoke(&self, request: TokenRevokeRequest) -> Result<Done, Status> {
-        let change = asked(request.change)?;
+    pub(super) async fn token_revoke(
+        &self,
+        asker: &Asker,
+        request: TokenRevokeRequest,
+    ) -> Result<Done, Status> {
+        let change = asked(asker, request.change)?;
         let command = Command::RevokeAccessToken { id: request.id };
         let (index, _) = self.propose(&change, command).await?;
         Ok(Done { log_index: index.0 })
@@ -232,6 +248,7 @@ impl AdminService {
 
     pub(super) async fn audit_list(
         &self,
+        _: &Asker,
         request: AuditListRequest,
     ) -> Result<AuditListReply, Status> {
         let state = self.cluster_state()?;

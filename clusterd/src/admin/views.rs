@@ -12,7 +12,7 @@ use proto::monitor::{MigrationStage, MonitorStatus, Phase};
 use tonic::Status;
 
 use super::error::{invalid, not_found};
-use super::soft::Soft;
+use super::soft::{Soft, SoftNode};
 
 /// A node as `node list` shows it.
 pub fn node(state: &ClusterState, soft: &Soft, leader: Option<NodeId>, node: &Node) -> NodeView {
@@ -54,10 +54,21 @@ pub fn node(state: &ClusterState, soft: &Soft, leader: Option<NodeId>, node: &No
         cpu_vendor: node.facts.cpu_vendor.clone(),
         incarnation: node.incarnation.0,
         cpu_load: known.map_or(0.0, |known| known.cpu_load),
-        note: node.absence.map_or_else(String::new, |absence| {
-            format!("announced to be away for up to {} ms", absence.duration_ms)
-        }),
+        note: note(soft, known, node),
     }
+}
+
+/// What is to be said of a node besides: an absence, and that nothing is known of it beyond the log.
+fn note(soft: &Soft, known: Option<&SoftNode>, node: &Node) -> String {
+    let absent = node
+        .absence
+        .map(|absence| format!("announced to be away for up to {} ms", absence.duration_ms));
+    let unknown = match (known, &soft.unknown) {
+        (None, Some(why)) => Some(format!("what it reports is not known: {why}")),
+        _ => None,
+    };
+    let parts: Vec<String> = [absent, unknown].into_iter().flatten().collect();
+    parts.join("; ")
 }
 
 /// A node's state in one word.
@@ -120,12 +131,6 @@ pub fn vm(state: &ClusterState, soft: &Soft, vm: &Vm) -> VmView {
         monitor_pid: monitor.map_or(0, |monitor| monitor.pid),
         cpu_load: 0.0,
     }
-}
-
-/// The ceiling of the blackout of a machine's moves, ms: its own, else the cluster's.
-pub fn downtime_max_ms(state: &ClusterState, vm: &Vm) -> u64 {
-    let own = vm.spec.downtime_max_ms;
-    u64::from(own.unwrap_or(state.settings.downtime_max_ms))
 }
 
 /// A machine's state in one word: what should be, what the log says, what its monitor says.
@@ -215,7 +220,7 @@ pub fn volume(state: &ClusterState, volume: &Volume) -> VolumeView {
         name: volume.name.to_string(),
         url: volume.url.clone(),
         fence_class: volume.fence.as_str().into(),
-        settle_ms: volume.settle_ms.max(state.settings.settle_ms_min),
+        settle_ms: volume.settle_ms(&state.settings),
         state: String::new(),
         size_bytes: volume.size_bytes,
         free_bytes: 0,

@@ -14,7 +14,7 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 
-use super::asker::{may_create, sees};
+use super::asker::Asker;
 use super::error::{invalid, rejected, status};
 use super::predict::Basis;
 use super::service::{AdminService, Answers, Asked, asked, name, node_named, vm_named};
@@ -26,8 +26,12 @@ const SPEC_BYTES_MAX: usize = 64 * 1024;
 const CONSOLE_QUEUE: usize = 256;
 
 impl AdminService {
-    pub(super) async fn vm_create(&self, request: VmCreateRequest) -> Result<VmReply, Status> {
-        let change = asked(request.change)?;
+    pub(super) async fn vm_create(
+        &self,
+        asker: &Asker,
+        request: VmCreateRequest,
+    ) -> Result<VmReply, Status> {
+        let change = asked(asker, request.change)?;
         let vm_name = name(&request.name)?;
         self.cluster_state()?;
         if request.spec_json.len() > SPEC_BYTES_MAX {
@@ -48,7 +52,7 @@ impl AdminService {
             .into_iter()
             .map(String::as_str)
             .chain(request.images.values().map(String::as_str));
-        may_create(&spec, files)?;
+        asker.may_create(&spec, files)?;
         self.fits_some_node(&spec)?;
         let mut images = BTreeMap::new();
         for (number, path) in request.images {
@@ -118,43 +122,55 @@ impl AdminService {
         })
     }
 
-    pub(super) async fn vm_list(&self, request: VmListRequest) -> Result<VmListReply, Status> {
+    pub(super) async fn vm_list(
+        &self,
+        asker: &Asker,
+        request: VmListRequest,
+    ) -> Result<VmListReply, Status> {
         let state = self.cluster_state()?;
         let soft = self.backend.soft().await;
         let vms = match request.name.as_str() {
             "" => state
                 .vms
                 .values()
-                .filter(|vm| sees(vm))
+                .filter(|vm| asker.sees(vm))
                 .map(|vm| views::vm(&state, &soft, vm))
                 .collect(),
-            text => vec![views::vm(&state, &soft, vm_named(&state, text)?)],
+            text => vec![views::vm(&state, &soft, vm_named(asker, &state, text)?)],
         };
         Ok(VmListReply { vms })
     }
 
-    pub(super) async fn vm_start(&self, request: VmStartRequest) -> Result<VmReply, Status> {
-        let change = asked(request.change)?;
+    pub(super) async fn vm_start(
+        &self,
+        asker: &Asker,
+        request: VmStartRequest,
+    ) -> Result<VmReply, Status> {
+        let change = asked(asker, request.change)?;
         self.desire(change, &request.name, Desired::Running, false)
             .await
     }
 
-    pub(super) async fn vm_stop(&self, request: VmStopRequest) -> Result<VmReply, Status> {
+    pub(super) async fn vm_stop(
+        &self,
+        asker: &Asker,
+        request: VmStopRequest,
+    ) -> Result<VmReply, Status> {
         // The monitor stops the processors, then drains and flushes the disks; forced, it does not wait
         // for them: the way out where the storage does not answer.
-        let change = asked(request.change)?;
+        let change = asked(asker, request.change)?;
         self.desire(change, &request.name, Desired::Stopped, request.force)
             .await
     }
 
     async fn desire(
         &self,
-        change: Asked,
+        change: Asked<'_>,
         text: &str,
         desired: Desired,
         forced: bool,
     ) -> Result<VmReply, Status> {
-        let vm = vm_named(&*self.cluster_state()?, text)?.id;
+        let vm = vm_named(change.asker, &*self.cluster_state()?, text)?.id;
         let command = Command::SetDesired {
             vm,
             desired,
@@ -164,10 +180,14 @@ impl AdminService {
         self.vm_reply(vm).await
     }
 
-    pub(super) async fn vm_delete(&self, request: VmDeleteRequest) -> Result<Done, Status> {
-        let change = asked(request.change)?;
+    pub(super) async fn vm_delete(
+        &self,
+        asker: &Asker,
+        request: VmDeleteRequest,
+    ) -> Result<Done, Status> {
+        let change = asked(asker, request.change)?;
         let state = self.cluster_state()?;
-        let vm = vm_named(&state, &request.name)?.clone();
+        let vm = vm_named(asker, &state, &request.name)?.clone();
         if vm.desired == Desired::Running || vm.ownership.owner.is_some() {
             return Err(status(
                 Code::FailedPrecondition,
@@ -201,11 +221,12 @@ impl AdminService {
 
     pub(super) async fn vm_migrate(
         &self,
+        asker: &Asker,
         request: VmMigrateRequest,
     ) -> Result<VmMigrateReply, Status> {
-        let change = asked(request.change.clone())?;
+        let change = asked(asker, request.change.clone())?;
         let state = self.cluster_state()?;
-        let vm = vm_named(&state, &request.name)?.clone();
+        let vm = vm_named(asker, &state, &request.name)?.clone();
         let from = vm
             .ownership
             .owner
@@ -231,10 +252,9 @@ impl AdminService {
             migration: None,
             checks: checks(&state, preflight.as_ref().err().or(open.as_ref())),
             predicted_ms: basis.predicted_ms(vm.spec.memory_mib),
-            predicted_blackout_ms: match options.downtime_max_ms {
-                0 => views::downtime_max_ms(&state, &vm),
-                asked => u64::from(asked),
-            },
+            predicted_blackout_ms: u64::from(
+                options.in_force(&vm, &state.settings).downtime_max_ms,
+            ),
             predicted_from: basis.words(),
         };
         if request.dry_run {
@@ -257,6 +277,7 @@ impl AdminService {
 
     pub(super) async fn vm_console(
         &self,
+        asker: &Asker,
         mut input: Streaming<VmConsoleInput>,
     ) -> Result<Answers<VmConsoleOutput>, Status> {
         let first = input
@@ -264,7 +285,7 @@ impl AdminService {
             .await?
             .ok_or_else(|| invalid("the console's first message names the machine"))?;
         let state = self.cluster_state()?;
-        let vm = vm_named(&state, &first.name)?;
+        let vm = vm_named(asker, &state, &first.name)?;
         if vm.ownership.owner.is_none() {
             return Err(rejected(
                 &state,
@@ -272,7 +293,7 @@ impl AdminService {
             ));
         }
         let (typed, queue) = mpsc::channel(CONSOLE_QUEUE);
-        let output = self.backend.console(vm.id, queue).await?;
+        let output = self.backend.console(asker, vm.id, queue).await?;
         tokio::spawn(async move {
             if !first.data.is_empty() && typed.send(first.data).await.is_err() {
                 return;
@@ -295,8 +316,8 @@ impl AdminService {
         vm: &cluster_model::Vm,
         from: NodeId,
     ) -> Result<(NodeId, Why), Status> {
-        let loads = self.loads().await;
-        super::nodes::choose(state, vm, from, &loads).map_err(|reasons| {
+        let observed = self.backend.observed().await?;
+        super::nodes::choose(state, vm, from, &observed).map_err(|reasons| {
             status(
                 Code::FailedPrecondition,
                 "E-NOPLACE",

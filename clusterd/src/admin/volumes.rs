@@ -8,7 +8,7 @@ use proto::admin::{
 use proto::broker::{AdoptVolumeRequest, ProbeVolumeRequest, VolumeProbe};
 use tonic::{Code, Status};
 
-use super::asker::sees;
+use super::asker::Asker;
 use super::error::{invalid, status};
 use super::service::{AdminService, asked, name, node_named, vm_named, volume_named};
 use super::views;
@@ -16,8 +16,12 @@ use super::volume_security::Security;
 
 impl AdminService {
     /// Probes, adopts and certifies a volume, then records it.
-    pub(super) async fn volume_add(&self, request: VolumeAddRequest) -> Result<VolumeView, Status> {
-        let change = asked(request.change)?;
+    pub(super) async fn volume_add(
+        &self,
+        asker: &Asker,
+        request: VolumeAddRequest,
+    ) -> Result<VolumeView, Status> {
+        let change = asked(asker, request.change)?;
         let volume_name = name(&request.name)?;
         let state = self.cluster_state()?;
         let cluster = state
@@ -131,6 +135,7 @@ impl AdminService {
 
     pub(super) async fn volume_list(
         &self,
+        _: &Asker,
         _: VolumeListRequest,
     ) -> Result<VolumeListReply, Status> {
         let state = self.cluster_state()?;
@@ -183,8 +188,12 @@ impl AdminService {
         })
     }
 
-    pub(super) async fn volume_remove(&self, request: VolumeRemoveRequest) -> Result<Done, Status> {
-        let change = asked(request.change)?;
+    pub(super) async fn volume_remove(
+        &self,
+        asker: &Asker,
+        request: VolumeRemoveRequest,
+    ) -> Result<Done, Status> {
+        let change = asked(asker, request.change)?;
         let volume = volume_named(&*self.cluster_state()?, &request.name)?.id;
         let (index, _) = self
             .propose(&change, Command::RemoveVolume { volume })
@@ -194,6 +203,7 @@ impl AdminService {
 
     pub(super) async fn lease_list(
         &self,
+        asker: &Asker,
         request: LeaseListRequest,
     ) -> Result<LeaseListReply, Status> {
         let state = self.cluster_state()?;
@@ -201,12 +211,12 @@ impl AdminService {
         let only = if request.vm.is_empty() {
             None
         } else {
-            Some(vm_named(&state, &request.vm)?.id)
+            Some(vm_named(asker, &state, &request.vm)?.id)
         };
         let leases = state
             .vms
             .values()
-            .filter(|vm| only.is_none_or(|only| only == vm.id) && sees(vm))
+            .filter(|vm| only.is_none_or(|only| only == vm.id) && asker.sees(vm))
             .flat_map(|vm| views::leases(&state, &soft, vm))
             .collect();
         Ok(LeaseListReply { leases })

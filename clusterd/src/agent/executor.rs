@@ -142,8 +142,16 @@ impl Executor {
             Step::Propose(command) => self.propose(act, *command).await?,
             Step::Claim { vm, token } => self.claim(act, vm, token).await?,
             Step::Wait { ns, why } => {
-                if why == Waits::Settle {
-                    tracing::info!(act = act.map(name), settle_ms = ns / 1_000_000, "settling");
+                if let Waits::Settle { measured_ms } = why {
+                    let settle_ms = ns / 1_000_000;
+                    tracing::info!(act = act.map(name), settle_ms, "settling");
+                    if measured_ms > settle_ms {
+                        tracing::warn!(
+                            measured_ms,
+                            settle_ms,
+                            "its writes were so slow that what was measured is not waited in full"
+                        );
+                    }
                 }
                 tokio::time::sleep(Duration::from_nanos(ns)).await;
             }

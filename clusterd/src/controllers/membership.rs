@@ -84,15 +84,7 @@ async fn step(member: &Arc<Member>, term: u64) -> Result<(), MembershipError> {
         ),
         why: change.why,
     };
-    propose(
-        member,
-        term,
-        &state,
-        "membership",
-        "voters".to_owned(),
-        note,
-    )
-    .await;
+    propose(member, term, &state, "membership", note).await;
     Ok(())
 }
 

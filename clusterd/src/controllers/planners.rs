@@ -1,4 +1,4 @@
-//! Starts, queued migrations, overdue ones, drains and balance: one look after another.
+//! Starts, queued migrations, overdue ones, drains, fail-backs and balance: one look after another.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -6,7 +6,8 @@ use std::time::Duration;
 use cluster_model::queue::Next;
 use cluster_model::supervise::Supervisor;
 use cluster_model::{
-    ClusterState, Command, Desired, MigrationState, Observed, balance, drain, failover, queue,
+    ClusterState, Command, Desired, MigrationState, Observed, balance, drain, failback, failover,
+    queue,
 };
 
 use super::{leads, propose};
@@ -41,7 +42,7 @@ pub async fn run(member: Arc<Member>) {
             continue;
         }
         let now = state.borrow_and_update().clone();
-        let observed = report::observed(&member.leader.reports().borrow());
+        let observed = report::observed(&now, &member.leader.reports().borrow());
         let mut due = plans(&now, &observed);
         let (wall_ms, steady_ms) = (
             member.clock.wall_ms(),
@@ -51,22 +52,19 @@ pub async fn run(member: Arc<Member>) {
             supervisor
                 .aborts(&now, wall_ms, steady_ms)
                 .into_iter()
-                .map(|command| ("supervision", what(&command), command)),
+                .map(|command| ("supervision", command)),
         );
         let interval = Duration::from_secs(u64::from(now.settings.balance_interval_s));
         if now.settings.balance_auto && balanced_at.elapsed() >= interval {
             balanced_at = tokio::time::Instant::now();
             let plan = balance::plan(&now, &observed, member.clock.wall_ms());
-            due.extend(plan.moves.iter().map(|one| {
-                let what = format!("{}/{}", one.vm, one.to);
-                ("balance", what, one.command())
-            }));
+            due.extend(plan.moves.iter().map(|one| ("balance", one.command())));
         }
         carry_out(&member, led, &now, due).await;
     }
 }
 
-type Due = Vec<(&'static str, String, Command)>;
+type Due = Vec<(&'static str, Command)>;
 
 fn plans(state: &ClusterState, observed: &Observed) -> Due {
     let mut due = Due::new();
@@ -76,11 +74,7 @@ fn plans(state: &ClusterState, observed: &Observed) -> Due {
         .any(|vm| vm.desired == Desired::Running && vm.ownership.owner.is_none())
     {
         let commands = failover::plan(state, observed);
-        due.extend(
-            commands
-                .into_iter()
-                .map(|command| ("failover", what(&command), command)),
-        );
+        due.extend(commands.into_iter().map(|command| ("failover", command)));
     }
     due.extend(queue::next(state, observed).into_iter().map(|next| {
         let command = match next {
@@ -91,45 +85,22 @@ fn plans(state: &ClusterState, observed: &Observed) -> Due {
             },
             Next::Abort { migration, reason } => Command::AbortMigration { migration, reason },
         };
-        ("migrations", what(&command), command)
+        ("migrations", command)
     }));
     let drains = drain::next(state, observed);
-    due.extend(
-        drains
-            .into_iter()
-            .map(|command| ("drain", what(&command), command)),
-    );
+    due.extend(drains.into_iter().map(|command| ("drain", command)));
+    let returns = failback::next(state, observed);
+    due.extend(returns.into_iter().map(|command| ("failback", command)));
     due
 }
 
 async fn carry_out(member: &Arc<Member>, term: u64, state: &ClusterState, due: Due) {
     for batch in due.chunks(TOGETHER) {
-        let proposals = batch.iter().map(|(controller, what, command)| {
+        let proposals = batch.iter().map(|(controller, command)| {
             count(state, command);
-            propose(
-                member,
-                term,
-                state,
-                controller,
-                what.clone(),
-                command.clone(),
-            )
+            propose(member, term, state, controller, command.clone())
         });
         futures::future::join_all(proposals).await;
-    }
-}
-
-/// The decision in a request id: what and about what.
-fn what(command: &Command) -> String {
-    match command {
-        Command::StartVm { vm, expects, .. } => format!("start/{vm}/{expects}"),
-        Command::StartMigration { migration, .. } => format!("start/{migration}"),
-        Command::AbortMigration { migration, .. } => format!("abort/{migration}"),
-        Command::QueueMigration { vm, to, .. } => format!("queue/{vm}/{to}"),
-        Command::DrainTrouble { node, vm, .. } => format!("trouble/{node}/{vm}"),
-        Command::EndDrain { node } => format!("end/{node}"),
-        Command::Note { objects, kind, .. } => format!("note/{kind}/{objects:?}"),
-        other => format!("{:?}", std::mem::discriminant(other)),
     }
 }
 

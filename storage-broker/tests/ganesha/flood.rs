@@ -1,11 +1,13 @@
 //! Takeovers while the old owner writes as fast as it can: with the settle time nothing of it lands late.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use cluster_model::ids::Token;
+use cluster_model::settle::SETTLE_MS_MIN;
 use futures::future::join_all;
 use storage_broker::fence::{
-    Claimed, DISK_MODE, SETTLE_MIN, claim, claimant, commit_whole, data_credential, verify_group,
+    Claimed, DISK_MODE, claim, claimant, commit_whole, data_credential, verify_group,
 };
 use storage_broker::nfs::client::SetAttributes;
 use storage_broker::nfs::{NfsClient, Stable, Status};
@@ -79,7 +81,7 @@ async fn takeovers(ganesha: &Ganesha, number: u32) -> u32 {
 
         let files = std::slice::from_ref(&disk);
         claim(files, new).await.unwrap();
-        tokio::time::sleep(SETTLE_MIN).await;
+        tokio::time::sleep(Duration::from_millis(u64::from(SETTLE_MS_MIN))).await;
         verify_group(files, new).await.unwrap();
         commit_whole(files, new).await.unwrap();
         let mine = block(round as u8 % 0x80, BLOCK);

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use cluster_model::trust::Authority;
-use cluster_model::{ClusterState, Envelope, LogIndex, Name, NodeId, Reply, VmId};
+use cluster_model::{ClusterState, Envelope, LogIndex, Name, NodeId, Observed, Reply, VmId};
 use clusterd::admin::soft::Soft;
-use clusterd::admin::{AdminService, Backend, BackendError, ConsoleChunks};
+use clusterd::admin::{AdminService, Asker, Backend, BackendError, ConsoleChunks};
 use clusterd::broker::Broker;
 use clusterd::node::Founded;
 use clusterd::raft::RaftStatus;
@@ -46,6 +46,10 @@ impl Backend for Alone {
 
     async fn soft(&self) -> Soft {
         Soft::default()
+    }
+
+    async fn observed(&self) -> Result<Observed, BackendError> {
+        Ok(Observed::default())
     }
 
     async fn propose(&self, envelope: Envelope, _: Option<&str>) -> Result<Reply, BackendError> {
@@ -88,12 +92,13 @@ impl Backend for Alone {
         Err(BackendError::Failed("there is no broker".into()))
     }
 
-    async fn node_check(&self, _: NodeId) -> Result<NodeCheckReply, BackendError> {
+    async fn node_check(&self, _: &Asker, _: NodeId) -> Result<NodeCheckReply, BackendError> {
         Err(BackendError::Failed("there is no host".into()))
     }
 
     async fn console(
         &self,
+        _: &Asker,
         _: VmId,
         _: mpsc::Receiver<Vec<u8>>,
     ) -> Result<ConsoleChunks, BackendError> {

@@ -2,12 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use cluster_model::fleet::{Count, Fleet};
 use cluster_model::membership::RaftView;
+use cluster_model::placement::best_node_in;
 use cluster_model::{
     Boot, ClusterState, Command, Desired, DiskSpec, Envelope, FIRST_NODE, FenceClass, Heartbeat,
     HeldLease, Incarnation, LogIndex, LossOutcome, MigrationCause, MigrationOptions, Name, NicSpec,
     NodeFacts, NodeId, NodeLoad, NodeRole, NodeView, Observed, OnIsolation, RequestId, Sha256,
-    Term, Token, VmId, VmSpec, Why, balance, best_node, decide, drain, failover, membership, queue,
+    Term, Token, VmId, VmSpec, Why, balance, decide, drain, failback, failover, membership, queue,
 };
 
 /// A name that is known to be one.
@@ -175,6 +177,7 @@ pub fn decide_everything(state: &ClusterState) {
     failover::plan(state, &observed);
     queue::next(state, &observed);
     drain::next(state, &observed);
+    failback::next(state, &observed);
     balance::plan(state, &observed, 1 << 40);
     let nodes: BTreeSet<NodeId> = state.nodes.keys().copied().collect();
     let raft = RaftView {
@@ -188,7 +191,7 @@ pub fn decide_everything(state: &ClusterState) {
     let mut lease = HeldLease::default();
     for node in state.nodes.values() {
         let _ = drain::plan(state, node.id, &observed, 1 << 30);
-        drain::fail_back(state, node.id, &observed);
+        failback::plan(state, node.id, &observed, 1 << 30);
         let heartbeat = Heartbeat {
             node: node.id,
             incarnation: node.incarnation,
@@ -220,10 +223,11 @@ pub fn decide_everything(state: &ClusterState) {
             term.loss_answered(&loss, LossOutcome::Unknown, now_ns);
         }
     }
+    let fleet = Fleet::new(state, &observed, Count::Open);
     for vm in state.vms.values() {
-        let _ = best_node(state, vm, &BTreeSet::new(), &observed);
-        failover::why_not_running(state, vm.id);
-        state.settle_ms(vm);
+        let _ = best_node_in(&fleet, vm, &BTreeSet::new());
+        failover::why_not_running(state, vm);
+        state.settle(vm, 0);
     }
     state.leases().count();
 }

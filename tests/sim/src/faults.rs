@@ -298,7 +298,10 @@ impl World {
             .values()
             .filter(|node| node.duty != Duty::Active)
         {
-            self.ask_for(Command::Uncordon { node: node.id });
+            self.ask_for(Command::Uncordon {
+                node: node.id,
+                failback: false,
+            });
         }
         for vm in state.vms.keys() {
             self.ask_for(Command::SetDesired {
@@ -360,7 +363,10 @@ impl World {
                     .map(|node| node.id)
                     .collect();
                 for node in drained {
-                    self.ask_for(Command::Uncordon { node });
+                    self.ask_for(Command::Uncordon {
+                        node,
+                        failback: true,
+                    });
                 }
             }
         }

@@ -1,12 +1,13 @@
 //! What only the leader does: losses, plans, supervision. Whom it takes for lost is `cluster_model::Term`'s to say.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use cluster_model::fleet::Reported;
 use cluster_model::queue::Next;
 use cluster_model::{
-    ClusterState, Command, Envelope, Liveness, Loss, LossOutcome, NodeId, NodeLoad, Observed,
-    Reply, RequestId, Term, Why, drain, failover, queue,
+    ClusterState, Command, Envelope, Liveness, Loss, LossOutcome, NodeId, Observed, Reply,
+    RequestId, Term, Why, decision, drain, failback, failover, queue,
 };
 use rand::Rng;
 
@@ -55,21 +56,22 @@ impl World {
         let Some(daemon) = self.daemon(node).filter(|_| knows) else {
             return;
         };
-        let mut due: Vec<(String, Command)> = Vec::new();
+        let mut due: Vec<(RequestId, Command)> = Vec::new();
         if now >= daemon.planned_at {
             daemon.planned_at = now + 400 * MS;
-            let observed = observed(&daemon.volumes_down);
-            due.extend(plans(&state, &observed));
+            let observed = observed(&state, &daemon.volumes_down);
+            let mut planned = plans(&state, &observed);
             let aborts = daemon.supervisor.aborts(&state, wall_ms, clock / MS);
-            for command in aborts {
-                due.push((format!("supervise/{}", due.len()), command));
-            }
+            planned.extend(aborts.into_iter().map(|command| ("supervision", command)));
+            due.extend(planned.into_iter().map(|(controller, command)| {
+                let id = decision::request_id(controller, &command, &state);
+                (id, command)
+            }));
         }
-        let life = daemon.life;
-        for (what, command) in due {
+        for (request, command) in due {
             let number = self.number();
             let envelope = Arc::new(Envelope {
-                request: RequestId(format!("controller/{what}/@{}/{life}", state.applied.0)),
+                request,
                 actor: "controller/sim".into(),
                 at_ms: wall_ms,
                 asked: None,
@@ -185,45 +187,36 @@ fn lost_early(state: &ClusterState, term: &Term, leader: NodeId, looks_ns: u64) 
         .collect()
 }
 
-fn observed(volumes_down: &BTreeSet<cluster_model::NodeId>) -> Observed {
-    let mut observed = Observed::default();
-    for node in volumes_down {
-        let load = NodeLoad {
-            volumes_down: BTreeSet::from([name("shared")]),
-            ..NodeLoad::default()
-        };
-        observed.nodes.insert(*node, load);
-    }
-    observed
+fn observed(state: &ClusterState, volumes_down: &BTreeSet<cluster_model::NodeId>) -> Observed {
+    let (shared, no_loads) = (BTreeSet::from([name("shared")]), BTreeMap::new());
+    let report = Reported {
+        cpu_permille: 0,
+        volumes_down: &shared,
+        vm_cpu_milli: &no_loads,
+    };
+    Observed::of(state, volumes_down.iter().map(|node| (*node, report)))
 }
 
-fn plans(state: &ClusterState, observed: &Observed) -> Vec<(String, Command)> {
-    let mut due = Vec::new();
-    for command in failover::plan(state, observed) {
-        let what = match &command {
-            Command::StartVm { vm, expects, .. } => format!("start/{vm}/{expects}"),
-            other => format!("note/{:?}", std::mem::discriminant(other)),
+fn plans(state: &ClusterState, observed: &Observed) -> Vec<(&'static str, Command)> {
+    let starts = failover::plan(state, observed)
+        .into_iter()
+        .map(|command| ("failover", command));
+    let moves = queue::next(state, observed).into_iter().map(|next| {
+        let command = match next {
+            Next::Start { migration, expects } => Command::StartMigration {
+                migration,
+                expects,
+                ticket: "0".repeat(64),
+            },
+            Next::Abort { migration, reason } => Command::AbortMigration { migration, reason },
         };
-        due.push((what, command));
-    }
-    for next in queue::next(state, observed) {
-        due.push(match next {
-            Next::Start { migration, expects } => (
-                format!("migrate/{migration}"),
-                Command::StartMigration {
-                    migration,
-                    expects,
-                    ticket: "0".repeat(64),
-                },
-            ),
-            Next::Abort { migration, reason } => (
-                format!("abort/{migration}"),
-                Command::AbortMigration { migration, reason },
-            ),
-        });
-    }
-    for command in drain::next(state, observed) {
-        due.push((format!("drain/{}", due.len()), command));
-    }
-    due
+        ("migrations", command)
+    });
+    let drains = drain::next(state, observed)
+        .into_iter()
+        .map(|command| ("drain", command));
+    let returns = failback::next(state, observed)
+        .into_iter()
+        .map(|command| ("failback", command));
+    starts.chain(moves).chain(drains).chain(returns).collect()
 }

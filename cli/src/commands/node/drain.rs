@@ -290,7 +290,10 @@ pub async fn uncordon(c: &Context, args: UncordonArgs) -> Result<ExitCode, CliEr
             output::text(format!("✔ {} takes machines again", args.node))?;
             if !reply.failback.is_empty() {
                 output::text(moves_table(&reply.failback))?;
-                output::text("they are queued; watch: clusterctl migration list")?;
+                output::text(format!(
+                    "they return a few at a time, those of high priority first; watch: clusterctl why node/{}",
+                    args.node
+                ))?;
             }
         }
     }

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use cluster_model::{Command, Envelope, NodeId, Token, VmId};
+use cluster_model::{ClusterState, Command, Envelope, NodeId, Token, VmId};
 use clusterd::admin::AdminService;
 use clusterd::agent::MigrationSummary;
 use clusterd::member::Handover;
@@ -127,7 +127,10 @@ fn other_doors(method: u8, bytes: &[u8]) {
                 .ok()
                 .and_then(|request| serde_json::from_slice::<NodeReport>(&request.report).ok());
             if let Some(report) = report {
-                observed(&Arc::new([(NodeId(1), report)].into()));
+                observed(
+                    &ClusterState::default(),
+                    &Arc::new([(NodeId(1), report)].into()),
+                );
             }
         }
         35 => drop(
@@ -230,8 +233,14 @@ fn seeds() -> Vec<Vec<u8>> {
         ..Default::default()
     };
     let propose = peer::ProposeRequest {
-        command: serde_json::to_vec(&cluster::envelope(1, Command::Uncordon { node: NodeId(1) }))
-            .unwrap_or_default(),
+        command: serde_json::to_vec(&cluster::envelope(
+            1,
+            Command::Uncordon {
+                node: NodeId(1),
+                failback: true,
+            },
+        ))
+        .unwrap_or_default(),
         from_node: 1,
         credential: String::new(),
     };

@@ -215,7 +215,16 @@ fn more() -> Vec<cluster_model::Command> {
             stuck: true,
         },
         C::EndDrain { node: first },
-        C::Uncordon { node: first },
+        C::Uncordon {
+            node: first,
+            failback: true,
+        },
+        C::StayAway {
+            node: first,
+            vm,
+            reason: "no room".into(),
+        },
+        C::EndFailback { node: first },
         C::Absent {
             node: NodeId(3),
             incarnation: Incarnation(1),

@@ -48,7 +48,7 @@ fn what_people_ask_for_is_recorded_done_or_refused_and_once() {
     let node = NodeId(2);
     assert_eq!(ask("", Command::RemoveNode { node }).object, "node/n2");
     let long = "é".repeat(5_000);
-    let record = ask(&long, Command::Uncordon { node: NodeId(1) });
+    let record = ask(&long, uncordon(1));
     assert!(record.asked.reason.len() <= 1_024);
     assert_eq!(
         world.state.trust.audit.len(),
@@ -73,6 +73,13 @@ fn the_audit_keeps_the_last_records() {
     );
 }
 
+fn uncordon(node: u64) -> Command {
+    Command::Uncordon {
+        node: NodeId(node),
+        failback: false,
+    }
+}
+
 #[test]
 fn a_command_says_what_it_is_about_in_peoples_names() {
     let mut world = World::new(2, 64);
@@ -83,8 +90,8 @@ fn a_command_says_what_it_is_about_in_peoples_names() {
     for (command, expected) in [
         (Command::RemoveVolume { volume }, "volume/shared"),
         (Command::DeleteVm { vm }, "vm/web-1"),
-        (Command::Uncordon { node: NodeId(2) }, "node/n2"),
-        (Command::Uncordon { node: NodeId(99) }, "node/node-99"),
+        (uncordon(2), "node/n2"),
+        (uncordon(99), "node/node-99"),
         (join_token("n5", NodeRole::Voter), "node/n5"),
         (join("n5"), "node/n5"),
         (Command::RevokeJoinToken { id: id() }, "join-token/x"),

@@ -86,7 +86,16 @@ pub(super) fn every_command(node: NodeId, vm: VmId, migration: MigrationId) -> V
             stuck: true,
         },
         Command::EndDrain { node },
-        Command::Uncordon { node },
+        Command::Uncordon {
+            node,
+            failback: true,
+        },
+        Command::StayAway {
+            node,
+            vm,
+            reason: text(),
+        },
+        Command::EndFailback { node },
         Command::AddVolume {
             name: name("v"),
             url: text(),
