@@ -10,7 +10,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use nix::sched::{CloneFlags, unshare};
@@ -20,6 +20,8 @@ use socket2::{Domain, Protocol, Socket, Type};
 const FLOW_BYTES_MAX: usize = 256 * 1024;
 /// A NULL call with its credentials, and its reply, are shorter.
 const RPC_QUESTION_BYTES_MAX: usize = 128;
+/// How long what passed before a tap's end is still read.
+const REST: Duration = Duration::from_secs(1);
 /// Flows that are followed at most.
 const FLOWS_MAX: usize = 20_000;
 /// ETH_P_IP, in network order, as a socket's protocol.
@@ -101,9 +103,20 @@ impl Tap {
             let mut flows = BTreeMap::new();
             let mut frame = vec![0; 70_000];
             let mut socket = &socket;
-            while !stopped.load(Ordering::Relaxed) {
-                if let Ok(length) = socket.read(&mut frame) {
-                    segment(&mut flows, &frame[..length], wanted);
+            let mut end = None;
+            loop {
+                let stopped = stopped.load(Ordering::Relaxed);
+                match socket.read(&mut frame) {
+                    Ok(length) => {
+                        segment(&mut flows, &frame[..length], wanted);
+                    }
+                    // What passed before the stop has been read.
+                    Err(_) if stopped => break,
+                    Err(_) => {}
+                }
+                // Others may go on talking.
+                if stopped && Instant::now() >= *end.get_or_insert_with(|| Instant::now() + REST) {
+                    break;
                 }
             }
             flows
