@@ -31,6 +31,9 @@ const APPLY_TIMEOUT: Duration = Duration::from_secs(8);
 const CONFIRM_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long the leader may take to tell the nodes' soft state.
 const REPORTS_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a plan waits for a leader to tell what it rests on, and how often it asks meanwhile.
+const LEADER_PATIENCE: Duration = Duration::from_secs(5);
+const ASK_AGAIN: Duration = Duration::from_millis(200);
 /// How long a node may take to look at itself: its volumes above all.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(25);
 /// Chunks of console output that wait for a slow reader.
@@ -131,9 +134,25 @@ impl Backend for NodeBackend {
     }
 
     async fn observed(&self) -> Result<Observed, BackendError> {
-        in_time(self.node.observed())
-            .await
-            .map_err(BackendError::NoReports)
+        let member = self.node.member().ok_or(BackendError::NoCluster)?;
+        let mut leadership = member.raft.leadership();
+        let until = tokio::time::Instant::now() + LEADER_PATIENCE;
+        // While a leader is being chosen a plan waits for it, as a change does.
+        loop {
+            let why = match in_time(self.node.observed()).await {
+                Ok(observed) => return Ok(observed),
+                Err(why) => why,
+            };
+            if tokio::time::Instant::now() >= until {
+                return Err(BackendError::NoReports(why));
+            }
+            tokio::select! {
+                changed = leadership.changed() => if changed.is_err() {
+                    return Err(BackendError::NoReports(why));
+                },
+                () = tokio::time::sleep(ASK_AGAIN) => {}
+            }
+        }
     }
 
     async fn propose(
