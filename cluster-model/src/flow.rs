@@ -188,10 +188,7 @@ pub enum Step {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Waits {
     /// Writes of the last owner that the storage server has let in already.
-    Settle {
-        /// What the machine's own writes ask for, ms: it may be more than is waited, and that is to be said.
-        measured_ms: u64,
-    },
+    Settle(Settle),
     /// A guest that stops.
     Stop,
     /// A destination that is being built.
@@ -391,9 +388,7 @@ impl Flow {
             Op::Settle => match self.settle_time() {
                 Some(settle) => Step::Wait {
                     ns: settle.ms.saturating_mul(1_000_000),
-                    why: Waits::Settle {
-                        measured_ms: settle.measured_ms,
-                    },
+                    why: Waits::Settle(settle),
                 },
                 None => return Begun::log("the log knows no such machine"),
             },

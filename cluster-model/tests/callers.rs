@@ -21,6 +21,10 @@ const EXCEPTIONS: &[(&str, &str)] = &[
         "a column of the table of calls, for whoever reads it; a test holds it against the methods",
     ),
     (
+        "decide",
+        "all safeguards, for tests and fuzzing; `Memory::look` decides under those of its life, in daemon and simulation",
+    ),
+    (
         "without",
         "leaves a safeguard out: for tests and the simulation's mutants; tests/safeguards.rs holds that no product does",
     ),

@@ -142,10 +142,10 @@ impl Executor {
             Step::Propose(command) => self.propose(act, *command).await?,
             Step::Claim { vm, token } => self.claim(act, vm, token).await?,
             Step::Wait { ns, why } => {
-                if let Waits::Settle { measured_ms } = why {
-                    let settle_ms = ns / 1_000_000;
+                if let Waits::Settle(settle) = why {
+                    let (settle_ms, measured_ms) = (settle.ms, settle.measured_ms);
                     tracing::info!(act = act.map(name), settle_ms, "settling");
-                    if measured_ms > settle_ms {
+                    if settle.is_bounded() {
                         tracing::warn!(
                             measured_ms,
                             settle_ms,
