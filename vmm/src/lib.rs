@@ -21,6 +21,7 @@ pub mod monitor;
 pub mod permit;
 pub mod phase;
 pub mod platform;
+pub mod run_log;
 pub mod spec;
 pub mod state;
 pub mod telemetry;
