@@ -383,6 +383,13 @@ impl Runner {
             vcpu.set_kvm_immediate_exit(0);
             compiler_fence(Ordering::SeqCst);
             if self.shared.pause.load(Ordering::SeqCst) {
+                if let Some(log) = &self.run_log {
+                    // It may have been outside the guest, in a device, when the gate closed at its deadline.
+                    let deadline_ns = self.deadline_ns.load(Ordering::SeqCst);
+                    if clock::boottime_ns() >= deadline_ns {
+                        log.stand(deadline_ns);
+                    }
+                }
                 return None;
             }
             // Before the look at the deadline: whoever reads the log sees no entry after it that there was not.
