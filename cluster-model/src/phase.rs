@@ -12,8 +12,11 @@
 //!   any ── shut down ──► STOPPED      any ── failed ──► FAILED
 //! ```
 //!
-//! QUIET is a promise: a lapse, an extension or a bare permit leads nowhere from it. The monitors of `vmm` and of the
-//! simulation take their steps from this one table.
+//! A lapse while STOPPING leads to FROZEN: disks that drain are still written to. QUIET is a promise: a lapse, an
+//! extension or a bare permit leads nowhere from it. What the guest itself asked for just before it was stopped, a
+//! shutdown or a reset, is kept in both ([`GuestEnd`]).
+//!
+//! The monitors of `vmm` and of the simulation take their steps from this one table.
 
 use crate::agent::MonitorPhase;
 
@@ -73,6 +76,18 @@ pub enum Event {
     Failed,
 }
 
+/// When it takes effect that the guest has shut down, asked for a reset, or failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuestEnd {
+    /// The machine ends here.
+    Now,
+    /// Where the guest is let go next: here after a cutover that was given up, at the destination after one that was
+    /// not. Until it is known which of them, neither may end the machine.
+    WhereItRunsNext,
+    /// The machine has ended.
+    Over,
+}
+
 /// What is not allowed, and when.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{event} is not possible while the machine is {phase}")]
@@ -101,11 +116,10 @@ impl Phase {
                 Stopping | Incoming | Stopped | Failed => refused,
             },
             Event::LeaseLapsed => match self {
-                Running => Ok(Frozen),
+                Running | Stopping => Ok(Frozen),
                 Ready
                 | Frozen
                 | Refused { .. }
-                | Stopping
                 | Quiet { .. }
                 | Incoming
                 | Complete
@@ -193,6 +207,20 @@ impl Phase {
                 | Complete
                 | Failed => Ok(Failed),
             },
+        }
+    }
+
+    /// When it takes effect here that the guest has ended itself.
+    pub fn guest_end(self) -> GuestEnd {
+        match self {
+            Phase::Stopping | Phase::Quiet { .. } => GuestEnd::WhereItRunsNext,
+            Phase::Ready
+            | Phase::Running
+            | Phase::Frozen
+            | Phase::Refused { .. }
+            | Phase::Incoming
+            | Phase::Complete => GuestEnd::Now,
+            Phase::Stopped | Phase::Failed => GuestEnd::Over,
         }
     }
 
@@ -311,6 +339,7 @@ mod tests {
             (Running, Event::StopForCutover, Stopping),
             (Stopping, Event::SaidQuiet, Quiet { rekeyed: false }),
             (Stopping, Event::GaveUp, Frozen),
+            (Stopping, Event::LeaseLapsed, Frozen),
             (Stopping, Event::DiskRefused, Refused { rekeyed: false }),
             (
                 Quiet { rekeyed: false },
@@ -373,6 +402,29 @@ mod tests {
             for event in EVENTS {
                 if phase != Phase::Stopping && phase.after(event) == Ok(Phase::Stopping) {
                     assert_eq!((phase, event), (Phase::Running, Event::StopForCutover));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_the_guest_asked_for_is_kept_exactly_while_a_cutover_decides_where_it_runs() {
+        for phase in PHASES {
+            let expected = match phase {
+                Phase::Stopping | Phase::Quiet { .. } => GuestEnd::WhereItRunsNext,
+                Phase::Stopped | Phase::Failed => GuestEnd::Over,
+                _ => GuestEnd::Now,
+            };
+            assert_eq!(phase.guest_end(), expected, "{phase}");
+            // Kept, it is lost on no way out: every one leads through a permit, which lets the guest go, or to an end.
+            if expected == GuestEnd::WhereItRunsNext {
+                for event in EVENTS {
+                    let next = phase.after(event).unwrap_or(phase);
+                    assert!(
+                        next != Phase::Running || event == Event::Permitted,
+                        "{event}"
+                    );
+                    assert_ne!(next, Phase::Ready, "{event}");
                 }
             }
         }

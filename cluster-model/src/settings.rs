@@ -96,7 +96,17 @@ pub struct SettingsError {
     pub must: String,
 }
 
+/// The smallest margin between freezing and being declared lost that [`Settings::validate`] lets through, ms: within
+/// it a monitor has to have stopped its guest, whatever a cluster's settings are.
+pub const MARGIN_MS_MIN: u32 = 500;
+
 impl Settings {
+    /// How much later than a freeze a node is declared lost, ms: a guest that runs this long past its deadline may run
+    /// beside another copy of itself.
+    pub fn margin_ms(&self) -> u32 {
+        self.lost_ms.saturating_sub(self.freeze_ms)
+    }
+
     /// The *fast* profile: a node is lost after 3 s. For networks without stalls.
     pub fn fast() -> Settings {
         Settings {
@@ -134,12 +144,14 @@ impl Settings {
             );
         }
         // Clocks may differ in rate by some percent between two nodes, so lost must be clearly later.
-        let lost_min = self.freeze_ms + (self.freeze_ms / 5).max(500);
+        let lost_min = self.freeze_ms + (self.freeze_ms / 5).max(MARGIN_MS_MIN);
         if self.lost_ms < lost_min || self.lost_ms > 900_000 {
             return bad(
                 "lost_ms",
                 self.lost_ms.to_string(),
-                &format!("{lost_min} (freeze_ms and a fifth, at least 500 ms more) to 900000"),
+                &format!(
+                    "{lost_min} (freeze_ms and a fifth, at least {MARGIN_MS_MIN} ms more) to 900000"
+                ),
             );
         }
         if !(1..=64).contains(&self.migrations_out_max) {
@@ -210,5 +222,31 @@ impl Settings {
             return bad("losses_max", "0".into(), "at least 1");
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whatever_is_let_through_leaves_a_monitor_the_smallest_margin() {
+        for freeze_ms in [300, 1_000, 2_000, 2_500, 5_000, 60_000, 600_000] {
+            for margin_ms in (0..1_200).step_by(100).chain([120_000]) {
+                let settings = Settings {
+                    heartbeat_ms: 100,
+                    freeze_ms,
+                    lost_ms: freeze_ms + margin_ms,
+                    ..Settings::default()
+                };
+                assert_eq!(settings.margin_ms(), margin_ms);
+                let valid = settings.validate().is_ok();
+                assert!(!valid || margin_ms >= MARGIN_MS_MIN, "{settings:?}");
+            }
+        }
+        for profile in [Settings::default(), Settings::fast()] {
+            assert_eq!(profile.validate(), Ok(()));
+            assert!(profile.margin_ms() > MARGIN_MS_MIN);
+        }
     }
 }

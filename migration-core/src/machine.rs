@@ -85,6 +85,13 @@ pub trait MemorySink: Send + Sync + 'static {
 
     /// Makes `count` pages zero. Only called for pages that were written before in this migration.
     fn zero_pages(&self, region: usize, first_page: u64, count: u64) -> Result<(), HostError>;
+
+    /// A round is in memory, as far as one channel goes, and more will follow: what comes after *Quiet* is told
+    /// of by [`load_device_state`](MachineSink::load_device_state) alone. The source waits for the answer.
+    fn round_arrived(&self, round: u32) -> Result<(), HostError> {
+        let _ = round;
+        Ok(())
+    }
 }
 
 /// The machine that is to arrive.

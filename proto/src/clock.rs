@@ -19,6 +19,21 @@ pub fn boottime_ns() -> u64 {
     read(ClockId::CLOCK_BOOTTIME).saturating_add_signed(shifts().0)
 }
 
+/// What the kernel's own CLOCK_BOOTTIME reads when [`boottime_ns`] reads `at_ns`: what a timer is set to. A later step
+/// moves the moment and not the timer; see [`may_step`].
+pub fn kernel_boottime_ns(at_ns: u64) -> u64 {
+    unshifted(at_ns, shifts().0)
+}
+
+fn unshifted(at_ns: u64, shift_ns: i64) -> u64 {
+    at_ns.saturating_add_signed(shift_ns.saturating_neg())
+}
+
+/// Whether a test shifts this process's clocks, so that they may step under a timer.
+pub fn may_step() -> bool {
+    file().is_some()
+}
+
 /// CLOCK_MONOTONIC, nanoseconds: durations of a migration are counted on it.
 pub fn monotonic_ns() -> u64 {
     read(ClockId::CLOCK_MONOTONIC)
@@ -50,10 +65,14 @@ pub fn prepare() {
     shifts();
 }
 
-fn shifts() -> (i64, i64) {
+fn file() -> Option<&'static File> {
     static FILE: OnceLock<Option<File>> = OnceLock::new();
     let file = FILE.get_or_init(|| File::open(std::env::var_os(VARIABLE)?).ok());
-    file.as_ref().map_or((0, 0), shifts_in)
+    file.as_ref()
+}
+
+fn shifts() -> (i64, i64) {
+    file().map_or((0, 0), shifts_in)
 }
 
 fn shifts_in(file: &File) -> (i64, i64) {
@@ -92,7 +111,17 @@ mod tests {
     }
 
     #[test]
+    fn a_timer_is_set_to_when_the_shifted_clock_reads_that_time() {
+        // The kernel's clock reads 100 and ours 130: at 150 of ours it is 120 of the kernel's.
+        assert_eq!(unshifted(150, 30), 120);
+        assert_eq!(unshifted(150, -30), 180);
+        assert_eq!(unshifted(20, 30), 0, "it has passed");
+    }
+
+    #[test]
     fn nothing_is_shifted_where_nobody_asks() {
         assert_eq!(shifts(), (0, 0));
+        assert!(!may_step());
+        assert_eq!(kernel_boottime_ns(5), 5);
     }
 }

@@ -2,7 +2,7 @@
 
 use nix::time::{ClockId, clock_gettime};
 
-pub use proto::clock::{boottime_ns, monotonic_ns, realtime_ns};
+pub use proto::clock::{boottime_ns, kernel_boottime_ns, may_step, monotonic_ns, realtime_ns};
 
 /// Processor time of this process, all threads together, nanoseconds.
 pub fn process_cpu_ns() -> u64 {

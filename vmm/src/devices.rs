@@ -24,12 +24,12 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use vm_memory::GuestMemoryMmap;
 use vm_memory::bitmap::AtomicBitmap;
@@ -323,7 +323,8 @@ pub trait NotifyRegistry: Send + Sync {
 }
 
 /// What the guest or a device wants of the machine.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum MachineEvent {
     /// The guest has shut itself down.
     ShutDown,
@@ -331,6 +332,60 @@ pub enum MachineEvent {
     Reset,
     /// The guest or a device cannot go on, and how.
     Failed(String),
+}
+
+/// Where the guest and the devices say what they want of the machine.
+///
+/// The first of it is remembered, in the vCPU's own thread: a guest says it once, and where its vCPUs stop for a
+/// cutover right after, nobody may act on it here. It is part of what is saved, and is said again whenever the guest is
+/// let go, wherever that is.
+#[derive(Clone, Debug)]
+pub struct MachineEvents {
+    send: mpsc::Sender<MachineEvent>,
+    first: Arc<Mutex<Option<MachineEvent>>>,
+}
+
+impl MachineEvents {
+    /// Tells `send`.
+    pub fn new(send: mpsc::Sender<MachineEvent>) -> MachineEvents {
+        MachineEvents {
+            send,
+            first: Arc::default(),
+        }
+    }
+
+    /// Says it.
+    pub fn tell(&self, event: MachineEvent) {
+        self.first().get_or_insert_with(|| event.clone());
+        // Full: the machine has been told often enough.
+        let _ = self.send.try_send(event);
+    }
+
+    /// What was said first, if anything was.
+    pub fn said(&self) -> Option<MachineEvent> {
+        self.first().clone()
+    }
+
+    /// Takes over what was said where the machine ran before.
+    pub fn restore(&self, said: Option<MachineEvent>) {
+        if said.is_some() {
+            *self.first() = said;
+        }
+    }
+
+    /// Says again what was said.
+    pub fn repeat(&self) {
+        if let Some(event) = self.said() {
+            // Full: as above.
+            let _ = self.send.try_send(event);
+        }
+    }
+
+    fn first(&self) -> MutexGuard<'_, Option<MachineEvent>> {
+        self.first
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
 }
 
 /// What every device is built with.
@@ -346,8 +401,8 @@ pub struct DeviceContext {
     pub wake: Arc<WakeHub>,
     /// Runs the devices' tasks.
     pub runtime: tokio::runtime::Handle,
-    /// Takes what the guest wants of the machine; full only when it has been told often enough (`try_send`).
-    pub events: mpsc::Sender<MachineEvent>,
+    /// Takes what the guest wants of the machine.
+    pub events: MachineEvents,
 }
 
 impl DeviceContext {

@@ -2,25 +2,42 @@
 //!
 //! [`Gate::run`] takes a [`RunPermit`] by value; nothing else lets vCPUs go. A thread of its own
 //! watches the deadline on CLOCK_BOOTTIME and closes the gate without being told and without help
-//! of the async runtime: vCPUs stopped, disks held.
+//! of the async runtime: vCPUs stopped, disks held. vCPUs look at the deadline too, before each entry into the guest.
+//!
+//! ```text
+//!            run (permit)                   stop_vcpus
+//!   closed ───────────────► open ────────────────────────► draining: vCPUs stopped, disks complete their I/O
+//!     ▲                      │ deadline, close                │ deadline, hold, close
+//!     └──────────────────────┴────────────────────────────────┘
+//! ```
+//!
+//! A gate that drains still writes to its disks, so its deadline counts as an open gate's does: where nothing but time
+//! protects a disk (a `dir:` volume behind a watchdog), another node may own it from the lease's end on.
 
 use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
 
+use cluster_model::settings::MARGIN_MS_MIN;
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use storage_broker::disk::Disk;
 
 use crate::clock;
 use crate::confine::{ThreadKind, narrow};
-use crate::devices::Migratable;
+use crate::devices::{MachineEvents, Migratable};
 use crate::permit::RunPermit;
 use crate::vcpu::{PauseTimedOut, Vcpus};
 
-/// How long vCPUs may take to stop: a thousand times what is usual. The lease's margin must hold it.
-pub const PAUSE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long vCPUs may take to stop: hundreds of times what is usual, and less than the smallest margin between a freeze
+/// and a loss, so that a monitor that cannot stop its guest says so before another node may run it.
+pub const PAUSE_TIMEOUT: Duration = Duration::from_millis(400);
+
+const _: () = assert!(PAUSE_TIMEOUT.as_millis() < MARGIN_MS_MIN as u128);
+
+/// How late a step of a clock that a test shifts is seen: the kernel's timers know nothing of it.
+const STEP_LOOK: Duration = Duration::from_millis(10);
 
 /// What follows when the lease runs out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -37,6 +54,7 @@ pub struct Gate {
     vcpus: Vcpus,
     devices: Vec<Arc<dyn Migratable>>,
     disks: Vec<Arc<dyn Disk>>,
+    events: MachineEvents,
     on_lapse: OnLapse,
     inner: Mutex<Inner>,
     timer: Arc<TimerFd>,
@@ -49,6 +67,8 @@ struct Inner {
     deadline_ns: u64,
     /// The life of `clusterd` that last moved the deadline back: earlier ones no longer move it.
     session: u64,
+    /// The vCPUs were stopped and the disks left to complete their I/O.
+    draining: bool,
 }
 
 /// The permit's deadline passed on its way here.
@@ -75,6 +95,18 @@ pub struct Lapsed {
     pub stopped: Result<u64, PauseTimedOut>,
 }
 
+impl Inner {
+    /// Whether the machine uses its lease: it executes, or its disks complete their I/O.
+    fn is_used(&self) -> bool {
+        self.permit.is_some() || self.draining
+    }
+
+    /// Whether a lease that is used has run out.
+    fn is_due(&self) -> bool {
+        self.is_used() && clock::boottime_ns() >= self.deadline_ns
+    }
+}
+
 impl fmt::Debug for Gate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Gate")
@@ -92,6 +124,7 @@ impl Gate {
         vcpus: Vcpus,
         devices: Vec<Arc<dyn Migratable>>,
         disks: Vec<Arc<dyn Disk>>,
+        events: MachineEvents,
         on_lapse: OnLapse,
         lapsed: impl Fn(Lapsed) + Send + 'static,
     ) -> io::Result<Arc<Gate>> {
@@ -107,6 +140,7 @@ impl Gate {
             vcpus,
             devices,
             disks,
+            events,
             on_lapse,
             inner,
             timer: timer.clone(),
@@ -143,8 +177,8 @@ impl Gate {
         if clock::boottime_ns() >= permit.deadline_ns().min(deadline_ns) {
             return Err(TooLate);
         }
-        inner.deadline_ns = deadline_ns;
-        self.arm(inner.deadline_ns);
+        self.set_deadline(&mut inner, deadline_ns);
+        inner.draining = false;
         let mut now = clock::monotonic_ns();
         if inner.permit.replace(permit).is_none() {
             for disk in &self.disks {
@@ -155,8 +189,20 @@ impl Gate {
             }
             now = clock::monotonic_ns();
             self.vcpus.let_go();
+            // What the guest had asked for when it was stopped, here or where it came from.
+            self.events.repeat();
         }
         Ok(now)
+    }
+
+    /// Sets the deadline, for the timer and for the vCPUs.
+    fn set_deadline(&self, inner: &mut Inner, deadline_ns: u64) {
+        inner.deadline_ns = deadline_ns;
+        self.vcpus.set_deadline(match self.on_lapse {
+            OnLapse::Freeze => inner.deadline_ns,
+            OnLapse::RunUntilFenced => u64::MAX,
+        });
+        self.arm(inner.deadline_ns);
     }
 
     /// Moves the deadline; never lets a stopped guest run, and never moves it back.
@@ -168,10 +214,9 @@ impl Gate {
         inner.check(session)?;
         // A deadline already passed is not saved by an extension that came first to the lock: the
         // timer's thread closes the gate, and only a permit opens it.
-        let passed = inner.permit.is_some() && clock::boottime_ns() >= inner.deadline_ns;
-        if !passed || self.on_lapse == OnLapse::RunUntilFenced {
-            inner.deadline_ns = inner.deadline_ns.max(deadline_ns);
-            self.arm(inner.deadline_ns);
+        if !inner.is_due() || self.on_lapse == OnLapse::RunUntilFenced {
+            let later = inner.deadline_ns.max(deadline_ns);
+            self.set_deadline(&mut inner, later);
         }
         Ok(())
     }
@@ -186,8 +231,7 @@ impl Gate {
         inner.check(session)?;
         inner.session = session;
         if inner.deadline_ns > deadline_ns {
-            inner.deadline_ns = deadline_ns;
-            self.arm(deadline_ns);
+            self.set_deadline(&mut inner, deadline_ns);
         }
         Ok(())
     }
@@ -216,14 +260,16 @@ impl Gate {
             .permit
             .take()
             .map(|permit| permit.kept(inner.deadline_ns));
+        inner.draining |= permit.is_some();
         let stopped_ns = self.vcpus.pause(PAUSE_TIMEOUT)?;
         Ok((permit, stopped_ns))
     }
 
     /// Holds the disks of a closed gate; answers whether it is. Those of an open one are the guest's.
     pub fn hold(&self) -> bool {
-        let inner = self.lock();
+        let mut inner = self.lock();
         if inner.permit.is_none() {
+            inner.draining = false;
             self.hold_disks();
         }
         inner.permit.is_none()
@@ -246,6 +292,7 @@ impl Gate {
 
     fn close_locked(&self, inner: &mut Inner) -> Result<u64, PauseTimedOut> {
         inner.permit = None;
+        inner.draining = false;
         // The disks first: a vCPU that is slow to stop writes no more.
         self.hold_disks();
         self.vcpus.pause(PAUSE_TIMEOUT)
@@ -257,7 +304,12 @@ impl Gate {
     }
 
     fn arm(&self, deadline_ns: u64) {
-        let at = TimeSpec::from_duration(Duration::from_nanos(deadline_ns.max(1)));
+        let mut at_ns = clock::kernel_boottime_ns(deadline_ns);
+        if clock::may_step() {
+            let look_ns = clock::boottime_ns() + STEP_LOOK.as_nanos() as u64;
+            at_ns = at_ns.min(clock::kernel_boottime_ns(look_ns));
+        }
+        let at = TimeSpec::from_duration(Duration::from_nanos(at_ns.max(1)));
         let armed = self.timer.set(
             Expiration::OneShot(at),
             TimerSetTimeFlags::TFD_TIMER_ABSTIME,
@@ -269,11 +321,17 @@ impl Gate {
         }
     }
 
-    /// Closes the gate if the deadline has passed and it is open.
+    /// Closes the gate if the deadline has passed and it is open or drains.
     fn lapse(&self) -> Option<Lapsed> {
         let mut inner = self.lock();
-        let due = inner.permit.is_some() && clock::boottime_ns() >= inner.deadline_ns;
-        if !due || self.on_lapse == OnLapse::RunUntilFenced {
+        if self.on_lapse == OnLapse::RunUntilFenced {
+            return None;
+        }
+        if !inner.is_due() {
+            if inner.is_used() {
+                // The timer came early, to look for a step of the clock.
+                self.arm(inner.deadline_ns);
+            }
             return None;
         }
         Some(Lapsed {

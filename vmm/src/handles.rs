@@ -1,6 +1,8 @@
 //! What a monitor opens of its host before it gives up the right to: KVM, taps, files.
 
 use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
 
 use cluster_model::state::Boot;
 use kvm_ioctls::Kvm;
@@ -12,6 +14,7 @@ use crate::devices::selfcheck::witness::Witness;
 use crate::devices::virtio::net::tap::PluggedTap;
 use crate::kvm::vm;
 use crate::platform::BuildError;
+use crate::run_log::RunLog;
 use crate::spec::ValidatedSpec;
 
 /// Everything of the host that a monitor needs and can open once only.
@@ -29,6 +32,8 @@ pub struct Handles {
     pub witness: Option<Witness>,
     /// The kernel's count of this process's memory.
     pub memory_counts: Option<File>,
+    /// Where it is written down when the guest executed, if a test asks for it.
+    pub run_log: Option<Arc<RunLog>>,
 }
 
 /// What Linux boots from.
@@ -41,11 +46,11 @@ pub struct Images {
 }
 
 impl Handles {
-    /// Opens what `spec` names, and the files by which tests reach in.
+    /// Opens what `spec` names, and the files by which tests reach in, for a monitor that listens on `control`.
     ///
     /// # Errors
     /// See [`BuildError`].
-    pub fn open(spec: &ValidatedSpec) -> Result<Handles, BuildError> {
+    pub fn open(spec: &ValidatedSpec, control: &Path) -> Result<Handles, BuildError> {
         proto::failpoint::prepare();
         proto::clock::prepare();
         let file = spec.file();
@@ -83,6 +88,7 @@ impl Handles {
             images,
             witness,
             memory_counts: File::open("/proc/self/statm").ok(),
+            run_log: RunLog::asked(control, file.vm_id, file.vcpus)?,
         })
     }
 }

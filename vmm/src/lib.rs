@@ -22,6 +22,7 @@ pub mod memory;
 pub mod monitor;
 pub mod permit;
 pub mod platform;
+pub mod run_log;
 pub mod spec;
 pub mod state;
 pub mod telemetry;

@@ -12,12 +12,15 @@ use tokio::sync::mpsc;
 use crate::boot::start::{self, Start};
 use crate::boot::{BootError, start::wire_local_interrupts};
 use crate::clock;
-use crate::devices::{DeviceContext, GuestMemory, MachineEvent, Migratable, StateError, WakeHub};
+use crate::devices::{
+    DeviceContext, GuestMemory, MachineEvent, MachineEvents, Migratable, StateError, WakeHub,
+};
 use crate::gate::{Gate, Lapsed, OnLapse};
 use crate::kvm::cpu::{self, HostCpu, RestoreCpuError};
 use crate::kvm::cpuid;
 use crate::kvm::vm::{KvmError, RestoreVmError, Vm, asked};
 use crate::memory::{self, MemoryError};
+use crate::run_log::RunLog;
 use crate::state::{DeviceState, Hex, MachineState, ReadStateError, STATE_VERSION};
 use crate::vcpu::{Buses, Vcpus};
 
@@ -38,6 +41,8 @@ pub struct Config {
     pub disks: Vec<Arc<dyn Disk>>,
     /// What follows when the lease runs out.
     pub on_lapse: OnLapse,
+    /// Where its vCPUs write down when they executed, if a test asks for it.
+    pub run_log: Option<Arc<RunLog>>,
 }
 
 /// The devices of a machine, built.
@@ -56,6 +61,7 @@ pub struct Machine {
     host: HostCpu,
     devices: Vec<Arc<dyn Migratable>>,
     disks: Vec<Arc<dyn Disk>>,
+    events: MachineEvents,
     memory_mib: u64,
 }
 
@@ -165,6 +171,7 @@ impl Machine {
             vcpus.push(vcpu);
         }
         let wake = Arc::new(WakeHub::default());
+        let events = MachineEvents::new(events);
         let context = DeviceContext {
             memory: memory.clone(),
             interrupts: vm.interrupts(),
@@ -179,11 +186,13 @@ impl Machine {
             let start = load(&memory, u64::from(khz))?;
             start::apply(first, &memory, &start)?;
         }
-        let vcpus = Vcpus::start(vcpus, &devices.buses, wake, events)?;
+        let run_log = config.run_log.as_ref();
+        let vcpus = Vcpus::start(vcpus, &devices.buses, wake, events.clone(), run_log)?;
         let gate = Gate::new(
             vcpus,
             devices.migratable.clone(),
             config.disks.clone(),
+            events.clone(),
             config.on_lapse,
             lapsed,
         )?;
@@ -193,6 +202,7 @@ impl Machine {
             host,
             devices: devices.migratable,
             disks: config.disks,
+            events,
             memory_mib: config.memory_mib,
         })
     }
@@ -205,6 +215,11 @@ impl Machine {
     /// The gate.
     pub fn gate(&self) -> &Arc<Gate> {
         &self.gate
+    }
+
+    /// What the guest and the devices have asked of the machine.
+    pub fn events(&self) -> &MachineEvents {
+        &self.events
     }
 
     /// The disks.
@@ -264,6 +279,7 @@ impl Machine {
             vm: self.vm.save()?,
             devices,
             saved_at_realtime_ns: clock::realtime_ns(),
+            ended: self.events.said(),
         })
     }
 
@@ -316,6 +332,7 @@ impl Machine {
         for (device, saved) in self.devices.iter().zip(&state.devices) {
             device.restore(saved.version, &saved.state.0)?;
         }
+        self.events.restore(state.ended.clone());
         Ok(())
     }
 }

@@ -81,7 +81,7 @@ fn begin(arguments: &Arguments) -> anyhow::Result<Begun> {
     let control = &arguments.control;
     let socket = proto::unix::bind(control)
         .with_context(|| format!("cannot listen on {}", control.display()))?;
-    let handles = Handles::open(&spec)?;
+    let handles = Handles::open(&spec, control)?;
     let folder = control
         .parent()
         .filter(|folder| !folder.as_os_str().is_empty())

@@ -35,7 +35,7 @@ use crate::devices::MachineEvent;
 use crate::gate::{EarlierLife, Lapsed, TooLate};
 use crate::handles::Handles;
 use crate::permit::{Expected, PermitRefused, RunPermit};
-use crate::phase::{Event, NotNow, Phase};
+use crate::phase::{Event, GuestEnd, NotNow, Phase};
 use crate::platform::{self, BuildError, Platform};
 use crate::spec::{Measure, ValidatedSpec};
 use crate::vcpu::PauseTimedOut;
@@ -565,20 +565,31 @@ impl Monitor {
                     tracing::error!(%error, "a lapse in a phase that knows none");
                 }
             }
-            Happening::Guest(MachineEvent::ShutDown | MachineEvent::Reset) => {
-                self.guest_ended().await
-            }
-            Happening::Guest(MachineEvent::Failed(reason)) => {
-                self.freeze(Event::Failed);
-                self.fail(&reason);
-            }
+            Happening::Guest(event) => self.guest_ended(event).await,
             Happening::Disk(index) => self.disk_changed(index),
         }
     }
 
-    async fn guest_ended(&self) {
+    async fn guest_ended(&self, event: MachineEvent) {
         let phase = self.lock().phase;
-        if phase.after(Event::ShutDown).is_err() || phase == Phase::Stopped {
+        match (phase.guest_end(), event) {
+            (GuestEnd::Over, _) => {}
+            // The machine remembers it, saves it, and says it again when the guest is let go.
+            (GuestEnd::WhereItRunsNext, event) => {
+                tracing::info!(?event, %phase, "what the guest asked for waits for the cutover's end");
+            }
+            (GuestEnd::Now, MachineEvent::Failed(reason)) => {
+                self.freeze(Event::Failed);
+                self.fail(&reason);
+            }
+            (GuestEnd::Now, MachineEvent::ShutDown | MachineEvent::Reset) => {
+                self.guest_shut_down(phase).await;
+            }
+        }
+    }
+
+    async fn guest_shut_down(&self, phase: Phase) {
+        if phase.after(Event::ShutDown).is_err() {
             return;
         }
         tracing::info!("the guest has shut down");

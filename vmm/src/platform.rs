@@ -30,6 +30,7 @@ use crate::layout::{
     VIRTIO_MMIO_SLOT_BYTES, virtio_irq, virtio_mmio_address,
 };
 use crate::machine::{AssembleError, Config, DeviceSet, Machine};
+use crate::run_log::RunLogError;
 use crate::spec::ValidatedSpec;
 
 /// A machine and the handles on its devices that its monitor needs.
@@ -80,6 +81,9 @@ pub enum BuildError {
     /// The witness cannot be kept.
     #[error(transparent)]
     Witness(#[from] WitnessError),
+    /// What a test wants to know cannot be written down.
+    #[error(transparent)]
+    RunLog(#[from] RunLogError),
     /// It would have nobody to be on its memory channels.
     #[error(transparent)]
     Identity(#[from] migration_core::tls::DrawError),
@@ -102,6 +106,7 @@ pub async fn build(
         images,
         witness,
         memory_counts,
+        run_log,
     } = handles;
     let disks = open_disks(spec, directory_disks).await?;
     let file = spec.file();
@@ -114,6 +119,7 @@ pub async fn build(
             OnIsolation::Freeze => OnLapse::Freeze,
             OnIsolation::RunUntilFenced => OnLapse::RunUntilFenced,
         },
+        run_log,
     };
     let console = Arc::new(Console::default());
     let (mut selfcheck, mut nics) = (None, Vec::new());

@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
+use crate::devices::MachineEvent;
 use crate::kvm::cpu::CpuState;
 use crate::kvm::pod::{self, Pod};
 use crate::kvm::vm::VmState;
@@ -30,6 +31,9 @@ pub struct MachineState {
     pub devices: Vec<DeviceState>,
     /// CLOCK_REALTIME of the host when it was saved, nanoseconds: by it the guest's clocks advance.
     pub saved_at_realtime_ns: u64,
+    /// What the guest had asked for and nobody acted on, since it was stopped for its cutover right after.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended: Option<MachineEvent>,
 }
 
 /// One device's part.
@@ -173,6 +177,7 @@ mod tests {
                 state: Hex(vec![0, 0x9f, 255]),
             }],
             saved_at_realtime_ns: 5,
+            ended: None,
         }
     }
 
@@ -180,6 +185,14 @@ mod tests {
     fn a_state_makes_the_round_trip() {
         let bytes = sample().to_bytes();
         assert_eq!(MachineState::from_bytes(&bytes).unwrap(), sample());
+        // An older monitor, which knows nothing of it, reads what has none.
+        assert!(!String::from_utf8(bytes).unwrap().contains("ended"));
+        let ended = MachineState {
+            ended: Some(MachineEvent::Reset),
+            ..sample()
+        };
+        let read = MachineState::from_bytes(&ended.to_bytes()).unwrap();
+        assert_eq!(read, ended);
     }
 
     #[test]

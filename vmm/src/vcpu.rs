@@ -3,8 +3,18 @@
 //! ```text
 //!            let_go                      pause (signal + immediate_exit)
 //!   parked ─────────► in KVM_RUN ⇄ exits ───────────────► last exit completed ──► parked
+//!     │                 ▲      │ deadline passed                ▲
+//!     │                 └── stands aside ───────────────────────┘
 //!     └─ jobs: save, restore, first registers
 //! ```
+//!
+//! A vCPU looks at the lease's deadline itself before each entry, so that no late timer and no thread that gets its
+//! turn late lets it go on. What is left is one entry: between the look and KVM_RUN the thread may be preempted, or
+//! its process stopped, for any time, and then it enters with a deadline that has passed meanwhile. It stays in the guest
+//! until the gate's thread, whose timer has fired by then, gets its turn and kicks it, or until the guest's next exit; an
+//! entry that was under way when the process was stopped does not count, for KVM_RUN answers a stop with EINTR and is
+//! not restarted. So after a SIGCONT the guest may execute for as long as the host takes to wake one thread, and that
+//! only where the stop came in the few instructions between look and entry.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, compiler_fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, mpsc as std_mpsc};
@@ -12,13 +22,13 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::VcpuFd;
-use tokio::sync::mpsc;
 
 use crate::clock;
 use crate::confine::{ThreadKind, narrow};
-use crate::devices::{Bus, ExitContext, MachineEvent, WakeHub};
+use crate::devices::{Bus, ExitContext, MachineEvent, MachineEvents, WakeHub};
 use crate::kvm::exits::{self, Exit};
 use crate::kvm::kick::{Registration, Target};
+use crate::run_log::{RunLog, VcpuRunLog};
 
 /// How often a vCPU that has not stopped is kicked again: a signal is never lost, but a vCPU may
 /// be inside a device that was woken just before it began to wait.
@@ -29,6 +39,10 @@ const COMPLETING_EXITS_MAX: usize = 8192;
 
 /// How long HLT lasts where no irqchip wakes the vCPU.
 const HALT: Duration = Duration::from_millis(100);
+
+/// How long a vCPU whose deadline has passed stands aside before it looks again: the gate's thread, which is on its
+/// way, ends the wait; what is looked for is an extension that was being entered when the vCPU looked.
+const STAND_ASIDE: Duration = Duration::from_millis(5);
 
 /// The buses that exits lead to.
 #[derive(Clone, Debug, Default)]
@@ -54,6 +68,8 @@ pub struct PauseTimedOut {
 pub struct Vcpus {
     threads: Vec<Thread>,
     wake: Arc<WakeHub>,
+    /// CLOCK_BOOTTIME from which on no vCPU enters the guest; 0 until there is one.
+    deadline_ns: Arc<AtomicU64>,
 }
 
 type Job = Box<dyn FnOnce(&mut VcpuFd) + Send>;
@@ -121,8 +137,10 @@ impl Vcpus {
         vcpus: Vec<VcpuFd>,
         buses: &Buses,
         wake: Arc<WakeHub>,
-        events: mpsc::Sender<MachineEvent>,
+        events: MachineEvents,
+        run_log: Option<&Arc<RunLog>>,
     ) -> std::io::Result<Vcpus> {
+        let deadline_ns = Arc::new(AtomicU64::new(0));
         let mut threads = Vec::with_capacity(vcpus.len());
         for (index, mut fd) in vcpus.into_iter().enumerate() {
             let shared = Arc::new(Shared::default());
@@ -136,6 +154,8 @@ impl Vcpus {
                 wake: wake.clone(),
                 seen: AtomicU64::new(0),
                 events: events.clone(),
+                deadline_ns: deadline_ns.clone(),
+                run_log: run_log.map(|log| log.of_vcpu(index as u32)),
             };
             let handle = std::thread::Builder::new()
                 .name(format!("vcpu-{index}"))
@@ -154,7 +174,16 @@ impl Vcpus {
                 handle: Some(handle),
             });
         }
-        Ok(Vcpus { threads, wake })
+        Ok(Vcpus {
+            threads,
+            wake,
+            deadline_ns,
+        })
+    }
+
+    /// Moves the deadline that every vCPU looks at. Only the gate calls this.
+    pub(crate) fn set_deadline(&self, deadline_ns: u64) {
+        self.deadline_ns.store(deadline_ns, Ordering::SeqCst);
     }
 
     /// How many there are.
@@ -176,9 +205,11 @@ impl Vcpus {
     /// Pausing what is paused changes nothing.
     ///
     /// # Errors
-    /// When a vCPU does not stop within `timeout`; the others are stopped, and it will be.
+    /// When a vCPU does not stop within `timeout`; the others are stopped, and it will be. Counted is the time in which
+    /// vCPUs could have stopped: what the whole process stood still for is none of it.
     pub fn pause(&self, timeout: Duration) -> Result<u64, PauseTimedOut> {
         let begun = Instant::now();
+        let mut looks = timeout.as_millis() / KICK_AGAIN.as_millis();
         for thread in &self.threads {
             let mut slot = thread.shared.lock();
             slot.command = Command::Park;
@@ -192,16 +223,17 @@ impl Vcpus {
         for (index, thread) in self.threads.iter().enumerate() {
             let mut slot = thread.shared.lock();
             while !slot.parked {
-                let waited = begun.elapsed();
-                if waited > timeout {
+                if looks == 0 {
+                    let waited = begun.elapsed();
                     return Err(PauseTimedOut { index, waited });
                 }
-                let (again, _) = thread
+                let (again, wait) = thread
                     .shared
                     .changed
                     .wait_timeout(slot, KICK_AGAIN)
                     .unwrap_or_else(|poisoned| poisoned.into_inner());
                 slot = again;
+                looks -= u128::from(wait.timed_out());
                 if !slot.parked {
                     self.wake.wake_all();
                     thread.kick();
@@ -284,7 +316,9 @@ struct Runner {
     buses: Buses,
     wake: Arc<WakeHub>,
     seen: AtomicU64,
-    events: mpsc::Sender<MachineEvent>,
+    events: MachineEvents,
+    deadline_ns: Arc<AtomicU64>,
+    run_log: Option<VcpuRunLog>,
 }
 
 /// What an exit led to.
@@ -333,33 +367,77 @@ impl Runner {
                 if slot.command == Command::Run {
                     slot.command = Command::Park;
                 }
-                // Full only when the machine has been told already.
-                let _ = self.events.try_send(event);
+                self.events.tell(event);
             }
         }
     }
 
     /// In and out of the guest until a pause or an end.
     fn run(&self, vcpu: &mut VcpuFd) -> Option<MachineEvent> {
+        if let Some(log) = &self.run_log {
+            log.begin_anew();
+        }
         loop {
             // In this order: a kick before the look at `pause` is seen there, one after it stays in
             // `immediate_exit` and ends the next KVM_RUN at once.
             vcpu.set_kvm_immediate_exit(0);
             compiler_fence(Ordering::SeqCst);
             if self.shared.pause.load(Ordering::SeqCst) {
+                if let Some(log) = &self.run_log {
+                    // It may have been outside the guest, in a device, when the gate closed at its deadline.
+                    let deadline_ns = self.deadline_ns.load(Ordering::SeqCst);
+                    if clock::boottime_ns() >= deadline_ns {
+                        log.stand(deadline_ns);
+                    }
+                }
                 return None;
             }
-            if let After::Ended(event) = self.step(vcpu) {
+            // Before the look at the deadline: whoever reads the log sees no entry after it that there was not.
+            let entered_ns = self.run_log.as_ref().map(|_| clock::monotonic_ns());
+            let deadline_ns = self.deadline_ns.load(Ordering::SeqCst);
+            if clock::boottime_ns() >= deadline_ns {
+                self.stand_aside(deadline_ns);
+                continue;
+            }
+            if let After::Ended(event) = self.enter(vcpu, entered_ns, deadline_ns) {
                 return Some(event);
             }
         }
+    }
+
+    /// Waits outside the guest for the gate, or for another deadline.
+    fn stand_aside(&self, deadline_ns: u64) {
+        if let Some(log) = &self.run_log {
+            log.stand(deadline_ns);
+        }
+        ExitContext::new(self.index, &self.wake, &self.seen).wait(STAND_ASIDE);
+    }
+
+    /// Into the guest, and out of it again.
+    fn enter(&self, vcpu: &mut VcpuFd, entered_ns: Option<u64>, deadline_ns: u64) -> After {
+        let log = self.run_log.as_ref().zip(entered_ns);
+        if let Some((log, entered_ns)) = log {
+            log.enter(entered_ns, deadline_ns);
+        }
+        let exit = exits::run(vcpu);
+        if let Some((log, _)) = log {
+            let interrupted = matches!(exit, Exit::Interrupted);
+            let left_ns = clock::monotonic_ns();
+            // Read after the exit: the deadline never moves once it has passed.
+            log.leave(
+                left_ns,
+                self.deadline_ns.load(Ordering::SeqCst),
+                interrupted,
+            );
+        }
+        self.follow(exit)
     }
 
     /// Completes the last exit's instruction without entering the guest, so that registers are whole.
     fn complete(&self, vcpu: &mut VcpuFd) -> Option<MachineEvent> {
         for _ in 0..COMPLETING_EXITS_MAX {
             vcpu.set_kvm_immediate_exit(1);
-            match self.step(vcpu) {
+            match self.follow(exits::run(vcpu)) {
                 After::Interrupted => return None,
                 After::Enter => {}
                 After::Ended(event) => return Some(event),
@@ -371,9 +449,9 @@ impl Runner {
         )))
     }
 
-    fn step(&self, vcpu: &mut VcpuFd) -> After {
+    fn follow(&self, exit: Exit<'_>) -> After {
         let context = ExitContext::new(self.index, &self.wake, &self.seen);
-        match exits::run(vcpu) {
+        match exit {
             Exit::PioRead { port, size, data } => {
                 for access in data.chunks_mut(size) {
                     self.buses.pio.read(port.into(), access, &context);

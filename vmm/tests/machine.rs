@@ -5,7 +5,7 @@ mod common;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use common::{COUNTER, counting, kvm, permit, with_code};
+use common::{COUNTER, counting, kvm, late, margin, permit, with_code};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm::clock;
 use vmm::devices::MachineEvent;
@@ -90,7 +90,8 @@ async fn a_guest_freezes_at_its_deadline_by_itself_and_thaws_by_a_permit_alone()
         .unwrap()
         .unwrap();
     assert!(begun.elapsed() >= Duration::from_millis(300));
-    assert!(lapsed.stopped.is_ok());
+    let late = late(lapsed.stopped.unwrap(), gate.deadline_ns());
+    assert!(late < margin(), "frozen {late:?} after its deadline");
     assert!(!gate.is_open());
     let frozen_at = counting.counter.last.load(Ordering::SeqCst);
     gate.extend(clock::boottime_ns() + LONG.as_nanos() as u64);
@@ -100,6 +101,88 @@ async fn a_guest_freezes_at_its_deadline_by_itself_and_thaws_by_a_permit_alone()
     gate.run(permit(LONG)).unwrap();
     counting.counter.wait_beyond(frozen_at);
     assert_eq!(counting.counter.skipped.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_vcpu_enters_the_guest_past_its_deadline_though_the_gates_thread_is_late() {
+    if !kvm("no_vcpu_enters_the_guest_past_its_deadline_though_the_gates_thread_is_late") {
+        return;
+    }
+    let mut counting = counting(1, false);
+    let gate = counting.machine.gate().clone();
+    // The gate's thread is held up in telling of a first lapse.
+    let hold = counting.lapse_hold.clone();
+    let held = hold.lock().await;
+    gate.run(permit(Duration::from_millis(50))).unwrap();
+    counting.lapses.recv().await.unwrap();
+    let frozen_at = counting.counter.last.load(Ordering::SeqCst);
+    gate.run(permit(Duration::from_millis(300))).unwrap();
+    counting.counter.wait_beyond(frozen_at);
+    while clock::boottime_ns() < gate.deadline_ns() + 50_000_000 {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(gate.is_open(), "nobody has closed it");
+    let stopped_at = counting.counter.last.load(Ordering::SeqCst);
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(counting.counter.last.load(Ordering::SeqCst), stopped_at);
+    drop(held);
+    counting.lapses.recv().await.unwrap();
+    assert!(!gate.is_open());
+    // It did not lose its way: a permit lets it go on.
+    gate.run(permit(LONG)).unwrap();
+    counting.counter.wait_beyond(stopped_at);
+    assert_eq!(counting.counter.skipped.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn that_a_vcpu_does_not_stop_is_known_within_the_margin() {
+    if !kvm("that_a_vcpu_does_not_stop_is_known_within_the_margin") {
+        return;
+    }
+    let counting = counting(1, false);
+    let gate = counting.machine.gate().clone();
+    gate.run(permit(LONG)).unwrap();
+    counting.counter.stuck.store(true, Ordering::SeqCst);
+    while counting.counter.inside.load(Ordering::SeqCst) == 0 {
+        std::thread::yield_now();
+    }
+    let stopped = gate.close();
+    counting.counter.stuck.store(false, Ordering::SeqCst);
+    let waited = stopped.unwrap_err().waited;
+    assert!(waited < margin(), "it was waited for {waited:?}");
+    // Told to stop, it does as soon as it can.
+    gate.close().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reset_that_nobody_acted_on_goes_where_the_machine_goes() {
+    if !kvm("a_reset_that_nobody_acted_on_goes_where_the_machine_goes") {
+        return;
+    }
+    let first = counting(1, false);
+    first.machine.gate().run(permit(LONG)).unwrap();
+    first.counter.wait_beyond(100);
+    first.machine.events().tell(MachineEvent::Reset);
+    first.machine.gate().close().unwrap();
+    let state = first.machine.save().unwrap();
+    let bytes = state.to_bytes();
+    let mut memory = vec![0; 16 << 20];
+    let start = GuestAddress(0);
+    first
+        .machine
+        .memory()
+        .read_slice(&mut memory, start)
+        .unwrap();
+    drop(first);
+
+    let mut second = counting(1, true);
+    second.machine.memory().write_slice(&memory, start).unwrap();
+    let state = vmm::state::MachineState::from_bytes(&bytes).unwrap();
+    second.machine.restore(&state).unwrap();
+    assert!(second.events.try_recv().is_err(), "not before it runs");
+    second.machine.gate().run(permit(LONG)).unwrap();
+    let event = tokio::time::timeout(LONG, second.events.recv()).await;
+    assert_eq!(event.unwrap(), Some(MachineEvent::Reset));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,8 +4,8 @@ mod common;
 
 use std::time::Duration;
 
-use common::kvm;
 use common::process::{LEASE, Process, incoming, machine_file};
+use common::{kvm, late, margin};
 use proto::monitor::{CancelMigrationRequest, Phase, QuitRequest, RunPermit, StopRequest};
 use tonic::Code;
 use vmm::clock;
@@ -109,7 +109,10 @@ async fn a_lapsed_lease_freezes_the_guest_and_an_extension_does_not_thaw_it() {
             .unwrap(),
         Phase::Running
     );
-    monitor.wait_phase(Phase::Frozen).await;
+    let status = monitor.wait_phase(Phase::Frozen).await;
+    let left_ns = monitor.spells().last().unwrap().left_ns;
+    let late = late(left_ns, status.lease_deadline_ns);
+    assert!(late < margin(), "frozen {late:?} after its deadline");
     assert_eq!(monitor.extend(5, LEASE).await.unwrap(), Phase::Frozen);
     let steps = monitor.status().await.guest.unwrap().steps;
     assert_eq!(
@@ -123,6 +126,67 @@ async fn a_lapsed_lease_freezes_the_guest_and_an_extension_does_not_thaw_it() {
         })
         .await;
     assert_eq!(status.guest.unwrap().error, "");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_monitor_that_stood_still_past_its_deadline_does_not_enter_its_guest_again() {
+    needs_kvm!("a_monitor_that_stood_still_past_its_deadline_does_not_enter_its_guest_again");
+    let directory = tempfile::tempdir().unwrap();
+    let file = machine_file(directory.path(), 32, 10, 8);
+    let mut monitor = Process::start(directory.path(), "a", &file, "").await;
+    for round in 0..10 {
+        let before = monitor.spells().len();
+        monitor.run(5, Duration::from_millis(500)).await.unwrap();
+        while monitor.spells().len() == before {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let deadline_ns = monitor.status().await.lease_deadline_ns;
+        monitor.signal(nix::sys::signal::Signal::SIGSTOP);
+        while clock::boottime_ns() < deadline_ns + 50_000_000 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        monitor.signal(nix::sys::signal::Signal::SIGCONT);
+        monitor.wait_phase(Phase::Frozen).await;
+        let last = *monitor.spells().last().unwrap();
+        let apart_ns = clock::boottime_ns().saturating_sub(clock::monotonic_ns());
+        // Two clocks are read one after the other here.
+        let allowed_ns = deadline_ns + 1_000_000;
+        assert!(
+            last.entered_ns + apart_ns < allowed_ns,
+            "round {round}: entered {} us after its deadline",
+            (last.entered_ns + apart_ns - deadline_ns) / 1_000
+        );
+    }
+    monitor.run(5, LEASE).await.unwrap();
+    let steps = monitor.status().await.guest.unwrap().steps;
+    let status = monitor
+        .wait("going on", |status| {
+            status.guest.as_ref().is_some_and(|g| g.steps > steps + 10)
+        })
+        .await;
+    assert_eq!(status.guest.unwrap().error, "");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_freeze_comes_by_the_hosts_own_clock_wherever_it_stands_and_steps() {
+    needs_kvm!("a_freeze_comes_by_the_hosts_own_clock_wherever_it_stands_and_steps");
+    const AHEAD: Duration = Duration::from_secs(300);
+    let directory = tempfile::tempdir().unwrap();
+    let shifts = directory.path().join("clock");
+    proto::clock::write_shifts(&shifts, AHEAD.as_nanos() as i64, 0).unwrap();
+    let file = machine_file(directory.path(), 32, 10, 0);
+    let environment = [(proto::clock::VARIABLE, shifts.to_str().unwrap())];
+    let mut monitor = Process::start_with(directory.path(), "a", &file, &environment).await;
+    // A timer on the kernel's clock alone would be five minutes late.
+    monitor
+        .run(5, AHEAD + Duration::from_millis(500))
+        .await
+        .unwrap();
+    monitor.wait_phase(Phase::Frozen).await;
+    // And the clock may step under a timer that is set.
+    monitor.run(5, AHEAD + LEASE).await.unwrap();
+    proto::clock::write_shifts(&shifts, (AHEAD + LEASE).as_nanos() as i64, 0).unwrap();
+    monitor.wait_phase(Phase::Frozen).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -427,6 +491,11 @@ async fn whichever_side_dies_wherever_the_other_stands_as_the_design_says() {
             destination: Some(Phase::Complete),
         },
         Killed {
+            failpoint: "sink.round",
+            source: Some(Phase::Running),
+            destination: None,
+        },
+        Killed {
             failpoint: "sink.before_complete",
             source: Some(Phase::Quiet),
             destination: None,
@@ -468,6 +537,24 @@ async fn whichever_side_dies_wherever_the_other_stands_as_the_design_says() {
                 assert!(!destination.ended().await.success(), "{failpoint}");
                 let status = source.wait_phase(phase).await;
                 assert_eq!(status.said_quiet, phase == Phase::Quiet, "{failpoint}");
+                if phase == Phase::Running {
+                    // All of the memory had been on its way, and the guest never stopped.
+                    let status = source
+                        .wait("failing", |status| {
+                            let migration = status.migration.as_ref();
+                            migration.is_some_and(|m| !m.failure.is_empty())
+                        })
+                        .await;
+                    assert_eq!(status.phase(), Phase::Running, "{failpoint}");
+                    assert!(!status.said_quiet, "{failpoint}");
+                    let migration = status.migration.unwrap();
+                    assert!(
+                        migration.sent_bytes > 16 << 20,
+                        "{failpoint}: {migration:?}"
+                    );
+                    let timings = migration.timings.unwrap();
+                    assert_eq!(timings.vcpus_stopped_ns, 0, "{failpoint}");
+                }
                 if phase == Phase::Quiet {
                     // Without the log's word it stays so, whatever its lease and its permit say.
                     source.extend(5, LEASE).await.unwrap();

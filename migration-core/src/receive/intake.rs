@@ -162,6 +162,10 @@ impl<S: MemorySink + ?Sized> Intake<S> {
                 }
                 self.round = mark.round;
                 self.ended = mark.last;
+                if !mark.last {
+                    let arrived = self.sink.round_arrived(mark.round);
+                    arrived.map_err(host("take up a round"))?;
+                }
                 Ok(Some(Arrived::RoundEnd(mark, self.totals)))
             }
             Kind::Setup => {

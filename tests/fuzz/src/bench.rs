@@ -19,8 +19,8 @@ use vmm::devices::selfcheck::SelfCheck;
 use vmm::devices::serial::Serial;
 use vmm::devices::virtio::block::{Block, BlockConfig};
 use vmm::devices::{
-    Bus, DeviceContext, ExitContext, GuestMemory, InterruptController, MachineEvent, Migratable,
-    NotifyRegistry, WakeHub,
+    Bus, DeviceContext, ExitContext, GuestMemory, InterruptController, MachineEvent, MachineEvents,
+    Migratable, NotifyRegistry, WakeHub,
 };
 use vmm::layout::{virtio_irq, virtio_mmio_address};
 use vmm_sys_util::eventfd::EventFd;
@@ -75,7 +75,7 @@ impl Bench {
             notify: Arc::new(NoNotifications),
             wake: wake.clone(),
             runtime: tokio::runtime::Handle::current(),
-            events: sender,
+            events: MachineEvents::new(sender),
         };
         let serial = Serial::new(&context, 4, Arc::new(Console::default()));
         let keyboard = I8042::new(&context);

@@ -128,9 +128,9 @@ impl World {
         let Some(monitor) = self.hosts[node].monitors.get_mut(&nonce) else {
             return;
         };
-        // One that stops, for a cutover or for good, has its vCPUs out of the guest already and drains on: what it
-        // still writes is its token's matter.
-        if monitor.deadline <= clock && monitor.phase == Phase::Running && !monitor.stop_asked {
+        // One that stops, for a cutover or for good, has its vCPUs out of the guest already; its drain ends with its
+        // lease too.
+        if monitor.deadline <= clock && matches!(monitor.phase, Phase::Running | Phase::Stopping) {
             monitor.step(phase::Event::LeaseLapsed);
             let vm = monitor.vm;
             self.say(|| format!("n{}: {vm} freezes", node + 1));

@@ -1,11 +1,13 @@
 //! Decides whether anything was lost: from every node's journal of events, every guest's report, what the
-//! guests' witnesses wrote down, and the storage server's own view of the disks.
+//! guests' witnesses wrote down, the storage server's own view of the disks, when which monitor's guest executed, and
+//! what no log may say.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
 use cluster_model::Token;
+use cluster_model::settings::Settings;
 use nfs3_client::Nfs3ConnectionBuilder;
 use nfs3_client::tokio::TokioConnector;
 use nfs3_types::nfs3::{GETATTR3args, LOOKUP3args, Nfs3Result, diropargs3, filename3};
@@ -16,6 +18,8 @@ use vmm::devices::selfcheck::witness::{self, WitnessEvent};
 use vmm::guest::abi::{BlockContents, PAGE_WORDS, block_slot, read_block};
 
 use super::World;
+use super::copies::Copies;
+use super::logs::Logs;
 
 /// Blocks of a disk that the guest writes, if the disk has as many.
 const BLOCKS_MAX: u64 = vmm::guest::DISK_BLOCKS;
@@ -33,6 +37,9 @@ pub struct Checker {
     tokens: BTreeMap<String, u32>,
     /// Disks read from the server's side.
     pub disks_read: u64,
+    /// When guests executed.
+    pub copies: Copies,
+    logs: Logs,
 }
 
 impl Checker {
@@ -50,6 +57,12 @@ impl Checker {
     /// # Errors
     /// With the violation.
     pub async fn check(&mut self, world: &World, vms: &[VmView]) -> anyhow::Result<()> {
+        self.copies.look(
+            &world.cluster.local.nodes,
+            &world.ledger,
+            Settings::fast().margin_ms(),
+        )?;
+        self.logs.look(&world.cluster.local.plan.folder)?;
         for vm in vms {
             if let Some(guest) = &vm.guest {
                 ensure!(

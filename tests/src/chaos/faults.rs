@@ -11,6 +11,7 @@ use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 
 use super::World;
+use super::copies::run_log_of;
 
 /// Which processes of a host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -175,12 +176,22 @@ impl Faults {
         );
         world.count_fault(&fault.kind());
         match &fault {
-            Fault::Kill(node, Part::All) => world.cluster.local.kill_node(*node),
+            Fault::Kill(node, Part::All) => {
+                let monitors: Vec<_> = world
+                    .processes(*node, Part::All, rng)
+                    .into_iter()
+                    .filter_map(run_log_of)
+                    .collect();
+                world.cluster.local.kill_node(*node);
+                world.ledger.killed(monitors);
+            }
             Fault::Kill(node, Part::Daemon) => world.cluster.local.kill_clusterd(*node),
             Fault::Kill(node, part) => {
                 for pid in world.processes(*node, *part, rng) {
+                    let monitor = run_log_of(pid);
                     // It may have ended already.
                     let _ = kill(pid, Signal::SIGKILL);
+                    world.ledger.killed(monitor);
                 }
             }
             Fault::Stop(node, part) => stopped = world.processes(*node, *part, rng),
@@ -206,12 +217,17 @@ impl Faults {
                 shift.1 = wall_s * 1_000_000_000;
                 let path = world.cluster.local.nodes[*node].folder.join("clock");
                 proto::clock::write_shifts(&path, shift.0, shift.1)?;
+                let name = &world.cluster.local.nodes[*node].name;
+                world.ledger.stepped(name, shift.0);
                 return Ok(());
             }
         }
         for pid in &stopped {
             // It may have ended already.
             let _ = kill(*pid, Signal::SIGSTOP);
+            if let Some(monitor) = run_log_of(*pid) {
+                world.ledger.stopped(monitor);
+            }
         }
         self.active.push(Active {
             fault,
@@ -245,6 +261,9 @@ impl Faults {
                 Fault::Kill(..) | Fault::Clock(..) => {}
                 Fault::Stop(..) | Fault::StopServer => {
                     for pid in &active.stopped {
+                        if let Some(monitor) = run_log_of(*pid) {
+                            world.ledger.goes_on(&monitor);
+                        }
                         // It may have been killed meanwhile.
                         let _ = kill(*pid, Signal::SIGCONT);
                     }

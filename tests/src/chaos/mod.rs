@@ -5,11 +5,13 @@
 //!  operators ──► clusterd n1…n5, monitors, brokers ──► storage server
 //!                   ▲ kill, stop, cut, slow, clock       ▲ kill, stop
 //!                 faults (from the seed)
-//!  calm: everything healed ─► every machine runs ─► checker: journals, guests, witnesses, disks, groups
+//!  calm: everything healed ─► every machine runs ─► checker: copies, logs, journals, guests, witnesses, disks, groups
 //! ```
 
 mod checker;
+mod copies;
 mod faults;
+mod logs;
 pub mod network;
 mod operators;
 pub mod server;
@@ -34,6 +36,7 @@ use serde::Serialize;
 
 use crate::cluster::{Machine, TestCluster};
 use checker::Checker;
+use copies::Ledger;
 use faults::{Fault, Faults, Part};
 use network::{Namespace, SUBNET};
 use operators::Workplace;
@@ -85,6 +88,14 @@ pub struct Report {
     pub requests: u64,
     /// See `requests`.
     pub refused: u64,
+    /// Monitors whose guests' execution was compared; never two copies of one machine at a time, or there is no report.
+    pub monitors: u64,
+    /// Freezes by a deadline.
+    pub freezes: u64,
+    /// How long guests executed past their deadlines, ms: 99 of 100 freezes came no later.
+    pub freeze_late_p99_ms: f64,
+    /// The latest.
+    pub freeze_late_max_ms: f64,
 }
 
 impl Report {
@@ -100,7 +111,7 @@ impl Report {
     /// One line.
     pub fn summary(&self) -> String {
         format!(
-            "{} s of chaos, seed {}: {} faults, {} migrations cut over and {} aborted, {} failovers, {} checks in calm, {} disks read at the server; nothing lost",
+            "{} s of chaos, seed {}: {} faults, {} migrations cut over and {} aborted, {} failovers, {} checks in calm, {} disks read at the server; one copy at a time in {} monitors, {} freezes late by {:.3} ms (p99) and {:.3} ms at most; nothing lost",
             self.seconds,
             self.seed,
             self.faults_total(),
@@ -108,7 +119,11 @@ impl Report {
             self.event("migration.aborted"),
             self.failovers(),
             self.calms,
-            self.disks_read
+            self.disks_read,
+            self.monitors,
+            self.freezes,
+            self.freeze_late_p99_ms,
+            self.freeze_late_max_ms
         )
     }
 
@@ -126,6 +141,8 @@ pub struct World {
     server: Server,
     timeline: Arc<Timeline>,
     faults: BTreeMap<String, u64>,
+    /// What was done to monitors, for the checker.
+    ledger: Ledger,
 }
 
 /// The machines: one dirties much, one writes much, one is stopped and started.
@@ -246,6 +263,16 @@ async fn storms(
     report.faults = std::mem::take(&mut world.faults);
     report.events = checker.kinds();
     report.disks_read = checker.disks_read;
+    report.monitors = checker.copies.monitors();
+    ensure!(
+        report.monitors > 0,
+        "no monitor wrote down when its guest executed"
+    );
+    (
+        report.freezes,
+        report.freeze_late_p99_ms,
+        report.freeze_late_max_ms,
+    ) = checker.copies.lateness_ms();
     Ok(report)
 }
 
@@ -261,6 +288,8 @@ impl World {
             clocks: true,
             ..Plan::default()
         };
+        plan.environment
+            .insert(vmm::run_log::VARIABLE.into(), "1".into());
         std::fs::create_dir_all(&plan.folder)?;
         let mut networks = Vec::new();
         for number in 1..=options.nodes {
@@ -315,6 +344,7 @@ impl World {
             server,
             timeline,
             faults: BTreeMap::new(),
+            ledger: Ledger::default(),
         })
     }
 

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
+use super::{
+    BusDevice, DeviceContext, ExitContext, MachineEvent, MachineEvents, Migratable, StateError,
+};
 use async_trait::async_trait;
-use tokio::sync::mpsc;
-
-use super::{BusDevice, DeviceContext, ExitContext, MachineEvent, Migratable, StateError};
 
 /// The command port, from the first port of the controller on.
 const COMMAND: u64 = 4;
@@ -15,7 +15,7 @@ const PULSE_RESET: u8 = 0xfe;
 /// The controller.
 #[derive(Debug)]
 pub struct I8042 {
-    events: mpsc::Sender<MachineEvent>,
+    events: MachineEvents,
 }
 
 impl I8042 {
@@ -35,8 +35,7 @@ impl BusDevice for I8042 {
 
     fn write(&self, offset: u64, data: &[u8], _: &ExitContext<'_>) {
         if offset == COMMAND && data == [PULSE_RESET] {
-            // Full: the machine has been told often enough.
-            let _ = self.events.try_send(MachineEvent::Reset);
+            self.events.tell(MachineEvent::Reset);
         }
     }
 }

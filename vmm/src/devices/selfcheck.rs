@@ -15,11 +15,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{
-    BusDevice, DeviceContext, ExitContext, GuestMemory, MachineEvent, Migratable, StateError,
+    BusDevice, DeviceContext, ExitContext, GuestMemory, MachineEvent, MachineEvents, Migratable,
+    StateError,
 };
 use crate::guest::abi::{
     COMMAND_GIVE_UP, COMMAND_REPORT, PORT_COMMAND, PORT_EXIT, PORT_WAIT, REPORT_WORDS, Report,
@@ -33,7 +34,7 @@ use witness::Witness;
 pub struct SelfCheck {
     memory: GuestMemory,
     report_address: u64,
-    events: mpsc::Sender<MachineEvent>,
+    events: MachineEvents,
     report: watch::Sender<GuestReport>,
     witness: Option<Mutex<Witness>>,
 }
@@ -113,8 +114,7 @@ impl SelfCheck {
     }
 
     fn tell(&self, event: MachineEvent) {
-        // Full: the machine has been told often enough.
-        let _ = self.events.try_send(event);
+        self.events.tell(event);
     }
 }
 

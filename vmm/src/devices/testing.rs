@@ -8,8 +8,8 @@ use tokio::sync::mpsc;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    BusDevice, DeviceContext, ExitContext, InterruptController, MachineEvent, NotifyRegistry,
-    WakeHub,
+    BusDevice, DeviceContext, ExitContext, InterruptController, MachineEvent, MachineEvents,
+    NotifyRegistry, WakeHub,
 };
 use crate::memory;
 
@@ -69,7 +69,7 @@ impl Bench {
             notify: Arc::new(Notifications),
             wake: Arc::new(WakeHub::default()),
             runtime: tokio::runtime::Handle::current(),
-            events: sender,
+            events: MachineEvents::new(sender),
         };
         Self {
             context,

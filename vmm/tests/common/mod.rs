@@ -4,11 +4,12 @@
 pub mod process;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use cluster_model::ids::{Token, VmId};
+use cluster_model::settings::Settings;
 use tokio::sync::mpsc;
 use vm_memory::{Bytes, GuestAddress};
 use vmm::boot::start::{Mode, Start, write_identity_map};
@@ -54,6 +55,10 @@ pub fn kvm(test: &str) -> bool {
 pub struct Counter {
     pub last: AtomicU64,
     pub skipped: AtomicU64,
+    /// Keeps the vCPU inside the device.
+    pub stuck: AtomicBool,
+    /// How many are inside, stuck.
+    pub inside: AtomicU64,
 }
 
 impl BusDevice for Counter {
@@ -65,6 +70,13 @@ impl BusDevice for Counter {
         let before = self.last.swap(count, Ordering::SeqCst);
         if count != before + 1 {
             self.skipped.fetch_add(1, Ordering::SeqCst);
+        }
+        if self.stuck.load(Ordering::SeqCst) {
+            self.inside.fetch_add(1, Ordering::SeqCst);
+            while self.stuck.load(Ordering::SeqCst) {
+                std::thread::yield_now();
+            }
+            self.inside.fetch_sub(1, Ordering::SeqCst);
         }
     }
 }
@@ -111,6 +123,8 @@ pub struct Counting {
     pub counter: Arc<Counter>,
     pub events: mpsc::Receiver<MachineEvent>,
     pub lapses: mpsc::UnboundedReceiver<Lapsed>,
+    /// Whoever holds it holds up the gate's own thread, after the lapse that it is about to tell of.
+    pub lapse_hold: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// Builds one; `empty` leaves it without a guest, for a restore.
@@ -129,8 +143,11 @@ pub fn with_code(code: &'static [u8], vcpus: u32, empty: bool) -> Counting {
         vcpus,
         disks: Vec::new(),
         on_lapse: OnLapse::Freeze,
+        run_log: None,
     };
     let on_bus = counter.clone();
+    let lapse_hold = Arc::new(tokio::sync::Mutex::new(()));
+    let held = lapse_hold.clone();
     let machine = Machine::assemble(
         config,
         send_event,
@@ -153,6 +170,7 @@ pub fn with_code(code: &'static [u8], vcpus: u32, empty: bool) -> Counting {
         }),
         move |lapsed| {
             let _ = send_lapse.send(lapsed);
+            drop(held.blocking_lock());
         },
     )
     .expect("a machine");
@@ -161,7 +179,19 @@ pub fn with_code(code: &'static [u8], vcpus: u32, empty: bool) -> Counting {
         counter,
         events,
         lapses,
+        lapse_hold,
     }
+}
+
+/// How late a guest was stopped (CLOCK_MONOTONIC) for its deadline (CLOCK_BOOTTIME).
+pub fn late(stopped_ns: u64, deadline_ns: u64) -> Duration {
+    let apart_ns = clock::boottime_ns().saturating_sub(clock::monotonic_ns());
+    Duration::from_nanos((stopped_ns + apart_ns).saturating_sub(deadline_ns))
+}
+
+/// How late a freeze may come: as much as a lease's margin allows where it is smallest in practice.
+pub fn margin() -> Duration {
+    Duration::from_millis(Settings::fast().margin_ms().into())
 }
 
 /// A permit for the next `lease`.

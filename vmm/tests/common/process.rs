@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use tokio::process::{Child, Command};
 use tonic::transport::Channel;
 use vmm::clock;
+use vmm::run_log::{self, Spell};
 
 /// Longer than anything here takes on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -25,6 +26,7 @@ pub struct Process {
     child: Child,
     pub client: MonitorClient<Channel>,
     pub nonce: u64,
+    runs: PathBuf,
 }
 
 /// The machine file of a self-checking guest with `memory_mib`, and its disk in `directory` if it has any.
@@ -53,6 +55,16 @@ pub fn machine_file(directory: &Path, memory_mib: u64, dirty_mib_s: u32, disk_mi
 impl Process {
     /// Starts a monitor and waits until it answers.
     pub async fn start(directory: &Path, name: &str, file: &Value, failpoints: &str) -> Process {
+        Process::start_with(directory, name, file, &[("BATON_FAILPOINTS", failpoints)]).await
+    }
+
+    /// Starts a monitor with these variables and waits until it answers; it writes down when its guest executes.
+    pub async fn start_with(
+        directory: &Path,
+        name: &str,
+        file: &Value,
+        environment: &[(&str, &str)],
+    ) -> Process {
         let config = directory.join(format!("{name}.json"));
         std::fs::write(&config, file.to_string()).expect("a machine file");
         let socket: PathBuf = directory.join(format!("{name}.sock"));
@@ -67,7 +79,8 @@ impl Process {
         }
         let log = std::fs::File::create(directory.join(format!("{name}.log"))).expect("a log");
         let child = command
-            .env("BATON_FAILPOINTS", failpoints)
+            .envs(environment.iter().copied())
+            .env(run_log::VARIABLE, "1")
             .env_remove("RUST_LOG")
             .stderr(Stdio::from(log))
             .kill_on_drop(true)
@@ -77,6 +90,7 @@ impl Process {
             child,
             client: MonitorClient::new(proto::unix::channel(&socket)),
             nonce: 0,
+            runs: socket.with_extension(run_log::EXTENSION),
         };
         let begun = std::time::Instant::now();
         loop {
@@ -218,6 +232,12 @@ impl Process {
         };
         self.client.send_migration(request).await?;
         Ok(())
+    }
+
+    /// The executions of its guest so far.
+    pub fn spells(&self) -> Vec<Spell> {
+        let runs = run_log::read(&self.runs).expect("a log of runs");
+        runs.vcpus.into_iter().flatten().collect()
     }
 
     /// Sends it a signal.

@@ -34,6 +34,10 @@ impl MemorySink for Sink {
             .push(format!("zero {region}:{page}+{count}"));
         Ok(())
     }
+    fn round_arrived(&self, round: u32) -> Result<(), HostError> {
+        self.log.lock().unwrap().push(format!("round {round}"));
+        Ok(())
+    }
 }
 
 struct Bench {
@@ -146,6 +150,15 @@ fn a_whole_migration_in_order_is_accepted() {
     let done = bench.take(last(2, b"abc")).unwrap();
     assert!(matches!(done, Some(Arrived::Final(_, state)) if state == b"abc"));
     assert!(bench.intake.is_finished());
+}
+
+#[test]
+fn the_monitor_is_told_of_each_round_but_the_last() {
+    let mut bench = Bench::set_up();
+    for frame in [end(1, false), end(2, false), quiet(), end(3, true)] {
+        bench.take(frame).unwrap();
+    }
+    assert_eq!(bench.log(), ["round 1", "round 2"]);
 }
 
 #[test]

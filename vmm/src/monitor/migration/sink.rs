@@ -80,6 +80,11 @@ impl MemorySink for Sink {
         }
         Ok(())
     }
+
+    fn round_arrived(&self, _: u32) -> Result<(), HostError> {
+        // A blocking thread of the engine's: waiting on the runtime is allowed here.
+        Ok(tokio::runtime::Handle::current().block_on(failpoint::reach("sink.round"))?)
+    }
 }
 
 #[async_trait]
