@@ -16,6 +16,7 @@ pub mod failover;
 pub mod fleet;
 pub mod ids;
 pub mod lease;
+pub mod limits;
 pub mod membership;
 pub mod placement;
 pub mod queue;
@@ -31,7 +32,6 @@ pub use agent::{
     Act, FlowKind, MonitorMigration, MonitorPhase, MonitorView, NodeView, PermitRefusal, Side,
     decide, permit_allowed,
 };
-pub use apply::parse_mac;
 pub use command::{Command, Envelope, Outcome, ReleaseReason, Reply};
 pub use event::{Event, Object, Severity, Why, counted};
 pub use fleet::{Fleet, NodeLoad, Observed};
@@ -39,6 +39,7 @@ pub use ids::{
     Incarnation, LogIndex, MigrationId, Name, NameError, NodeId, RequestId, Token, VmId, VolumeId,
 };
 pub use lease::{Grant, LeaseRefusal, LeaseTable, NodeLease};
+pub use limits::parse_mac;
 pub use placement::{Choice, NoPlace, Score, best_node};
 pub use rejection::Rejection;
 pub use settings::{BalanceLevel, Settings, SettingsError};
