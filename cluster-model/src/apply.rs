@@ -12,8 +12,6 @@ mod tests;
 mod trust;
 mod vms;
 
-pub use vms::parse_mac;
-
 use std::sync::Arc;
 
 use crate::command::{Command, Envelope, Outcome, Rejection, Reply};

@@ -19,6 +19,7 @@ pub mod fleet;
 pub mod flow;
 pub mod ids;
 pub mod lease;
+pub mod limits;
 pub mod membership;
 pub mod permit;
 pub mod phase;
@@ -38,7 +39,6 @@ pub use agent::{
     Act, FlowKind, MonitorMigration, MonitorPhase, MonitorView, NodeView, PermitRefusal, Side,
     decide, permit_allowed,
 };
-pub use apply::parse_mac;
 pub use command::{Command, Envelope, Outcome, ReleaseReason, Reply};
 pub use event::{Event, Object, Severity, Why, counted};
 pub use fleet::{Fleet, NodeLoad, Observed};
@@ -46,6 +46,7 @@ pub use ids::{
     Incarnation, LogIndex, MigrationId, Name, NameError, NodeId, RequestId, Token, VmId, VolumeId,
 };
 pub use lease::{Grant, Heartbeat, HeldLease, LeaseRefusal, Loss, LossOutcome, Term};
+pub use limits::parse_mac;
 pub use placement::{Choice, NoPlace, Score};
 pub use rejection::Rejection;
 pub use settings::{BalanceLevel, Settings, SettingsError};

@@ -12,6 +12,7 @@ use crate::command::Rejection;
 use crate::event::{Why, counted};
 use crate::fleet::{Fleet, permille};
 use crate::ids::{Name, NodeId, VmId};
+use crate::limits;
 use crate::state::{ClusterState, Duty, Liveness, Node, NodeRole, Rule, Vm, Volume};
 
 /// Nodes that a decision's [`Why`] names, best first, and as many of the refused: enough for a person,
@@ -90,6 +91,8 @@ fn constraints<'s>(
     room: impl FnOnce() -> Room,
 ) -> Result<(), Rejection> {
     takes_machines(node)?;
+    // One that was let in under other limits would fail on every node in turn.
+    limits::check_spec(&vm.spec)?;
     for disk in &vm.spec.disks {
         if !volume_named(&disk.volume).is_some_and(|volume| volume.reaches(node.id)) {
             return Err(Rejection::VolumeUnreachable {

@@ -32,6 +32,8 @@ pub const PAGE_BYTES: u64 = 4096;
 pub const PAGE_WORDS: usize = 512;
 /// Blocks of the disk that the guest uses at most: it scans them all when it boots.
 pub const DISK_BLOCKS_MAX: u64 = 16_384;
+/// Virtual processors that the guest runs on at most: it has this many stacks.
+pub const VCPUS_MAX: u64 = 32;
 /// Blocks that the guest writes between two flushes at most: it has this many buffers.
 pub const BLOCKS_PER_FLUSH_MAX: u64 = 16;
 
@@ -108,17 +110,19 @@ record! {
         step_us,
         /// Physical address at which the guest keeps its report record.
         report_address,
+        /// Virtual processors, 1 to [`VCPUS_MAX`]. Each begins at the guest's entry, its number in RSI.
+        vcpus,
     }
 }
 
 record! {
-    /// What the guest tells the monitor, each time it writes [`COMMAND_REPORT`].
+    /// What the guest tells the monitor, each time it writes [`COMMAND_REPORT`]: of all its processors together.
     Report, REPORT_WORDS, 0x3152_4e4f_5441_4231, {
         /// Counts the reports of this boot, from 1.
         number,
         /// `FLAG_…` bits.
         flags,
-        /// Paced steps since the working set was full.
+        /// Paced steps since the working set was full: of the processor that has made the fewest.
         steps,
         /// Pages written since boot; with the page count it gives the generation of every page.
         pages_written,
@@ -146,7 +150,7 @@ record! {
         error_found,
         /// The guest's monotonic clock, ns since boot.
         clock_ns,
-        /// The longest time between two looks at the clock since the report before, ns.
+        /// The longest time between two looks of a processor at the clock since the report before, ns.
         gap_ns,
         /// The same since boot, ns.
         gap_ever_ns,
@@ -161,9 +165,11 @@ pub enum ErrorCode {
     PageDamaged = 1,
     /// A page holds a whole but wrong generation. Expected and found: generations.
     PageStale = 2,
-    /// The two records of how much was written differ. Expected and found: the two counts.
+    /// The two records of how much a processor has written differ. Where: the processor; expected and found: the two
+    /// counts.
     CounterStale = 3,
-    /// The clock went back. Expected: no less than this; found: this (ns).
+    /// The clock went back, or is behind what another processor has read before. Where: the processor; expected: no
+    /// less than this; found: this (ns).
     ClockWentBack = 4,
     /// The disk answered a request with an error. Where: the block; found: the virtio status.
     DiskRequestFailed = 5,
@@ -179,11 +185,13 @@ pub enum ErrorCode {
     BadParams = 10,
     /// The guest's own program failed.
     Panic = 11,
+    /// The count that all processors keep together is not the sum of their own. Expected: the sum; found: the count.
+    SharedCountStale = 12,
 }
 
 impl ErrorCode {
     /// Every code.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::PageDamaged,
         Self::PageStale,
         Self::CounterStale,
@@ -195,6 +203,7 @@ impl ErrorCode {
         Self::DiskUnusable,
         Self::BadParams,
         Self::Panic,
+        Self::SharedCountStale,
     ];
 
     /// The code with this number.
@@ -305,6 +314,13 @@ impl PageOrder {
         let position = page % self.pages * self.inverse % self.pages;
         written / self.pages + u64::from(position < written % self.pages)
     }
+}
+
+/// The part of `whole` that processor `vcpu` of `vcpus` has: where it begins and how much it is. The parts differ by one
+/// at most, and together they are the whole.
+pub const fn part_of(whole: u64, vcpus: u64, vcpu: u64) -> (u64, u64) {
+    let start = whole * vcpu / vcpus;
+    (start, whole * (vcpu + 1) / vcpus - start)
 }
 
 fn greatest_common_divisor(mut left: u64, mut right: u64) -> u64 {

@@ -1,24 +1,30 @@
-//! The processor: entry, ports, time stamp counter, raw memory. With `virtio` all of the guest's `unsafe`.
+//! A processor: entry, ports, time stamp counter, raw memory. With `virtio` all of the guest's `unsafe`.
 
 use core::arch::{asm, global_asm, x86_64::_rdtsc};
-use core::sync::atomic::{Ordering, fence};
+use core::sync::atomic::{AtomicU64, Ordering, fence};
 
-const STACK_BYTES: usize = 64 << 10;
+use crate::abi::VCPUS_MAX;
+
+/// Of each processor.
+const STACK_BYTES: usize = 16 << 10;
 
 #[repr(align(4096))]
 #[allow(dead_code)] // Only its address is used, by the entry code.
-struct Stack([u8; STACK_BYTES]);
+struct Stacks([[u8; STACK_BYTES]; VCPUS_MAX as usize]);
 
 #[unsafe(no_mangle)]
-static mut GUEST_STACK: Stack = Stack([0; STACK_BYTES]);
+static mut GUEST_STACKS: Stacks = Stacks([[0; STACK_BYTES]; VCPUS_MAX as usize]);
 
-// The monitor starts the guest here with RDI = address of the parameter record and everything else undefined.
+// The monitor starts every processor here with RDI = address of the parameter record, RSI = the processor's number and
+// everything else undefined.
 global_asm!(
     ".section .text._start, \"ax\"",
     ".globl _start",
     "_start:",
     "    cld",
-    "    lea rsp, [rip + GUEST_STACK + {stack_bytes}]",
+    "    imul rax, rsi, {stack_bytes}",
+    "    lea rsp, [rip + GUEST_STACKS + {stack_bytes}]",
+    "    add rsp, rax",
     "    xor ebp, ebp",
     "    call {enter}",
     "    ud2",
@@ -27,8 +33,14 @@ global_asm!(
     enter = sym enter,
 );
 
-extern "C" fn enter(params_address: u64) -> ! {
-    crate::run(params_address)
+extern "C" fn enter(params_address: u64, vcpu: u64) -> ! {
+    crate::run(params_address, vcpu)
+}
+
+/// The number of the processor that asks: that of the stack it is on.
+pub fn number() -> u64 {
+    let here = 0u8;
+    (&raw const here as u64).wrapping_sub(&raw const GUEST_STACKS as u64) / STACK_BYTES as u64
 }
 
 /// Writes 32 bits to a port: the guest stops here until the monitor has done its part.
@@ -72,6 +84,27 @@ pub fn read<T: Copy>(address: u64) -> T {
 pub fn write<T: Copy>(address: u64, value: T) {
     // SAFETY: as for `read`; nothing of this program's own lies in those places but the buffers made for it.
     unsafe { core::ptr::write_volatile(address as *mut T, value) }
+}
+
+/// Adds to a value that other processors add to; no addition is lost.
+pub fn add(address: u64, value: u64) {
+    shared(address).fetch_add(value, Ordering::SeqCst);
+}
+
+/// Makes a value that other processors take at least so large.
+pub fn raise(address: u64, value: u64) {
+    shared(address).fetch_max(value, Ordering::SeqCst);
+}
+
+/// Takes a value away and leaves zero.
+pub fn take(address: u64) -> u64 {
+    shared(address).swap(0, Ordering::SeqCst)
+}
+
+fn shared<'a>(address: u64) -> &'a AtomicU64 {
+    // SAFETY: a word of a static of this program, aligned and there for ever; whoever else reaches it does so through
+    // this function or volatile reads.
+    unsafe { AtomicU64::from_ptr(address as *mut u64) }
 }
 
 /// The page at `address` as words, for as long as the caller looks at it.

@@ -8,8 +8,11 @@
 //!                                   └─ wait      in a port exit until the next step
 //! ```
 //!
-//! It runs at CPL3 with I/O privilege, identity-mapped, interrupts off, on one processor. So it uses no privileged
-//! instruction, and it tells time by the time stamp counter alone.
+//! Each processor goes round this loop with a part of the memory of its own. The first one has the disk too, and
+//! reports for all: a step counts when every processor has made it, and an error is one whoever finds it.
+//!
+//! It runs at CPL3 with I/O privilege, identity-mapped, interrupts off. So it uses no privileged instruction, and it
+//! tells time by the time stamp counter alone.
 #![no_std]
 #![no_main]
 
@@ -20,6 +23,7 @@ mod cpu;
 mod disk;
 mod memory;
 mod report;
+mod share;
 mod virtio;
 
 use abi::{BOOT_PARAMS_WORDS, BootParams, ErrorCode, FLAG_NO_DISK, WAIT_US_MAX};
@@ -33,8 +37,8 @@ const REPORT_INTERVAL_NS: u64 = 100_000_000;
 /// A gap this long is reported at once: the first thing a destination hears is how long the guest was away.
 const GAP_REPORT_NS: u64 = 10_000_000;
 
-/// Called by the entry code with the address of the parameter record.
-fn run(params_address: u64) -> ! {
+/// Called by the entry code of each processor with the address of the parameter record and the processor's number.
+fn run(params_address: u64, vcpu: u64) -> ! {
     let mut words = [0; BOOT_PARAMS_WORDS];
     cpu::read_words(params_address, &mut words);
     let Some(params) = BootParams::from_words(&words).filter(valid) else {
@@ -42,11 +46,17 @@ fn run(params_address: u64) -> ! {
         cpu::out32(abi::PORT_COMMAND, abi::COMMAND_GIVE_UP);
         stop()
     };
-    let mut clock = Clock::start(params.tsc_khz);
-    let mut reporter = Reporter::new(params.report_address);
-    let mut memory = Memory::new(&params);
-    let mut disk = (params.disk_mmio != 0).then(|| Disk::new(&params));
-    if disk.is_none() {
+    if vcpu == 0 {
+        share::start(cpu::tsc());
+    }
+    while share::started_at() == 0 {
+        cpu::out32(abi::PORT_WAIT, params.step_us.clamp(1, u64::from(WAIT_US_MAX)) as u32);
+    }
+    let mut clock = Clock::new(vcpu, params.vcpus, share::started_at(), params.tsc_khz);
+    let mut reporter = Reporter::new(params.report_address, vcpu, params.vcpus);
+    let mut memory = Memory::new(&params, vcpu);
+    let mut disk = (vcpu == 0 && params.disk_mmio != 0).then(|| Disk::new(&params));
+    if params.disk_mmio == 0 {
         reporter.report.flags |= FLAG_NO_DISK;
     }
     let step_ns = params.step_us * 1000;
@@ -54,6 +64,7 @@ fn run(params_address: u64) -> ! {
     let mut next_report = next_step;
     loop {
         let now = clock.look(&mut reporter);
+        share::turn(vcpu);
         let busy = memory.work(now, now >= next_step, &mut clock, &mut reporter);
         if let Some(disk) = &mut disk {
             disk.work(now, &mut reporter);
@@ -65,9 +76,14 @@ fn run(params_address: u64) -> ! {
             }
             next_step = now + step_ns;
         }
-        if now >= next_report || reporter.urgent || reporter.report.gap_ns >= GAP_REPORT_NS {
-            reporter.send(clock.now());
-            next_report = now + REPORT_INTERVAL_NS;
+        if vcpu == 0 {
+            reporter.look_around(clock.now());
+            if now >= next_report || reporter.urgent || reporter.report.gap_ns >= GAP_REPORT_NS {
+                reporter.send(clock.now());
+                next_report = now + REPORT_INTERVAL_NS;
+            }
+        } else {
+            reporter.publish();
         }
         let now = clock.look(&mut reporter);
         if !busy && now < next_step {
@@ -82,6 +98,8 @@ fn valid(params: &BootParams) -> bool {
         && params.range0_pages != 0
         && params.range0_pages + params.range1_pages < 1 << 31
         && params.step_us != 0
+        && (1..=abi::VCPUS_MAX).contains(&params.vcpus)
+        && params.range0_pages + params.range1_pages >= params.vcpus
         && params.report_address != 0
         && (1..=abi::BLOCKS_PER_FLUSH_MAX).contains(&params.blocks_per_flush)
         && (params.disk_mmio == 0 || params.disk_blocks > 4 * abi::BLOCKS_PER_FLUSH_MAX)
@@ -98,6 +116,9 @@ fn stop() -> ! {
 #[panic_handler]
 fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
     let line = info.location().map_or(0, |place| u64::from(place.line()));
-    Reporter::last_words(ErrorCode::Panic, line);
+    match cpu::number() {
+        0 => Reporter::last_words(ErrorCode::Panic, line),
+        other => share::publish_panic(other, line),
+    }
     stop()
 }

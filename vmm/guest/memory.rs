@@ -1,4 +1,4 @@
-//! The working set: dirtied at a set rate, and every page compared, again and again, with the one generation that it
+//! A processor's part of the working set: dirtied at a set rate, and every page compared, again and again, with the one generation that it
 //! must hold now.
 //!
 //! What a page must hold follows from how many pages were ever written: one count, kept twice in two other pages.
@@ -6,8 +6,8 @@
 //! every page written since.
 
 use crate::abi::{
-    BootParams, DIRTY_UNLIMITED, ErrorCode, FLAG_FILLED, PAGE_BYTES, PAGE_WORDS, PATTERN_STEP, PageOrder, page_base,
-    page_generation,
+    BootParams, DIRTY_UNLIMITED, ErrorCode, FLAG_FILLED, PAGE_BYTES, PAGE_WORDS, PATTERN_STEP, PageOrder, VCPUS_MAX,
+    page_base, page_generation, part_of,
 };
 use crate::clock::Clock;
 use crate::cpu;
@@ -27,17 +27,20 @@ const CATCH_UP_NS: u64 = 20_000_000;
 /// A set rate above this is this rate: no processor writes faster, and the credit's arithmetic stays in range.
 const DIRTY_MIB_S_MAX: u64 = 1_000_000;
 
-/// The count of pages written, on a page of its own.
+/// A processor's count of pages written, on a page of its own.
 #[repr(align(4096))]
 #[allow(dead_code)] // Used by address.
 struct Count([u64; PAGE_WORDS]);
 
-static mut COUNT_FIRST: Count = Count([0; PAGE_WORDS]);
-static mut COUNT_SECOND: Count = Count([0; PAGE_WORDS]);
+static mut COUNT_FIRST: [Count; VCPUS_MAX as usize] = [const { Count([0; PAGE_WORDS]) }; VCPUS_MAX as usize];
+static mut COUNT_SECOND: [Count; VCPUS_MAX as usize] = [const { Count([0; PAGE_WORDS]) }; VCPUS_MAX as usize];
 
-/// The working set and where work on it stands.
+/// A processor's part of the working set and where work on it stands. Its pages are numbered from 0, those of the
+/// whole set, which patterns and reports name, from the first processor's on.
 pub struct Memory {
     vm_id: u64,
+    vcpu: u64,
+    first_page: u64,
     range0_start: u64,
     range0_pages: u64,
     range1_start: u64,
@@ -51,30 +54,34 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// The working set of the parameters, not yet written.
-    pub fn new(params: &BootParams) -> Self {
-        count_written(0);
+    /// The part of processor `vcpu` of the parameters' working set, not yet written.
+    pub fn new(params: &BootParams, vcpu: u64) -> Self {
+        let (first_page, pages) = part_of(params.range0_pages + params.range1_pages, params.vcpus, vcpu);
+        let pages_per_s = params.dirty_mib_s.min(DIRTY_MIB_S_MAX) * ((1 << 20) / PAGE_BYTES);
+        count_written(vcpu, 0);
         Self {
             vm_id: params.vm_id,
+            vcpu,
+            first_page,
             range0_start: params.range0_start,
             range0_pages: params.range0_pages,
             range1_start: params.range1_start,
-            order: PageOrder::new(params.range0_pages + params.range1_pages),
+            order: PageOrder::new(pages),
             pages_per_s: if params.dirty_mib_s == DIRTY_UNLIMITED {
                 u64::MAX
             } else {
-                params.dirty_mib_s.min(DIRTY_MIB_S_MAX) * ((1 << 20) / PAGE_BYTES)
+                part_of(pages_per_s, params.vcpus, vcpu).1
             },
             credit: 0,
             credited_at: 0,
             next_check: 0,
-            random: params.vm_id ^ PATTERN_STEP,
+            random: (params.vm_id ^ PATTERN_STEP).wrapping_add(vcpu),
         }
     }
 
     /// Every page was written once.
     pub fn filled(&self) -> bool {
-        written() >= self.order.pages()
+        self.written() >= self.order.pages()
     }
 
     /// Dirties what is due; checks pages when it is time for a step. True when more is due at once.
@@ -116,16 +123,17 @@ impl Memory {
     }
 
     fn write_next(&mut self, reporter: &mut Reporter) {
-        let number = written();
+        let number = self.written();
         let page = self.order.page_of(number);
         // Looked at before it is overwritten: else a lie in it would never be told.
         self.check(page, reporter);
-        let mut value = page_base(self.vm_id, page, self.order.generation(page, number) + 1);
+        let generation = self.order.generation(page, number) + 1;
+        let mut value = page_base(self.vm_id, self.first_page + page, generation);
         for word in cpu::page(self.address(page)) {
             *word = value;
             value = value.wrapping_add(PATTERN_STEP);
         }
-        count_written(number + 1);
+        count_written(self.vcpu, number + 1);
         reporter.report.pages_written = number + 1;
     }
 
@@ -144,7 +152,8 @@ impl Memory {
     fn check(&self, page: u64, reporter: &mut Reporter) {
         reporter.report.memory_checks += 1;
         let words = cpu::page(self.address(page));
-        let generation = self.order.generation(page, written());
+        let generation = self.order.generation(page, self.written());
+        let page = self.first_page + page; // As patterns and reports name it.
         if matches_generation(self.vm_id, page, generation, words) {
             return;
         }
@@ -164,14 +173,20 @@ impl Memory {
     }
 
     fn check_count(&self, reporter: &mut Reporter) {
-        let second = address_of_second();
+        let second = address_of_second(self.vcpu);
         let (twin, inverse): (u64, u64) = (cpu::read(second), cpu::read(second + 8));
-        if twin != written() || inverse != !twin || twin != reporter.report.pages_written {
-            reporter.fail(ErrorCode::CounterStale, 0, written(), twin);
+        let written = self.written();
+        if twin != written || inverse != !twin || twin != reporter.report.pages_written {
+            reporter.fail(ErrorCode::CounterStale, self.vcpu, written, twin);
         }
     }
 
+    fn written(&self) -> u64 {
+        cpu::read(address_of_first(self.vcpu))
+    }
+
     fn address(&self, page: u64) -> u64 {
+        let page = self.first_page + page;
         if page < self.range0_pages {
             self.range0_start + page * PAGE_BYTES
         } else {
@@ -194,16 +209,16 @@ fn matches_generation(vm_id: u64, page: u64, generation: u64, words: &[u64; PAGE
     difference == 0
 }
 
-fn address_of_second() -> u64 {
-    &raw const COUNT_SECOND as u64
+fn address_of_first(vcpu: u64) -> u64 {
+    &raw const COUNT_FIRST as u64 + vcpu * PAGE_BYTES
 }
 
-fn written() -> u64 {
-    cpu::read(&raw const COUNT_FIRST as u64)
+fn address_of_second(vcpu: u64) -> u64 {
+    &raw const COUNT_SECOND as u64 + vcpu * PAGE_BYTES
 }
 
-fn count_written(count: u64) {
-    cpu::write(&raw const COUNT_FIRST as u64, count);
-    cpu::write(address_of_second(), count);
-    cpu::write(address_of_second() + 8, !count);
+fn count_written(vcpu: u64, count: u64) {
+    cpu::write(address_of_first(vcpu), count);
+    cpu::write(address_of_second(vcpu), count);
+    cpu::write(address_of_second(vcpu) + 8, !count);
 }

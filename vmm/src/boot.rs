@@ -1,4 +1,4 @@
-//! Loading what a machine boots, and where its first vCPU begins.
+//! Loading what a machine boots, and where its vCPUs begin.
 //!
 //! ```text
 //!  selfcheck  the embedded guest: 64-bit user mode with I/O privilege, identity-mapped

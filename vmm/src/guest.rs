@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  0x10_0000  program, rings, buffers (guest/link.ld)
-//!  0x3f_0000  parameter record        (RDI at start)
+//!  0x3f_0000  parameter record        (RDI at start; RSI: the number of the vCPU)
 //!  0x3f_1000  report record
 //!  0x40_0000  working set, going on above the hole for devices where it is large
 //! ```
@@ -12,10 +12,10 @@ pub mod abi;
 
 use crate::layout::{HIGH_RAM_START, LOW_RAM_END};
 use crate::memory;
-use abi::{BootParams, DISK_BLOCKS_MAX, PAGE_BYTES, WORKING_SET_START};
+use abi::{BootParams, DISK_BLOCKS_MAX, PAGE_BYTES, VCPUS_MAX, WORKING_SET_START};
 
 /// The guest's program: a static ELF file, linked at [`abi::LOAD_ADDRESS`], identity-mapped, entered at its entry
-/// point with RDI = [`PARAMS_ADDRESS`].
+/// point on every vCPU with RDI = [`PARAMS_ADDRESS`] and RSI = the vCPU's number.
 pub const PROGRAM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/selfcheck-guest.elf"));
 
 /// Where the parameter record lies.
@@ -35,6 +35,17 @@ pub const BLOCKS_PER_FLUSH: u64 = 4;
 
 /// Blocks of the disk that the guest uses: 16 MiB, which it scans at boot in a fraction of a second.
 pub const DISK_BLOCKS: u64 = 4_096;
+
+/// Where a working set of `working_set_mib` ends in a machine that has memory on both sides of the devices.
+pub const fn working_set_end(working_set_mib: u64) -> u64 {
+    let bytes = working_set_mib << 20;
+    let below = LOW_RAM_END - WORKING_SET_START;
+    if bytes <= below {
+        WORKING_SET_START + bytes
+    } else {
+        HIGH_RAM_START + bytes - below
+    }
+}
 
 /// The smallest disk that the guest can use, in bytes: its ring must be longer than what may be unflushed.
 pub const DISK_BYTES_MIN: u64 = (4 * abi::BLOCKS_PER_FLUSH_MAX + 1) * PAGE_BYTES;
@@ -67,6 +78,12 @@ pub enum GuestParamsError {
         /// What would fit.
         most_mib: u64,
     },
+    /// It has no stack for so many processors.
+    #[error("the self-checking guest runs on 1 to {VCPUS_MAX} virtual processors, not on {vcpus}")]
+    TooManyVcpus {
+        /// How many were asked for.
+        vcpus: u32,
+    },
     /// Its disk is too small.
     #[error(
         "a disk of {bytes} bytes is too small for the self-checking guest: use at least {DISK_BYTES_MIN}"
@@ -84,18 +101,22 @@ pub enum GuestParamsError {
 
 /// The parameter record for machine `vm_id` with `memory_mib` MiB.
 ///
-/// `dirty_mib_s` is the rate at which it dirties its working set; 0: it only checks; `u32::MAX`: as fast as it can.
+/// `vcpus` share the working set. `dirty_mib_s` is the rate at which they dirty it together; 0: it only checks; `u32::MAX`: as fast as it can.
 ///
 /// # Errors
 /// When the guest would refuse them; see [`GuestParamsError`].
 pub fn boot_params(
     vm_id: u64,
     memory_mib: u64,
+    vcpus: u32,
     working_set_mib: u64,
     dirty_mib_s: u32,
     disk: Option<GuestDisk>,
     tsc_khz: u64,
 ) -> Result<BootParams, GuestParamsError> {
+    if !(1..=VCPUS_MAX).contains(&u64::from(vcpus)) {
+        return Err(GuestParamsError::TooManyVcpus { vcpus });
+    }
     let most_mib = memory_mib.saturating_sub(WORKING_SET_START >> 20);
     if working_set_mib == 0 {
         return Err(GuestParamsError::NoWorkingSet);
@@ -136,6 +157,7 @@ pub fn boot_params(
         tsc_khz,
         step_us: STEP_US,
         report_address: REPORT_ADDRESS,
+        vcpus: u64::from(vcpus),
     })
 }
 

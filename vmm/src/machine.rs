@@ -184,7 +184,7 @@ impl Machine {
         if let (Some(load), Some(first)) = (load, vcpus.first()) {
             let khz = first.get_tsc_khz().map_err(asked("the TSC's rate"))?;
             let start = load(&memory, u64::from(khz))?;
-            start::apply(first, &memory, &start)?;
+            start::apply(&vcpus, &memory, &start)?;
         }
         let run_log = config.run_log.as_ref();
         let vcpus = Vcpus::start(vcpus, &devices.buses, wake, events.clone(), run_log)?;

@@ -250,6 +250,7 @@ fn load_guest(
             let params = boot_params(
                 file.vm_id.0,
                 file.memory_mib,
+                file.vcpus,
                 working_set_mib,
                 *dirty_mib_s,
                 disk,

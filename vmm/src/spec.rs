@@ -4,29 +4,39 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use cluster_model::ids::{MigrationId, NodeId, Token, VmId};
+use cluster_model::limits::{self, Measures};
 use cluster_model::state::{Boot, OnIsolation};
 use serde::{Deserialize, Serialize};
 use storage_broker::disk::DiskSpec;
 use storage_broker::tls::ClientTls;
 use storage_broker::volume::{DiskPath, VolumeUrl};
 
-use crate::boot::mptable::MPTABLE_CPUS_MAX;
+use crate::boot;
+use crate::guest;
 use crate::layout::VIRTIO_SLOTS_MAX;
 
 /// The largest machine file that is read.
 const FILE_BYTES_MAX: u64 = 1 << 20;
-
-/// The least memory: the loader's tables and the self-checking guest's program lie below 4 MiB.
-pub const MEMORY_MIB_MIN: u64 = 8;
-
-/// The most memory: 4 KiB pages of it are counted in 32 bits here and there.
-pub const MEMORY_MIB_MAX: u64 = 1 << 20;
 
 /// The bytes of a migration's ticket.
 pub const TICKET_BYTES: usize = 32;
 
 /// The most addresses that a memory stream is accepted on.
 const LISTEN_MAX: usize = 8;
+
+// What the log lets in this monitor can be: each line holds a limit of the table against what it rests on here.
+const _: () = {
+    assert!(*limits::VCPUS.end() <= boot::mptable::MPTABLE_CPUS_MAX);
+    assert!(*limits::VCPUS.end() as u64 <= guest::abi::VCPUS_MAX);
+    assert!(limits::SLOTS_MAX <= VIRTIO_SLOTS_MAX);
+    assert!(limits::CMDLINE_BYTES_MAX <= boot::linux::CMDLINE_ROOM_BYTES);
+    assert!(limits::SELF_CHECK_OWN_MIB << 20 >= guest::abi::WORKING_SET_START);
+    assert!(limits::SELF_CHECK_DISK_BYTES_MIN >= guest::DISK_BYTES_MIN);
+    assert!(
+        guest::working_set_end(limits::SELF_CHECK_WORKING_SET_MIB_MAX)
+            <= boot::start::IDENTITY_MAP_BYTES_MAX
+    );
+};
 
 /// The file's contents.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -240,27 +250,14 @@ impl ValidatedSpec {
         if file.token == Token::NONE || file.token.0 >= Token::LIMIT {
             return Err(field("token", format!("{} was never granted", file.token)));
         }
-        if !(MEMORY_MIB_MIN..=MEMORY_MIB_MAX).contains(&file.memory_mib) {
-            return Err(field(
-                "memory_mib",
-                format!(
-                    "{} is not between {MEMORY_MIB_MIN} and {MEMORY_MIB_MAX}",
-                    file.memory_mib
-                ),
-            ));
-        }
-        if !(1..=MPTABLE_CPUS_MAX).contains(&file.vcpus) {
-            return Err(field(
-                "vcpus",
-                format!("{} is not between 1 and {MPTABLE_CPUS_MAX}", file.vcpus),
-            ));
-        }
-        if file.disks.len() + file.nics.len() > VIRTIO_SLOTS_MAX {
-            return Err(field(
-                "disks",
-                format!("with `nics` there may be {VIRTIO_SLOTS_MAX} at most"),
-            ));
-        }
+        limits::check(&Measures {
+            memory_mib: file.memory_mib,
+            vcpus: file.vcpus,
+            boot: &file.boot,
+            disk_bytes: file.disks.iter().map(|disk| disk.size_bytes),
+            nics: file.nics.len(),
+        })
+        .map_err(|error| field(error.field, error.problem))?;
         let disks = file
             .disks
             .iter()
@@ -273,7 +270,7 @@ impl ValidatedSpec {
             .enumerate()
             .map(|(index, nic)| {
                 check_tap(index, &nic.tap)?;
-                parse_mac(&nic.mac).ok_or_else(|| {
+                limits::parse_mac(&nic.mac).ok_or_else(|| {
                     field(
                         format!("nics[{index}].mac"),
                         "write six bytes as aa:bb:cc:dd:ee:ff, not a group's address",
@@ -281,7 +278,6 @@ impl ValidatedSpec {
                 })
             })
             .collect::<Result<_, _>>()?;
-        check_boot(&file)?;
         let ticket = file.incoming.as_ref().map(check_incoming).transpose()?;
         Ok(ValidatedSpec {
             file,
@@ -322,12 +318,6 @@ fn check_disk(file: &MachineFile, index: usize, disk: &MachineDisk) -> Result<Di
         .path
         .parse()
         .map_err(|error| field(name("path"), format!("{error}")))?;
-    if disk.size_bytes == 0 || !disk.size_bytes.is_multiple_of(512) {
-        return Err(field(
-            name("size_bytes"),
-            format!("{} is not a multiple of 512", disk.size_bytes),
-        ));
-    }
     let enforced = matches!(disk.fence_class.as_str(), "gid-token" | "uid-token");
     if !enforced && !matches!(disk.fence_class.as_str(), "time" | "none") {
         return Err(field(
@@ -374,27 +364,6 @@ fn check_tap(index: usize, tap: &str) -> Result<(), SpecError> {
     Ok(())
 }
 
-fn check_boot(file: &MachineFile) -> Result<(), SpecError> {
-    match &file.boot {
-        Boot::SelfCheck {
-            working_set_mib, ..
-        } => {
-            let room = file.memory_mib - 4;
-            if *working_set_mib == 0 || u64::from(*working_set_mib) > room {
-                return Err(field(
-                    "boot.working_set_mib",
-                    format!("{working_set_mib} is not between 1 and {room}, the memory less 4 MiB"),
-                ));
-            }
-            if file.vcpus != 1 {
-                return Err(field("vcpus", "the self-checking guest runs on one"));
-            }
-            Ok(())
-        }
-        Boot::Linux { .. } => Ok(()),
-    }
-}
-
 fn check_incoming(incoming: &Incoming) -> Result<[u8; TICKET_BYTES], SpecError> {
     if incoming.listen.is_empty() || incoming.listen.len() > LISTEN_MAX {
         return Err(field(
@@ -421,19 +390,6 @@ fn parse_hex(text: &str) -> Option<Vec<u8>> {
             _ => None,
         })
         .collect()
-}
-
-fn parse_mac(text: &str) -> Option<[u8; 6]> {
-    let parts: Vec<u8> = text
-        .split(':')
-        .map(|part| {
-            (part.len() == 2)
-                .then(|| u8::from_str_radix(part, 16).ok())
-                .flatten()
-        })
-        .collect::<Option<_>>()?;
-    let mac: [u8; 6] = parts.try_into().ok()?;
-    (mac[0] & 1 == 0).then_some(mac)
 }
 
 #[cfg(test)]

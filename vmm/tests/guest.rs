@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cluster_model::ids::{MigrationId, NodeId, Token, VmId};
+use cluster_model::limits;
 use cluster_model::state::{Boot, OnIsolation};
 use common::{kvm, permit};
 use tokio::sync::mpsc;
@@ -16,7 +17,7 @@ use vmm::devices::MachineEvent;
 use vmm::devices::selfcheck::{GuestReport, SelfCheck, witness};
 use vmm::guest::abi::{
     BlockContents, ErrorCode, PAGE_BYTES, PAGE_WORDS, Report, WORKING_SET_START, block_slot,
-    make_block, read_block,
+    make_block, part_of, read_block,
 };
 use vmm::guest::{DISK_BLOCKS, record_bytes};
 use vmm::handles::Handles;
@@ -29,16 +30,23 @@ const WORKING_SET_MIB: u32 = 8;
 const WORKING_SET_PAGES: u64 = WORKING_SET_MIB as u64 * 256;
 const DISK_BYTES: u64 = DISK_BLOCKS * PAGE_BYTES;
 const DISK: &str = "vm-1-0.raw";
+/// Of a machine with several: more than the test's host has processors for.
+const VCPUS: u32 = 4;
 
-/// A host folder with a disk and a witness file.
+/// A host folder with a disk and a witness file, and how many vCPUs its machine has.
 struct Host {
     folder: tempfile::TempDir,
+    vcpus: u32,
 }
 
 impl Host {
     fn new() -> Host {
+        Host::with_vcpus(1)
+    }
+
+    fn with_vcpus(vcpus: u32) -> Host {
         let folder = tempfile::tempdir().unwrap();
-        let host = Host { folder };
+        let host = Host { folder, vcpus };
         fs::File::create(host.disk())
             .unwrap()
             .set_len(DISK_BYTES)
@@ -67,7 +75,7 @@ impl Host {
             node_address: None,
             token: Token(5),
             memory_mib: MEMORY_MIB,
-            vcpus: 1,
+            vcpus: self.vcpus,
             boot: Boot::SelfCheck {
                 working_set_mib: WORKING_SET_MIB,
                 dirty_mib_s,
@@ -560,32 +568,60 @@ async fn the_guest_goes_on_in_another_machine_and_finds_nothing_wrong() {
     if !kvm("the_guest_goes_on_in_another_machine_and_finds_nothing_wrong") {
         return;
     }
-    let host = Host::new();
-    let mut guest = host.start(30).await;
-    guest.wait_until_at_work().await;
-    for _ in 0..3 {
-        guest.stop();
-        guest.platform.machine.drain(LONG).await.unwrap();
-        let state = guest.platform.machine.save().unwrap().to_bytes();
+    goes_on_elsewhere(&Host::new()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn all_vcpus_go_on_in_another_machine_and_find_nothing_wrong() {
+    if !kvm("all_vcpus_go_on_in_another_machine_and_find_nothing_wrong") {
+        return;
+    }
+    goes_on_elsewhere(&Host::with_vcpus(VCPUS)).await;
+}
+
+/// A machine that is stopped: its state, its memory.
+struct Saved {
+    state: Vec<u8>,
+    memory: Vec<u8>,
+}
+
+impl Guest {
+    async fn save(self) -> Saved {
+        self.stop();
+        let machine = &self.platform.machine;
+        machine.drain(LONG).await.unwrap();
         let mut memory = vec![0; (MEMORY_MIB << 20) as usize];
-        guest
-            .platform
-            .machine
+        machine
             .memory()
             .read_slice(&mut memory, GuestAddress(0))
             .unwrap();
-        let before = guest.port.report().last.unwrap();
-        drop(guest);
+        Saved {
+            state: machine.save().unwrap().to_bytes(),
+            memory,
+        }
+    }
 
-        guest = host.machine(30, true).await;
-        guest
-            .platform
-            .machine
+    fn restore(&self, saved: &Saved) {
+        let machine = &self.platform.machine;
+        machine
             .memory()
-            .write_slice(&memory, GuestAddress(0))
+            .write_slice(&saved.memory, GuestAddress(0))
             .unwrap();
-        let state = vmm::state::MachineState::from_bytes(&state).unwrap();
-        guest.platform.machine.restore(&state).unwrap();
+        let state = vmm::state::MachineState::from_bytes(&saved.state).unwrap();
+        machine.restore(&state).unwrap();
+    }
+}
+
+/// Three machines, one after the other, in which one guest goes on. A step is one that every vCPU has made.
+async fn goes_on_elsewhere(host: &Host) {
+    let mut guest = host.start(30).await;
+    guest.wait_until_at_work().await;
+    for _ in 0..3 {
+        let port = guest.port.clone();
+        let saved = guest.save().await;
+        let before = port.report().last.unwrap();
+        guest = host.machine(30, true).await;
+        guest.restore(&saved);
         assert_eq!(guest.port.report().last, Some(before));
         guest.run();
         let later = guest
@@ -602,6 +638,134 @@ async fn the_guest_goes_on_in_another_machine_and_finds_nothing_wrong() {
         guest.assert_sound();
     }
     assert_eq!(host.losses(), []);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn several_vcpus_share_the_work_and_the_set_rate_and_find_nothing_wrong() {
+    if !kvm("several_vcpus_share_the_work_and_the_set_rate_and_find_nothing_wrong") {
+        return;
+    }
+    let host = Host::with_vcpus(VCPUS);
+    let mut guest = host.start(20).await;
+    let first = guest.wait_until_at_work().await;
+    let later = guest
+        .wait("every page was checked ten times and written thrice", |r| {
+            r.memory_checks > 10 * WORKING_SET_PAGES && r.pages_written > 4 * WORKING_SET_PAGES
+        })
+        .await;
+    guest.assert_sound();
+    let elapsed_s = (later.clock_ns - first.clock_ns) as f64 / 1e9;
+    let mib = (later.pages_written - first.pages_written) as f64 / 256.0;
+    assert!(
+        mib <= 20.0 * elapsed_s * 1.1 + 1.0,
+        "{mib} MiB in {elapsed_s} s at a set rate of 20 MiB/s"
+    );
+    assert!(guest.events.try_recv().is_err());
+    assert_eq!(host.losses(), []);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn as_many_vcpus_as_a_machine_may_have_run_the_guest() {
+    if !kvm("as_many_vcpus_as_a_machine_may_have_run_the_guest") {
+        return;
+    }
+    let host = Host::with_vcpus(*limits::VCPUS.end());
+    let guest = host.start(0).await;
+    guest.wait_until_at_work().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flipped_bit_in_any_vcpus_part_is_reported() {
+    if !kvm("a_flipped_bit_in_any_vcpus_part_is_reported") {
+        return;
+    }
+    for vcpu in 0..u64::from(VCPUS) {
+        let host = Host::with_vcpus(VCPUS);
+        let guest = host.start(0).await;
+        guest.wait_until_at_work().await;
+        guest.stop();
+        let (first, count) = part_of(WORKING_SET_PAGES, u64::from(VCPUS), vcpu);
+        let page = first + count - 1;
+        let mut contents = guest.page(page);
+        contents[17] ^= 0x40;
+        guest.set_page(page, &contents);
+        guest.run();
+        let (code, report) = guest.wait_for_error().await;
+        assert_eq!((code, report.error_where), (ErrorCode::PageDamaged, page));
+        assert_eq!((report.error_expected ^ report.error_found).count_ones(), 1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_old_copy_of_the_page_that_all_vcpus_write_is_reported() {
+    if !kvm("an_old_copy_of_the_page_that_all_vcpus_write_is_reported") {
+        return;
+    }
+    let host = Host::with_vcpus(VCPUS);
+    let guest = host.start(0).await;
+    let first = guest.wait_until_at_work().await;
+    guest.stop();
+    // The count is a page's first word: the sum of what as many pages in a row have in their seventeenth. One of them
+    // may be between the two.
+    let data = 0x10_4000..0x38_0000u64;
+    let word = |address| -> u64 {
+        let memory = guest.platform.machine.memory();
+        memory.read_obj(GuestAddress(address)).unwrap()
+    };
+    let sums = data.clone().step_by(4096).filter_map(|address| {
+        let own = |vcpu| word(address + vcpu * 4096 + 16 * 8);
+        let all = (0..u64::from(VCPUS)).map(own);
+        all.clone()
+            .all(|turns| turns > 20)
+            .then(|| all.sum::<u64>())
+    });
+    let sums: Vec<u64> = sums.collect();
+    let is_count = |count: u64| sums.iter().any(|sum| sum - 4 <= count && count <= *sum);
+    let page = data
+        .step_by(4096)
+        .find(|&address| is_count(word(address)))
+        .expect("the common count");
+    let old = guest.page_at(page);
+    guest.run();
+    guest
+        .wait("steps were made", |report| report.steps > first.steps + 100)
+        .await;
+    guest.assert_sound();
+    guest.stop();
+    guest.set_page_at(page, &old);
+    guest.run();
+    let (code, report) = guest.wait_for_error().await;
+    assert_eq!(code, ErrorCode::SharedCountStale);
+    assert!(report.error_found < report.error_expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vcpu_that_does_not_go_on_is_seen_in_the_steps() {
+    if !kvm("a_vcpu_that_does_not_go_on_is_seen_in_the_steps") {
+        return;
+    }
+    let host = Host::with_vcpus(VCPUS);
+    let guest = host.start(0).await;
+    guest.wait_until_at_work().await;
+    let mut saved = guest.save().await;
+    // As if it had never been started: KVM_MP_STATE_UNINITIALIZED.
+    let mut state: serde_json::Value = serde_json::from_slice(&saved.state).unwrap();
+    let last = &mut state["cpus"][VCPUS as usize - 1]["mp_state"];
+    assert_eq!(*last, "00000000");
+    *last = "01000000".into();
+    saved.state = state.to_string().into_bytes();
+    let guest = host.machine(0, true).await;
+    guest.restore(&saved);
+    let before = guest.port.report().last.unwrap();
+    guest.run();
+    let first = guest
+        .wait("reports come", |report| report.number > before.number + 5)
+        .await;
+    let later = guest
+        .wait("reports come", |report| report.number > first.number + 30)
+        .await;
+    assert_eq!(later.steps, first.steps);
+    assert!(later.flushed > first.flushed);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -259,8 +259,20 @@ async fn sigterm_stops_in_order_and_sighup_is_ignored() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_working_guest_moves_to_another_process_and_finds_its_memory_disk_and_time_whole() {
     needs_kvm!("a_working_guest_moves_to_another_process_and_finds_its_memory_disk_and_time_whole");
+    moves_five_times(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_on_four_vcpus_moves_while_all_of_them_write() {
+    needs_kvm!("a_guest_on_four_vcpus_moves_while_all_of_them_write");
+    moves_five_times(4).await;
+}
+
+/// A machine that dirties 20 MiB/s on so many vCPUs, from monitor to monitor. A step of it is one of every vCPU.
+async fn moves_five_times(vcpus: u32) {
     let directory = tempfile::tempdir().unwrap();
-    let file = machine_file(directory.path(), 64, 20, 8);
+    let mut file = machine_file(directory.path(), 64, 20, 8);
+    file["vcpus"] = vcpus.into();
     let mut source = Process::start(directory.path(), "m0", &file, "").await;
     source.run(5, LEASE).await.unwrap();
     source
@@ -302,7 +314,7 @@ async fn a_working_guest_moves_to_another_process_and_finds_its_memory_disk_and_
             .guest
             .unwrap();
         println!(
-            "migration {id}: blackout {blackout_ms:.1} ms, guest's longest gap {} µs",
+            "migration {id} of {vcpus} vCPUs: blackout {blackout_ms:.1} ms, guest's longest gap {} µs",
             after.longest_gap_ns / 1000
         );
         assert_eq!((after.errors, after.error.as_str()), (0, ""));

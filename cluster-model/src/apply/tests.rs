@@ -9,8 +9,8 @@ use crate::command::{Command, Rejection, ReleaseReason, Reply};
 use crate::event::{Object, Severity, Why};
 use crate::ids::{Incarnation, LogIndex, MigrationId, NodeId, RequestId, Token, VmId};
 use crate::state::{
-    ClusterState, Desired, FenceClass, Liveness, MigrationCause, MigrationState, NodeRole,
-    OwnershipCause,
+    ClusterState, Desired, FenceClass, Liveness, MigrationCause, MigrationState, NicSpec, NodeRole,
+    OnIsolation, OwnershipCause, VmSpec,
 };
 use crate::testing::{World, facts, name, spec};
 
@@ -653,6 +653,76 @@ fn a_machine_without_a_fence_is_held_after_a_loss_until_a_person_starts_it() {
         }
         world.done(start);
         assert!(world.vm(vm).ownership.settle);
+    }
+}
+
+#[test]
+fn a_machine_that_no_monitor_could_be_is_refused_and_leaves_nothing() {
+    let fenced = FenceClass::GidToken;
+    let plain = FenceClass::None;
+    type Spoil = fn(&mut VmSpec);
+    let table: &[(FenceClass, Spoil, &str)] = &[
+        (fenced, |spec| spec.vcpus = 64, "vcpus"),
+        (fenced, |spec| spec.memory_mib = 2 << 20, "memory_mib"),
+        (
+            fenced,
+            |spec| spec.disks[0].size_bytes = 64 << 10,
+            "disks[0]",
+        ),
+        (
+            fenced,
+            |spec| spec.disks[0].path = "../x".into(),
+            "disks[0]",
+        ),
+        (
+            fenced,
+            |spec| spec.disks.push(spec.disks[0].clone()),
+            "disks[1]",
+        ),
+        (fenced, |spec| spec.nics = vec![nic(); 9], "disks"),
+        (
+            fenced,
+            |spec| {
+                spec.nics = vec![NicSpec {
+                    mac: "53:54:00:12:34:56".into(),
+                    ..nic()
+                }];
+            },
+            "nics[0]",
+        ),
+        // Until the storage fences it, it would run for ever.
+        (
+            plain,
+            |spec| spec.on_isolation = OnIsolation::RunUntilFenced,
+            "on_isolation",
+        ),
+    ];
+    for (fence, spoil, named) in table {
+        let mut world = World::with_fence(2, 1_024, *fence);
+        let mut asked = spec("a", 64);
+        asked.nics = vec![nic()];
+        let create = |spec| Command::CreateVm {
+            name: name("a"),
+            spec,
+            images: BTreeMap::new(),
+            desired: Desired::Running,
+        };
+        let mut wrong = asked.clone();
+        spoil(&mut wrong);
+        let refused = world.refused(create(wrong));
+        assert!(
+            matches!(&refused, Rejection::BadSpec { field, .. } if field == named),
+            "{named}: {refused}"
+        );
+        assert!(world.state.vms.is_empty());
+        world.done(create(asked));
+    }
+}
+
+fn nic() -> NicSpec {
+    NicSpec {
+        bridge: "br0".into(),
+        mac: "52:54:00:12:34:56".into(),
     }
 }
 

@@ -6,24 +6,16 @@ use super::{Applied, Entry, name_taken};
 use crate::command::{Outcome, Rejection, ReleaseReason};
 use crate::event::{Object, Severity, Why, counted};
 use crate::ids::{Name, NodeId, Token, VmId};
+use crate::limits;
 use crate::placement;
 use crate::state::{
-    Boot, ClusterState, Desired, MigrationState, Ownership, OwnershipCause, Vm, VmSpec,
+    ClusterState, Desired, DiskSpec, FenceClass, MigrationState, NicSpec, OnIsolation, Ownership,
+    OwnershipCause, Vm, VmSpec,
 };
 use crate::trust::TAGS_MAX;
 
 /// Machines in a cluster at most.
 const VMS_MAX: usize = 100_000;
-/// Memory of a machine: from 16 MiB to 16 TiB.
-const MEMORY_MIB: std::ops::RangeInclusive<u64> = 16..=16 * 1024 * 1024;
-/// Virtual processors of a machine.
-const VCPUS: std::ops::RangeInclusive<u32> = 1..=256;
-/// A disk: from 64 KiB to 64 TiB.
-const DISK_BYTES: std::ops::RangeInclusive<u64> = 64 * 1024..=64 << 40;
-/// Disks, and network interfaces, of a machine.
-const DEVICES_MAX: usize = 8;
-/// The longest path or command line in a spec, bytes.
-const TEXT_BYTES_MAX: usize = 2_048;
 /// Crashes remembered of each machine.
 const CRASHES_KEPT: usize = 16;
 /// Crashes older than this do not count towards a hold, ms.
@@ -93,161 +85,18 @@ impl ClusterState {
         Ok(Outcome::Vm(id))
     }
 
+    /// Whether a machine can be so: its measures, then what it names in this cluster.
     fn check_spec(&self, spec: &VmSpec, images: &BTreeMap<usize, String>) -> Result<(), Rejection> {
-        let bad = |field: &str, problem: String| {
-            Err(Rejection::BadSpec {
-                field: field.to_owned(),
-                problem,
-            })
-        };
-        if !MEMORY_MIB.contains(&spec.memory_mib) {
-            return bad(
-                "memory_mib",
-                format!("{} MiB; use 16 MiB to 16 TiB", spec.memory_mib),
-            );
-        }
-        if !VCPUS.contains(&spec.vcpus) {
-            return bad("vcpus", format!("{}; use 1 to 256", spec.vcpus));
-        }
-        if spec.priority > 1_000 {
-            return bad("priority", format!("{}; use 0 to 1000", spec.priority));
-        }
-        if spec
-            .downtime_max_ms
-            .is_some_and(|ms| ms == 0 || ms > 60_000)
-        {
-            return bad("downtime_max_ms", "use 1 to 60000".into());
-        }
-        match &spec.boot {
-            Boot::SelfCheck {
-                working_set_mib, ..
-            } => {
-                // The guest keeps its program, page tables and generation table beside the working set.
-                let most = spec.memory_mib.saturating_sub(8);
-                if u64::from(*working_set_mib) > most {
-                    return bad(
-                        "boot.working_set_mib",
-                        format!(
-                            "{working_set_mib}; at most {most} with {} MiB of memory",
-                            spec.memory_mib
-                        ),
-                    );
-                }
-            }
-            Boot::Linux {
-                kernel,
-                initrd,
-                cmdline,
-            } => {
-                let texts = [kernel.as_str(), initrd.as_deref().unwrap_or("/"), cmdline];
-                if texts.iter().any(|text| text.len() > TEXT_BYTES_MAX) {
-                    return bad(
-                        "boot",
-                        format!("paths and command line: at most {TEXT_BYTES_MAX} bytes each"),
-                    );
-                }
-                if !kernel.starts_with('/')
-                    || initrd.as_ref().is_some_and(|path| !path.starts_with('/'))
-                {
-                    return bad(
-                        "boot",
-                        "kernel and initrd: absolute paths that every node has".into(),
-                    );
-                }
-            }
-        }
-        if spec.tags.len() > TAGS_MAX {
-            return bad(
-                "tags",
-                format!("{}; use at most {TAGS_MAX}", spec.tags.len()),
-            );
-        }
-        if spec.disks.len() > DEVICES_MAX || spec.nics.len() > DEVICES_MAX {
-            return bad(
-                "disks",
-                format!("at most {DEVICES_MAX} disks and {DEVICES_MAX} network interfaces"),
-            );
-        }
-        let mut seen = BTreeSet::new();
-        for (number, disk) in spec.disks.iter().enumerate() {
-            let field = format!("disks[{number}]");
-            if self.volume_named(&disk.volume).is_none() {
-                return Err(Rejection::Unknown {
-                    kind: "volume".into(),
-                    what: disk.volume.to_string(),
-                });
-            }
-            if !DISK_BYTES.contains(&disk.size_bytes) || disk.size_bytes % 512 != 0 {
-                return bad(
-                    &field,
-                    format!(
-                        "{} bytes; use 64 KiB to 64 TiB, a multiple of 512",
-                        disk.size_bytes
-                    ),
-                );
-            }
-            if !file_name_is_plain(&disk.path) {
-                return bad(
-                    &field,
-                    format!(
-                        "path `{}`; use a plain file name: letters, digits, '.', '-', '_', not beginning with '.'",
-                        disk.path
-                    ),
-                );
-            }
-            if !seen.insert((&disk.volume, &disk.path)) {
-                return bad(&field, format!("{} appears twice", disk.path));
-            }
-            let taken = self.vms.values().find(|vm| {
-                vm.spec
-                    .disks
-                    .iter()
-                    .any(|other| other.volume == disk.volume && other.path == disk.path)
-            });
-            if let Some(other) = taken {
-                return bad(
-                    &field,
-                    format!(
-                        "{} on {} is a disk of {} already",
-                        disk.path, disk.volume, other.name
-                    ),
-                );
-            }
+        limits::check_spec(spec)?;
+        check_policy(spec)?;
+        for number in 0..spec.disks.len() {
+            self.check_disk(spec, number)?;
         }
         for (number, nic) in spec.nics.iter().enumerate() {
-            let field = format!("nics[{number}]");
-            if parse_mac(&nic.mac).is_none_or(|mac| mac[0] & 1 != 0) {
-                return bad(
-                    &field,
-                    format!(
-                        "`{}` is not a unicast MAC address like 52:54:00:12:34:56",
-                        nic.mac
-                    ),
-                );
-            }
-            let bridge_fits = !nic.bridge.is_empty()
-                && nic.bridge.len() <= 15
-                && nic
-                    .bridge
-                    .bytes()
-                    .all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
-            if !bridge_fits {
-                return bad(
-                    &field,
-                    format!("`{}` is not the name of a bridge", nic.bridge),
-                );
-            }
-        }
-        if spec
-            .witness
-            .as_ref()
-            .is_some_and(|path| path.len() > TEXT_BYTES_MAX || !path.starts_with('/'))
-        {
-            return bad("witness", "use an absolute path".into());
+            check_nic(number, nic)?;
         }
         for (number, path) in images {
-            if *number >= spec.disks.len() || path.len() > TEXT_BYTES_MAX || !path.starts_with('/')
-            {
+            if *number >= spec.disks.len() || !path_fits(path) {
                 return bad(
                     "images",
                     format!(
@@ -258,6 +107,52 @@ impl ClusterState {
             }
         }
         Ok(())
+    }
+
+    fn check_disk(&self, spec: &VmSpec, number: usize) -> Result<(), Rejection> {
+        let field = format!("disks[{number}]");
+        let disk = &spec.disks[number];
+        let Some(volume) = self.volume_named(&disk.volume) else {
+            return Err(Rejection::Unknown {
+                kind: "volume".into(),
+                what: disk.volume.to_string(),
+            });
+        };
+        let fenced = matches!(volume.fence, FenceClass::GidToken | FenceClass::UidToken);
+        if spec.on_isolation == OnIsolation::RunUntilFenced && !fenced {
+            return bad(
+                "on_isolation",
+                format!(
+                    "run-until-fenced needs storage that fences; {} has class {}",
+                    volume.name,
+                    volume.fence.as_str()
+                ),
+            );
+        }
+        if !file_name_is_plain(&disk.path) {
+            return bad(
+                &field,
+                format!(
+                    "path `{}`; use a plain file name: letters, digits, '.', '-', '_', not beginning with '.'",
+                    disk.path
+                ),
+            );
+        }
+        let same = |other: &DiskSpec| other.volume == disk.volume && other.path == disk.path;
+        if spec.disks[..number].iter().any(same) {
+            return bad(&field, format!("{} appears twice", disk.path));
+        }
+        let taken = self.vms.values().find(|vm| vm.spec.disks.iter().any(same));
+        match taken {
+            Some(other) => bad(
+                &field,
+                format!(
+                    "{} on {} is a disk of {} already",
+                    disk.path, disk.volume, other.name
+                ),
+            ),
+            None => Ok(()),
+        }
     }
 
     pub(super) fn delete_vm(&mut self, entry: &mut Entry<'_>, vm: VmId) -> Applied {
@@ -651,6 +546,64 @@ fn stale(vm: &Vm, expected: String) -> Rejection {
 }
 
 /// A name that stays inside its volume on every file system, and hides from nobody.
+fn bad(field: &str, problem: impl Into<String>) -> Result<(), Rejection> {
+    Err(Rejection::BadSpec {
+        field: field.to_owned(),
+        problem: problem.into(),
+    })
+}
+
+/// What the cluster is to do with a machine, whatever hardware it has.
+fn check_policy(spec: &VmSpec) -> Result<(), Rejection> {
+    if spec.priority > 1_000 {
+        return bad("priority", format!("{}; use 0 to 1000", spec.priority));
+    }
+    if spec
+        .downtime_max_ms
+        .is_some_and(|ms| ms == 0 || ms > 60_000)
+    {
+        return bad("downtime_max_ms", "use 1 to 60000");
+    }
+    if spec.tags.len() > TAGS_MAX {
+        return bad(
+            "tags",
+            format!("{}; use at most {TAGS_MAX}", spec.tags.len()),
+        );
+    }
+    if spec.witness.as_ref().is_some_and(|path| !path_fits(path)) {
+        return bad("witness", "use an absolute path");
+    }
+    Ok(())
+}
+
+fn check_nic(number: usize, nic: &NicSpec) -> Result<(), Rejection> {
+    /// An interface's name, without its closing zero.
+    const NAME_BYTES_MAX: usize = 15;
+    let field = format!("nics[{number}]");
+    if limits::parse_mac(&nic.mac).is_none() {
+        return bad(
+            &field,
+            format!(
+                "`{}` is not a unicast MAC address like 52:54:00:12:34:56",
+                nic.mac
+            ),
+        );
+    }
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    if nic.bridge.is_empty() || nic.bridge.len() > NAME_BYTES_MAX || !nic.bridge.bytes().all(plain)
+    {
+        return bad(
+            &field,
+            format!("`{}` is not the name of a bridge", nic.bridge),
+        );
+    }
+    Ok(())
+}
+
+fn path_fits(path: &str) -> bool {
+    path.starts_with('/') && path.len() <= limits::PATH_BYTES_MAX
+}
+
 fn file_name_is_plain(path: &str) -> bool {
     !path.is_empty()
         && path.len() <= 128
@@ -658,18 +611,4 @@ fn file_name_is_plain(path: &str) -> bool {
         && path
             .bytes()
             .all(|b| b.is_ascii_alphanumeric() || b".-_".contains(&b))
-}
-
-/// The six bytes of a MAC address written with colons.
-pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
-    let mut mac = [0u8; 6];
-    let mut parts = text.split(':');
-    for byte in &mut mac {
-        let part = parts.next()?;
-        if part.len() != 2 || !part.bytes().all(|b| b.is_ascii_hexdigit()) {
-            return None;
-        }
-        *byte = u8::from_str_radix(part, 16).ok()?;
-    }
-    parts.next().is_none().then_some(mac)
 }

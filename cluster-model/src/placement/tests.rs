@@ -179,6 +179,14 @@ fn every_hard_constraint_keeps_a_machine_off_and_says_why() {
             },
             |why| matches!(why, Rejection::VersionsDiffer { .. }),
         ),
+        (
+            "let in under wider limits",
+            |world, vm| {
+                let vm = world.state.vms.get_mut(&vm).expect("a machine");
+                vm.spec.vcpus = 64;
+            },
+            |why| matches!(why, Rejection::BadSpec { field, .. } if field == "vcpus"),
+        ),
     ];
     for (what, spoil, expected) in table {
         let mut world = World::new(2, 1_024);

@@ -22,10 +22,15 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryReg
 use super::start::{Mode, Start, write_identity_map};
 use super::{BootError, mptable};
 use crate::devices::GuestMemory;
-use crate::layout::{VIRTIO_MMIO_SLOT_BYTES, virtio_irq, virtio_mmio_address};
+use crate::layout::{VIRTIO_MMIO_SLOT_BYTES, VIRTIO_SLOTS_MAX, virtio_irq, virtio_mmio_address};
 
 /// The longest command line that Linux takes.
 const CMDLINE_BYTES_MAX: usize = 2048;
+/// What a device adds to it at most: ` virtio_mmio.device=4K@0xd0008000:15`.
+const CMDLINE_DEVICE_BYTES: usize = 37;
+/// What is left of it for the machine's own, with every slot occupied and a closing zero.
+pub(crate) const CMDLINE_ROOM_BYTES: usize =
+    CMDLINE_BYTES_MAX - VIRTIO_SLOTS_MAX * CMDLINE_DEVICE_BYTES - 1;
 const CMDLINE_ADDRESS: u64 = 0x9_1000;
 const ZERO_PAGE_ADDRESS: u64 = 0x9_2000;
 const START_INFO_ADDRESS: u64 = 0x9_4000;
@@ -155,6 +160,7 @@ pub fn load(memory: &GuestMemory, image: &LinuxImage<'_>) -> Result<Start, BootE
                 rdi: 0,
                 rsi: 0,
                 rbx: START_INFO_ADDRESS,
+                on_every_vcpu: false,
             })
         }
         PvhBootCapability::PvhEntryNotPresent | PvhBootCapability::PvhEntryIgnored => {
@@ -172,6 +178,7 @@ pub fn load(memory: &GuestMemory, image: &LinuxImage<'_>) -> Result<Start, BootE
                 rdi: 0,
                 rsi: ZERO_PAGE_ADDRESS,
                 rbx: 0,
+                on_every_vcpu: false,
             })
         }
     }

@@ -1,6 +1,8 @@
-//! The first vCPU's first registers, for each way a guest begins.
+//! The first registers, for each way a guest begins.
 
-use kvm_bindings::{kvm_lapic_state, kvm_regs, kvm_segment};
+use kvm_bindings::{
+    KVM_MP_STATE_RUNNABLE, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_segment, kvm_sregs,
+};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -32,6 +34,9 @@ pub struct Start {
     pub rsi: u64,
     /// PVH's `hvm_start_info`.
     pub rbx: u64,
+    /// Every vCPU begins there, its number in RSI. Else only the first does, and the others wait until it wakes them,
+    /// as an operating system expects.
+    pub on_every_vcpu: bool,
 }
 
 const CODE_SELECTOR: u16 = 0x08;
@@ -97,83 +102,125 @@ fn descriptor(segment: &kvm_segment) -> u64 {
         | (segment.base >> 24 & 0xff) << 56
 }
 
-/// Puts the vCPU at its start. `memory` gets the descriptor table.
+/// Puts the vCPUs at their start: all, or the first. `memory` gets the descriptor table.
 ///
 /// # Errors
 /// When KVM refuses.
-pub fn apply(vcpu: &VcpuFd, memory: &GuestMemory, start: &Start) -> Result<(), BootError> {
+pub fn apply(vcpus: &[VcpuFd], memory: &GuestMemory, start: &Start) -> Result<(), BootError> {
     let (dpl, long) = match start.mode {
         Mode::User64 => (3, true),
         Mode::Kernel64 => (0, true),
         Mode::Protected32 => (0, false),
     };
-    let code = segment(CODE_SELECTOR, 0xb, dpl, long);
-    let data = kvm_segment {
-        db: 1,
-        l: 0,
-        ..segment(DATA_SELECTOR, 0x3, dpl, false)
-    };
-    let task = kvm_segment {
-        base: TASK_ADDRESS,
-        limit: TASK_LIMIT,
-        s: 0,
-        g: 0,
-        db: 0,
-        ..segment(TASK_SELECTOR, 0xb, 0, false)
-    };
-    memory.write_obj(
-        TASK_BITMAP,
-        GuestAddress(TASK_ADDRESS + TASK_BITMAP_POINTER),
-    )?;
-    memory.write_obj(0xffu8, GuestAddress(TASK_ADDRESS + u64::from(TASK_LIMIT)))?;
-    // Two words for the task: in 64-bit mode a system descriptor has 16 bytes.
-    let table = [
-        0,
-        descriptor(&code),
-        descriptor(&data),
-        descriptor(&task),
-        0,
-    ];
-    for (index, entry) in table.iter().enumerate() {
-        memory.write_obj(*entry, GuestAddress(GDT_ADDRESS + index as u64 * 8))?;
-    }
-    let mut sregs = vcpu.get_sregs().map_err(asked("segment registers"))?;
-    sregs.cs = code;
-    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
-    sregs.tr = task;
-    sregs.gdt.base = GDT_ADDRESS;
-    sregs.gdt.limit = (size_of_val(&table) - 1) as u16;
-    sregs.idt.base = 0;
-    sregs.idt.limit = 0;
-    match start.mode {
-        Mode::User64 | Mode::Kernel64 => {
-            sregs.cr0 = CR0_PAGING;
-            sregs.cr3 = PAGE_TABLES_ADDRESS;
-            sregs.cr4 = CR4_LONG;
-            sregs.efer = EFER_LONG;
+    let segments = Segments::new(dpl, long);
+    segments.write(memory)?;
+    for (index, vcpu) in (0..).zip(vcpus) {
+        if index > 0 && !start.on_every_vcpu {
+            break;
         }
-        Mode::Protected32 => {
-            sregs.cr0 = CR0_PROTECTED;
-            sregs.cr4 = 0;
-            sregs.efer = 0;
+        let mut sregs = vcpu.get_sregs().map_err(asked("segment registers"))?;
+        segments.load(&mut sregs);
+        match start.mode {
+            Mode::User64 | Mode::Kernel64 => {
+                sregs.cr0 = CR0_PAGING;
+                sregs.cr3 = PAGE_TABLES_ADDRESS;
+                sregs.cr4 = CR4_LONG;
+                sregs.efer = EFER_LONG;
+            }
+            Mode::Protected32 => {
+                sregs.cr0 = CR0_PROTECTED;
+                sregs.cr4 = 0;
+                sregs.efer = 0;
+            }
         }
+        vcpu.set_sregs(&sregs).map_err(asked("segment registers"))?;
+        let regs = kvm_regs {
+            rip: start.rip,
+            rdi: start.rdi,
+            rsi: if start.on_every_vcpu {
+                index
+            } else {
+                start.rsi
+            },
+            rbx: start.rbx,
+            rflags: if start.mode == Mode::User64 {
+                FLAGS_IOPL3
+            } else {
+                FLAGS
+            },
+            ..Default::default()
+        };
+        vcpu.set_regs(&regs).map_err(asked("registers"))?;
+        // With an irqchip all but the first wait for INIT and SIPI, of which this guest knows nothing.
+        let runnable = kvm_mp_state {
+            mp_state: KVM_MP_STATE_RUNNABLE,
+        };
+        vcpu.set_mp_state(runnable).map_err(asked("mp_state"))?;
     }
-    vcpu.set_sregs(&sregs).map_err(asked("segment registers"))?;
-    let rflags = if start.mode == Mode::User64 {
-        FLAGS_IOPL3
-    } else {
-        FLAGS
-    };
-    let regs = kvm_regs {
-        rip: start.rip,
-        rdi: start.rdi,
-        rsi: start.rsi,
-        rbx: start.rbx,
-        rflags,
-        ..Default::default()
-    };
-    vcpu.set_regs(&regs).map_err(asked("registers"))?;
     Ok(())
+}
+
+/// What the first segment registers hold.
+struct Segments {
+    code: kvm_segment,
+    data: kvm_segment,
+    task: kvm_segment,
+}
+
+/// The descriptor table: nothing, code, data, and two words for the task, since in 64-bit mode a system descriptor has
+/// 16 bytes.
+const TABLE_WORDS: usize = 5;
+
+impl Segments {
+    fn new(dpl: u8, long: bool) -> Segments {
+        Segments {
+            code: segment(CODE_SELECTOR, 0xb, dpl, long),
+            data: kvm_segment {
+                db: 1,
+                l: 0,
+                ..segment(DATA_SELECTOR, 0x3, dpl, false)
+            },
+            task: kvm_segment {
+                base: TASK_ADDRESS,
+                limit: TASK_LIMIT,
+                s: 0,
+                g: 0,
+                db: 0,
+                ..segment(TASK_SELECTOR, 0xb, 0, false)
+            },
+        }
+    }
+
+    /// Writes the descriptor table and the task state segment, which all vCPUs share: nobody switches tasks.
+    fn write(&self, memory: &GuestMemory) -> Result<(), BootError> {
+        memory.write_obj(
+            TASK_BITMAP,
+            GuestAddress(TASK_ADDRESS + TASK_BITMAP_POINTER),
+        )?;
+        memory.write_obj(0xffu8, GuestAddress(TASK_ADDRESS + u64::from(TASK_LIMIT)))?;
+        let table: [u64; TABLE_WORDS] = [
+            0,
+            descriptor(&self.code),
+            descriptor(&self.data),
+            descriptor(&self.task),
+            0,
+        ];
+        for (index, entry) in table.iter().enumerate() {
+            memory.write_obj(*entry, GuestAddress(GDT_ADDRESS + index as u64 * 8))?;
+        }
+        Ok(())
+    }
+
+    fn load(&self, sregs: &mut kvm_sregs) {
+        let data = self.data;
+        sregs.cs = self.code;
+        (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+        sregs.tr = self.task;
+        sregs.gdt.base = GDT_ADDRESS;
+        sregs.gdt.limit = (TABLE_WORDS * 8 - 1) as u16;
+        sregs.idt.base = 0;
+        sregs.idt.limit = 0;
+    }
 }
 
 /// LINT0 takes the PIC's interrupts and LINT1 the NMI, as firmware leaves them.
@@ -204,6 +251,13 @@ fn set_delivery_mode(lapic: &mut kvm_lapic_state, register: usize, mode: u32) {
     }
 }
 
+/// Behind the PML4 and the PDPT: a directory for each GiB.
+const DIRECTORIES_ADDRESS: u64 = PAGE_TABLES_ADDRESS + 0x2000;
+
+/// The most that [`write_identity_map`] can map; one PDPT would do for 512 GiB.
+pub(crate) const IDENTITY_MAP_BYTES_MAX: u64 =
+    ((PAGE_TABLES_END - DIRECTORIES_ADDRESS) / 0x1000) << 30;
+
 /// Maps each of the first `bytes` to itself, in 2 MiB pages that the kernel, and with `user` also
 /// CPL3, may read, write and execute.
 ///
@@ -216,8 +270,8 @@ pub fn write_identity_map(memory: &GuestMemory, bytes: u64, user: bool) -> Resul
     let flags = PRESENT_WRITABLE | if user { USER } else { 0 };
     let gigabytes = bytes.div_ceil(1 << 30).max(4);
     let pdpt = PAGE_TABLES_ADDRESS + 0x1000;
-    let directories = pdpt + 0x1000;
-    if gigabytes > 512 || directories + gigabytes * 0x1000 > PAGE_TABLES_END {
+    let directories = DIRECTORIES_ADDRESS;
+    if gigabytes << 30 > IDENTITY_MAP_BYTES_MAX {
         return Err(BootError::NoRoom {
             what: "the table of all memory",
             memory_mib: bytes >> 20,

@@ -2,7 +2,7 @@
 
 use super::abi::{
     BlockContents, BootParams, PAGE_WORDS, PageOrder, block_slot, make_block, mix, number_in_slot,
-    page_base, page_generation, read_block, unmix,
+    page_base, page_generation, part_of, read_block, unmix,
 };
 use super::*;
 
@@ -26,6 +26,20 @@ fn every_page_is_written_once_a_round_and_its_generation_follows_from_the_count(
                 .iter()
                 .all(|generation| (3..=4).contains(generation))
         );
+    }
+}
+
+#[test]
+fn the_vcpus_parts_are_everything_once_and_alike() {
+    for (whole, vcpus) in [(256, 1), (256, 3), (256, 32), (1000, 7), (7, 4), (2, 4)] {
+        let mut next = 0;
+        for vcpu in 0..vcpus {
+            let (start, count) = part_of(whole, vcpus, vcpu);
+            assert_eq!(start, next, "{whole} {vcpus} {vcpu}");
+            assert!(count == whole / vcpus || count == whole.div_ceil(vcpus));
+            next = start + count;
+        }
+        assert_eq!(next, whole);
     }
 }
 
@@ -78,7 +92,7 @@ fn a_block_with_any_bit_changed_is_damaged() {
 
 #[test]
 fn a_record_survives_the_way_and_a_damaged_one_does_not() {
-    let params = boot_params(9, 64, 32, 100, None, 2_000_000).unwrap();
+    let params = boot_params(9, 64, 1, 32, 100, None, 2_000_000).unwrap();
     let mut words = params.to_words();
     assert_eq!(BootParams::from_words(&words), Some(params));
     for word in 0..words.len() {
@@ -90,7 +104,7 @@ fn a_record_survives_the_way_and_a_damaged_one_does_not() {
 
 #[test]
 fn a_large_working_set_goes_on_above_the_devices() {
-    let params = boot_params(1, 8192, 8188, 0, None, 1).unwrap();
+    let params = boot_params(1, 8192, 1, 8188, 0, None, 1).unwrap();
     assert_eq!(
         params.range0_start + params.range0_pages * PAGE_BYTES,
         LOW_RAM_END
@@ -99,8 +113,13 @@ fn a_large_working_set_goes_on_above_the_devices() {
         (params.range0_pages + params.range1_pages) * PAGE_BYTES,
         8188 << 20
     );
-    let small = boot_params(1, 16, 12, 0, None, 1).unwrap();
+    assert_eq!(
+        params.range1_start + params.range1_pages * PAGE_BYTES,
+        working_set_end(8188)
+    );
+    let small = boot_params(1, 16, 1, 12, 0, None, 1).unwrap();
     assert_eq!((small.range0_pages, small.range1_pages), (12 << 8, 0));
+    assert_eq!(working_set_end(12), 16 << 20);
 }
 
 #[test]
@@ -112,11 +131,11 @@ fn parameters_that_cannot_work_are_refused_with_what_would() {
         })
     };
     assert_eq!(
-        boot_params(1, 64, 0, 0, None, 1),
+        boot_params(1, 64, 1, 0, 0, None, 1),
         Err(GuestParamsError::NoWorkingSet)
     );
     assert_eq!(
-        boot_params(1, 64, 61, 0, None, 1),
+        boot_params(1, 64, 1, 61, 0, None, 1),
         Err(GuestParamsError::WorkingSetTooLarge {
             working_set_mib: 61,
             memory_mib: 64,
@@ -124,12 +143,18 @@ fn parameters_that_cannot_work_are_refused_with_what_would() {
         })
     );
     assert_eq!(
-        boot_params(1, 64, 8, 0, disk(4096), 1),
+        boot_params(1, 64, 1, 8, 0, disk(4096), 1),
         Err(GuestParamsError::DiskTooSmall { bytes: 4096 })
     );
     assert_eq!(
-        boot_params(1, 64, 8, 0, None, 0),
+        boot_params(1, 64, 1, 8, 0, None, 0),
         Err(GuestParamsError::NoTscFrequency)
     );
-    assert!(boot_params(1, 64, 8, 0, disk(DISK_BYTES_MIN), 1).is_ok());
+    for vcpus in [0, VCPUS_MAX as u32 + 1] {
+        assert_eq!(
+            boot_params(1, 64, vcpus, 8, 0, None, 1),
+            Err(GuestParamsError::TooManyVcpus { vcpus })
+        );
+    }
+    assert!(boot_params(1, 64, 1, 8, 0, disk(DISK_BYTES_MIN), 1).is_ok());
 }

@@ -166,6 +166,7 @@ pub fn with_code(code: &'static [u8], vcpus: u32, empty: bool) -> Counting {
                 rdi: 0,
                 rsi: 0,
                 rbx: 0,
+                on_every_vcpu: false,
             })
         }),
         move |lapsed| {

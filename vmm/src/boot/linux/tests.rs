@@ -72,3 +72,20 @@ fn an_initrd_has_no_room_behind_a_kernel_that_ends_beyond_memory() {
         assert!(problem.contains("initrd"), "{problem}");
     }
 }
+
+#[test]
+fn the_longest_command_line_has_room_beside_every_device() {
+    use cluster_model::limits::{CMDLINE_BYTES_MAX, SLOTS_MAX};
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("kernel");
+    std::fs::write(&path, b"").unwrap();
+    let image = LinuxImage {
+        kernel: &ImageFile::open("kernel", &path).unwrap(),
+        initrd: None,
+        cmdline: &"x".repeat(CMDLINE_BYTES_MAX),
+        vcpus: 1,
+        virtio_slots: SLOTS_MAX,
+    };
+    let memory = crate::memory::allocate(MEMORY_MIB).unwrap();
+    write_cmdline(&memory, &image).unwrap();
+}

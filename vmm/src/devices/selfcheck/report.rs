@@ -71,11 +71,11 @@ pub fn describe(report: &Report) -> String {
         }
         Some(ErrorCode::CounterStale) => {
             format!(
-                "the guest's own memory is stale: one count says {expected} pages written, its twin {found}"
+                "the guest's own memory is stale: one count of vCPU {place} says {expected} pages written, its twin {found}"
             )
         }
         Some(ErrorCode::ClockWentBack) => {
-            format!("the clock went back from {expected} to {found} ns")
+            format!("the clock of vCPU {place} went back from {expected} to {found} ns")
         }
         Some(ErrorCode::DiskRequestFailed) => {
             format!("the disk answered status {found} at block slot {place}")
@@ -96,6 +96,11 @@ pub fn describe(report: &Report) -> String {
         }
         Some(ErrorCode::BadParams) => "the boot parameters are damaged".into(),
         Some(ErrorCode::Panic) => format!("the guest's own program failed at line {place}"),
+        Some(ErrorCode::SharedCountStale) => {
+            format!(
+                "the page that all vCPUs write is stale: it counts {found} turns, and they made {expected}"
+            )
+        }
         None => format!(
             "unknown failure {} ({place:#x}, {expected:#x}, {found:#x})",
             report.error_code
