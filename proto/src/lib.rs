@@ -29,6 +29,7 @@ pub mod admin {
 pub mod clock;
 pub mod core_dump;
 pub mod failpoint;
+pub mod testing;
 pub mod tls;
 pub mod token;
 pub mod unix;
