@@ -146,7 +146,7 @@ async fn proposals_are_done_once_while_leaders_die_under_them() {
             (watcher.state().borrow().history.len() as u64 > next - 180).then_some(())
         })
         .await;
-        cluster.stop(leader.0).await;
+        cluster.crash(leader.0);
         for task in tasks {
             task.await.unwrap();
         }

@@ -2,11 +2,14 @@
 
 mod raft_support;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use cluster_model::NodeId;
-use clusterd::raft::{Machine, ProposeError, Timing};
+use clusterd::raft::{Machine, ProposeError};
 use raft_support::{Cluster, Notes, PATIENCE, Set, Settings, eventually, set};
+
+/// Terms that a dead leader may cost: with timeouts drawn anew each time, a third meeting in a row is rare.
+const ELECTIONS_MAX: u64 = 3;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn three_nodes_apply_the_same_commands_in_the_same_order() {
@@ -54,22 +57,79 @@ async fn a_dead_leader_is_replaced_and_no_acknowledged_commit_is_lost() {
         leader.propose(&set(request)).await.unwrap();
     }
     let dead = leader.node().0;
-    cluster.stop(dead).await;
-    let begun = Instant::now();
+    let term = leader.metrics().leadership.term;
+    drop(leader);
+    cluster.crash(dead);
     let next = cluster.leader().await;
-    let took = begun.elapsed();
     assert_ne!(next.node().0, dead);
-    // Two draws of the election timeout, and as much again for a loaded machine.
+    let now = next.metrics().leadership;
+    // Two survivors may meet in one election; where they go on meeting, nobody leads for long.
     assert!(
-        took < Timing::fast().election.1 * 4,
-        "{} ms",
-        took.as_millis()
+        now.term > term && now.term <= term + ELECTIONS_MAX,
+        "from term {term} to {}",
+        now.term
     );
-    assert!(next.metrics().leadership.changes >= 1);
+    assert!(now.changes >= 1);
     next.propose(&set(20)).await.unwrap();
     assert_eq!(cluster.settle().await.history, (0..=20).collect::<Vec<_>>());
     cluster.restart(dead).await;
     assert_eq!(cluster.settle().await.history, (0..=20).collect::<Vec<_>>());
+}
+
+/// Clients propose through every node; at a moment of no node's choosing all of them die.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_acknowledged_survives_the_death_of_all_nodes_at_once() {
+    let mut cluster = Cluster::start(
+        3,
+        Settings {
+            snapshot_every: 60,
+            keep: 10,
+        },
+    )
+    .await;
+    let mut next = 0;
+    let mut acknowledged = std::collections::BTreeSet::new();
+    for round in 0..3 {
+        let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
+        let mut clients = tokio::task::JoinSet::new();
+        for node in cluster.running() {
+            let (handle, tell) = (node.handle().clone(), tell.clone());
+            let first = next;
+            next += 10_000;
+            clients.spawn(async move {
+                for request in first.. {
+                    let command = set(request);
+                    let done = handle.propose_or_forward(&command, PATIENCE);
+                    if done.await.is_err() || tell.send(request).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        drop(tell);
+        for _ in 0..100 + 30 * round {
+            acknowledged.insert(told.recv().await.expect("somebody is answered"));
+        }
+        for id in [1, 2, 3] {
+            cluster.crash(id);
+        }
+        clients.shutdown().await;
+        // Answers that were under way count too.
+        while let Some(request) = told.recv().await {
+            acknowledged.insert(request);
+        }
+        for id in [1, 2, 3] {
+            cluster.restart(id).await;
+        }
+        let state = cluster.settle().await;
+        let lost: Vec<_> = acknowledged
+            .iter()
+            .filter(|request| !state.done.contains_key(request))
+            .collect();
+        assert!(lost.is_empty(), "round {round}: {lost:?} were acknowledged");
+        let each = std::collections::BTreeSet::from_iter(&state.history);
+        assert_eq!(each.len(), state.history.len(), "each once");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,7 +1,7 @@
 //! Places where a test may kill, hang or fail a process; without the variable they do nothing.
 //!
 //! `BATON_FAILPOINTS="source.after_quiet=kill,run.before=hang"`; actions are `kill` (SIGKILL to the process
-//! itself), `hang` (for ever) and `error`. `BATON_FAILPOINTS=@/path/file` reads the same from a file each
+//! itself), `hang` (for ever), `hold` (until it is no longer armed so) and `error`. `BATON_FAILPOINTS=@/path/file` reads the same from a file each
 //! time a failpoint is reached, so that a test arms and disarms them while the process runs (in place: the file stays open). A node's
 //! daemon and its monitors inherit one value; each looks for its own names.
 
@@ -9,15 +9,20 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{Read, Seek};
 use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 /// The variable that arms them.
 pub const VARIABLE: &str = "BATON_FAILPOINTS";
+
+/// How often a process that is held looks whether it still is.
+const HOLD_LOOK: Duration = Duration::from_millis(5);
 
 /// What an armed failpoint does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Action {
     Kill,
     Hang,
+    Hold,
     Error,
 }
 
@@ -62,12 +67,13 @@ fn parse(text: &str) -> HashMap<String, Action> {
         let action = match action {
             "kill" => Action::Kill,
             "hang" => Action::Hang,
+            "hold" => Action::Hold,
             "error" => Action::Error,
             other => {
                 tracing::error!(
                     name,
                     action = other,
-                    "unknown failpoint action: use kill, hang or error"
+                    "unknown failpoint action: use kill, hang, hold or error"
                 );
                 continue;
             }
@@ -89,6 +95,14 @@ pub async fn reach(name: &'static str) -> Result<(), Tripped> {
             tracing::warn!(name, "failpoint hangs");
             std::future::pending().await
         }
+        Some(Action::Hold) => {
+            tracing::warn!(name, "failpoint holds");
+            while action(name) == Some(Action::Hold) {
+                tokio::time::sleep(HOLD_LOOK).await;
+            }
+            tracing::warn!(name, "failpoint lets go");
+            Ok(())
+        }
         Some(Action::Kill) => {
             tracing::warn!(name, "failpoint kills this process");
             let _ =
@@ -105,11 +119,12 @@ mod tests {
 
     #[test]
     fn entries_are_read_and_nonsense_is_left_out() {
-        let armed = parse("a=kill,b=hang,,c=error,d=explode,e\nf=kill");
-        assert_eq!(armed.len(), 4);
+        let armed = parse("a=kill,b=hang,,c=error,d=explode,e\nf=kill,g=hold");
+        assert_eq!(armed.len(), 5);
         assert_eq!(armed["a"], Action::Kill);
         assert_eq!(armed["b"], Action::Hang);
         assert_eq!(armed["c"], Action::Error);
         assert_eq!(armed["f"], Action::Kill);
+        assert_eq!(armed["g"], Action::Hold);
     }
 }

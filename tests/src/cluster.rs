@@ -17,6 +17,7 @@ use proto::admin::{
     VmView,
 };
 use serde_json::json;
+use vmm::devices::selfcheck::witness;
 
 use crate::relay::Relay;
 
@@ -288,6 +289,17 @@ impl TestCluster {
             .unwrap_or(0))
     }
 
+    /// What a machine's witness tells of losses: every boot must have found all that was flushed before it.
+    ///
+    /// # Errors
+    /// When a boot found less, or the witness cannot be read.
+    pub fn no_loss(&self, vm: &str) -> anyhow::Result<()> {
+        let events = witness::read(&self.witness_path(vm))?;
+        let losses = witness::losses(&events);
+        ensure!(losses.is_empty(), "{vm}: {losses:?}");
+        Ok(())
+    }
+
     /// Creates a machine and waits until its guest has worked for a moment.
     ///
     /// # Errors
@@ -454,6 +466,38 @@ impl TestCluster {
         self.wait(&format!("{name} running"), async || {
             let vm = self.vm(name).await?;
             Ok((vm.state == "running").then_some(vm))
+        })
+        .await
+    }
+
+    /// A machine as that node sees it, asked on the node's own socket: cut links are not in the way.
+    ///
+    /// # Errors
+    /// When the node does not answer or does not know it.
+    pub async fn seen_by(&self, vm: &str, node: &str) -> anyhow::Result<VmView> {
+        let mut api = self
+            .local
+            .connect_socket(self.local.index_of(node)?)
+            .await?;
+        let list = api
+            .api
+            .vm_list(VmListRequest { name: vm.into() })
+            .await?
+            .into_inner()
+            .vms;
+        list.into_iter()
+            .next()
+            .with_context(|| format!("{node} knows no machine {vm}"))
+    }
+
+    /// Waits until a machine's monitor on that node has frozen, as the node itself says.
+    ///
+    /// # Errors
+    /// When it does not freeze.
+    pub async fn wait_frozen(&self, vm: &str, node: &str) -> anyhow::Result<VmView> {
+        self.wait(&format!("{vm} frozen on {node}"), async || {
+            let seen = self.seen_by(vm, node).await?;
+            Ok((seen.state == "frozen").then_some(seen))
         })
         .await
     }

@@ -6,6 +6,7 @@ pub mod bad_input;
 pub mod chaos;
 pub mod cluster;
 pub mod ctl;
+pub mod cutover;
 pub mod figures;
 pub mod lab;
 pub mod linux;

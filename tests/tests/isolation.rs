@@ -1,8 +1,9 @@
 //! Nodes that are cut off and come back without a restart.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
+use cluster_model::Settings;
 use tests::cluster::{Machine, Setup, TestCluster};
 
 async fn losses(cluster: &TestCluster) -> anyhow::Result<Vec<String>> {
@@ -60,7 +61,6 @@ async fn a_network_that_fails_everywhere_for_a_while_costs_a_pause_and_no_restar
     if !tests::kvm_or_skip("isolation") {
         return Ok(());
     }
-    // Lost at 2.8 s.
     let cluster = TestCluster::start(Setup::default()).await?;
     let mut before = Vec::new();
     for (name, node) in [("vm-a", "n1"), ("vm-b", "n2")] {
@@ -71,8 +71,18 @@ async fn a_network_that_fails_everywhere_for_a_while_costs_a_pause_and_no_restar
     for node in ["n1", "n2", "n3"] {
         cluster.isolate(node, false);
     }
-    // Longer than any leader waits for a node.
-    tokio::time::sleep(Duration::from_secs(5)).await;
+    let cut = Instant::now();
+    for vm in &before {
+        cluster.wait_frozen(&vm.name, &vm.node).await?;
+    }
+    // Longer than any leader waits for a node, counted from the last word that got through: what passes here is the subject.
+    let settings = Settings::fast();
+    let lost = Duration::from_millis(u64::from(settings.lost_ms)) * 2;
+    tokio::time::sleep(lost.saturating_sub(cut.elapsed())).await;
+    for vm in &before {
+        let now = cluster.seen_by(&vm.name, &vm.node).await?;
+        ensure!(now.state == "frozen", "nobody let it go on: {now:?}");
+    }
     cluster.relay.heal_all();
     for vm in before {
         let guest = cluster.wait_progress(&vm.name).await?;

@@ -1,9 +1,13 @@
 //! A machine's life and a cluster's day: create, move, drain, lose a node, restart the daemons.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use anyhow::ensure;
-use proto::admin::{NodeDrainRequest, NodeDrainStatusRequest, NodeUncordonRequest};
+use anyhow::{Context, ensure};
+use proto::admin::{
+    GuestView, NodeDrainRequest, NodeDrainStatusRequest, NodeUncordonRequest, VmCreateRequest,
+    VmListRequest,
+};
 use tests::cluster::{Machine, Setup, TestCluster};
 
 fn change() -> Option<proto::admin::Change> {
@@ -240,6 +244,85 @@ async fn a_short_isolation_costs_a_pause_and_nothing_else() -> anyhow::Result<()
     Ok(())
 }
 
+/// Clients write through every node; then every daemon is killed, in the middle of it, with its real log on a real file
+/// system.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_acknowledged_is_there_after_every_daemon_was_killed() -> anyhow::Result<()> {
+    let mut cluster = TestCluster::start(Setup::default()).await?;
+    let mut acknowledged = BTreeSet::new();
+    for round in 0..3 {
+        let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
+        let mut clients = tokio::task::JoinSet::new();
+        for at in 0..cluster.local.nodes.len() {
+            let mut api = cluster.local.connect(at).await?;
+            let tell = tell.clone();
+            clients.spawn(async move {
+                for number in 0.. {
+                    let name = format!("vm-{round}-{at}-{number}");
+                    let request = VmCreateRequest {
+                        change: change(),
+                        name: name.clone(),
+                        spec_json: SPEC.into(),
+                        images: Default::default(),
+                        start: false,
+                    };
+                    if api.api.vm_create(request).await.is_err() || tell.send(name).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        drop(tell);
+        for _ in 0..20 + 7 * round {
+            acknowledged.insert(told.recv().await.context("somebody is answered")?);
+        }
+        for at in 0..cluster.local.nodes.len() {
+            cluster.local.kill_clusterd(at);
+        }
+        clients.shutdown().await;
+        // Answers that were under way count too.
+        while let Some(name) = told.recv().await {
+            acknowledged.insert(name);
+        }
+        for at in 0..cluster.local.nodes.len() {
+            cluster.local.start_node(at)?;
+        }
+        // The node that is asked may be behind for a moment.
+        cluster
+            .wait("everything that was acknowledged", async || {
+                let all = VmListRequest::default();
+                let vms = cluster
+                    .api()
+                    .await?
+                    .api
+                    .vm_list(all)
+                    .await?
+                    .into_inner()
+                    .vms;
+                let there: BTreeSet<String> = vms.into_iter().map(|vm| vm.name).collect();
+                let lost: Vec<_> = acknowledged.difference(&there).collect();
+                ensure!(lost.is_empty(), "round {round}: {lost:?} are not there");
+                Ok(Some(()))
+            })
+            .await?;
+    }
+    Ok(())
+}
+
+/// A machine that is only written down.
+const SPEC: &str = r#"{"vcpus": 1, "memory_mib": 64, "boot": {"self-check": {"working_set_mib": 16, "dirty_mib_s": 1}}, "disks": []}"#;
+
+/// The guest never waited for a daemon that was away so long. Measured by that time, for on a busy machine every guest
+/// waits for a processor now and then.
+fn worked_on(guest: &GuestView, away: Duration) -> anyhow::Result<()> {
+    let gap = Duration::from_micros(guest.longest_gap_us);
+    ensure!(
+        gap < away / 4,
+        "a step took {gap:?}, the daemon was away for {away:?}"
+    );
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_daemon_restarted_within_the_freeze_time_touches_no_guest() -> anyhow::Result<()> {
     if !tests::kvm_or_skip("lifecycle") {
@@ -251,10 +334,11 @@ async fn a_killed_daemon_restarted_within_the_freeze_time_touches_no_guest() -> 
     })
     .await?;
     let vm = cluster.create(&Machine::small("vm-a")).await?;
-    let gap_before = cluster.wait_progress("vm-a").await?.longest_gap_us;
     let at = cluster.local.index_of(&vm.node)?;
     cluster.local.kill_clusterd(at);
-    tokio::time::sleep(Duration::from_secs(2)).await;
+    // What passes here is the subject.
+    let away = Duration::from_secs(2);
+    tokio::time::sleep(away).await;
     cluster.local.start_node(at)?;
     cluster
         .wait("the daemon's return", async || {
@@ -270,11 +354,7 @@ async fn a_killed_daemon_restarted_within_the_freeze_time_touches_no_guest() -> 
         .await?;
     let guest = cluster.wait_progress("vm-a").await?;
     ensure!(guest.found_at_boot == 0, "the guest was booted again");
-    ensure!(
-        guest.longest_gap_us <= gap_before.max(100_000),
-        "a step took {} ms",
-        guest.longest_gap_us / 1_000
-    );
+    worked_on(&guest, away)?;
     ensure!(
         cluster.vm("vm-a").await?.token == vm.token,
         "the token moved"
@@ -293,7 +373,6 @@ async fn a_planned_absence_of_twenty_seconds_touches_no_guest() -> anyhow::Resul
     })
     .await?;
     let vm = cluster.create(&Machine::small("vm-a")).await?;
-    let gap_before = cluster.wait_progress("vm-a").await?.longest_gap_us;
     let at = cluster.local.index_of(&vm.node)?;
     let pid = nix::unistd::Pid::from_raw(cluster.local.nodes[at].pid);
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
@@ -303,7 +382,9 @@ async fn a_planned_absence_of_twenty_seconds_touches_no_guest() -> anyhow::Resul
             Ok((!matches!(alive, Ok(nix::sys::wait::WaitStatus::StillAlive))).then_some(()))
         })
         .await?;
-    tokio::time::sleep(Duration::from_secs(20)).await;
+    // What passes here is the subject.
+    let away = Duration::from_secs(20);
+    tokio::time::sleep(away).await;
     cluster.local.start_node(at)?;
     cluster
         .wait("the daemon's return", async || {
@@ -319,11 +400,7 @@ async fn a_planned_absence_of_twenty_seconds_touches_no_guest() -> anyhow::Resul
         .await?;
     let guest = cluster.wait_progress("vm-a").await?;
     ensure!(guest.found_at_boot == 0, "the guest was booted again");
-    ensure!(
-        guest.longest_gap_us <= gap_before.max(100_000),
-        "a step took {} ms",
-        guest.longest_gap_us / 1_000
-    );
+    worked_on(&guest, away)?;
     let now = cluster.vm("vm-a").await?;
     ensure!(now.token == vm.token && now.node == vm.node, "it moved");
     Ok(())

@@ -6,9 +6,9 @@ use anyhow::ensure;
 use tests::cluster::{Setup, TestCluster};
 use tests::linux::{LinuxGuest, PROMPT, Status, Terminal};
 
-/// The longest turn of the worker that a migration may cause, µs: far above a blackout, far below a failover.
-/// Where kernel mode is emulated, a page fault alone takes milliseconds.
-const GAP_US_MAX: u64 = 3_000_000;
+/// What a migration may cost one turn of the worker beyond the blackout that was reported, µs: its pages are mapped
+/// anew, and where kernel mode is emulated, a page fault alone takes milliseconds.
+const EMULATION_ALLOWANCE_US: u64 = 1_000_000;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn linux_boots_to_a_shell_and_works_on_through_live_migrations() -> anyhow::Result<()> {
@@ -41,7 +41,8 @@ async fn scenario(cluster: &TestCluster, guest: &LinuxGuest) -> anyhow::Result<(
     println!("a shell after {:.1} s", begun.elapsed().as_secs_f64());
     terminal.run("kept=41").await?;
     let mut status = terminal.wait_progress(Status::default()).await?;
-    let booted_gap_us = status.gap_us;
+    // The worker says its longest turn ever: emulated, that of its boot may be the longest.
+    let mut allowed_us = status.gap_us;
     for round in 0..3 {
         let vm = cluster.vm("linux-1").await?;
         let names = cluster.local.nodes.iter().map(|node| node.name.clone());
@@ -54,6 +55,7 @@ async fn scenario(cluster: &TestCluster, guest: &LinuxGuest) -> anyhow::Result<(
             end.state,
             end.reason
         );
+        allowed_us = allowed_us.max(end.blackout_us + EMULATION_ALLOWANCE_US);
         // The console of the new monitor; the shell and its variables came along.
         terminal = Terminal::open(cluster, "linux-1").await?;
         let answer = terminal.run("echo $((kept+1))").await?;
@@ -66,11 +68,12 @@ async fn scenario(cluster: &TestCluster, guest: &LinuxGuest) -> anyhow::Result<(
             "round {round}: to {to}, blackout {:.1} ms, {status:?}",
             end.blackout_us as f64 / 1e3
         );
+        ensure!(
+            status.gap_us <= allowed_us,
+            "round {round}: the worker stood for {} µs at a blackout of {} µs",
+            status.gap_us,
+            end.blackout_us
+        );
     }
-    ensure!(
-        status.gap_us < booted_gap_us + GAP_US_MAX,
-        "the worker stood for {} µs, {booted_gap_us} µs before the first migration",
-        status.gap_us
-    );
     Ok(())
 }

@@ -441,8 +441,10 @@ async fn a_planned_stop_longer_than_the_lease_touches_no_guest() {
         (after.nonce, after.token),
         (monitor.nonce(), monitor.token().0)
     );
-    let gap_ms = after.guest.unwrap().longest_gap_ns / 1_000_000;
-    assert!(gap_ms < 100, "the guest stood still for {gap_ms} ms");
+    // A monitor that freezes in this time stands from its deadline to the daemon's return.
+    let standstill = away - Duration::from_millis(u64::from(settings.freeze_ms));
+    let gap = Duration::from_nanos(after.guest.unwrap().longest_gap_ns);
+    assert!(gap < standstill / 4, "the guest stood still for {gap:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -492,8 +494,6 @@ async fn a_machine_of_a_lost_node_is_restarted_elsewhere_and_its_old_monitor_end
     let before = scene.rig.handle(other).state().vms[&vm].ownership.token;
     // Only the daemon dies: its monitor stays behind, as that of an isolated host.
     scene.rig.take(number).crash().await;
-    let promised = last_number(&scene.witness("vm-a"));
-    assert!(promised > 0, "the guest flushed");
     scene
         .rig
         .until(other, "it runs elsewhere", |state| {
@@ -506,17 +506,43 @@ async fn a_machine_of_a_lost_node_is_restarted_elsewhere_and_its_old_monitor_end
         .owner
         .unwrap();
     let guest = scene.works(node, vm).await;
-    assert!(guest.found_at_boot >= promised, "what was flushed is there");
+    // The old monitor writes on until it freezes: what it promised meanwhile counts as well.
+    let text = std::fs::read_to_string(scene.witness("vm-a")).unwrap();
+    let boots = boots(&text);
+    let [(_, 0), .., (found, promised)] = boots[..] else {
+        panic!("two boots, the first of an empty disk: {text}");
+    };
+    assert!(promised > 0, "the first guest flushed: {text}");
+    assert!(
+        found >= promised && guest.found_at_boot == found,
+        "what was flushed is there: found {found} of {promised}, {guest:?}"
+    );
     scene.rig.start(number).await;
     eventually("the stray monitor is ended", || scene.monitors_of(vm) == 1).await;
     scene.works(node, vm).await;
 }
 
-/// The last number that a guest was promised.
-fn last_number(witness: &Path) -> u64 {
-    let text = std::fs::read_to_string(witness).unwrap_or_default();
-    text.lines()
-        .filter_map(|line| line.split_whitespace().last()?.parse().ok())
-        .max()
-        .unwrap_or(0)
+/// What each boot found on its disk, with the highest number that was flushed before it, as a witness file says.
+fn boots(witness: &str) -> Vec<(u64, u64)> {
+    let mut promised = 0;
+    let mut boots = Vec::new();
+    for line in witness.lines() {
+        let words: Vec<&str> = line.split(' ').collect();
+        let [kind, number, "life", _] = words[..] else {
+            panic!("not a witness's line: {line:?}");
+        };
+        let number: u64 = number.parse().unwrap();
+        match kind {
+            "found" => boots.push((number, promised)),
+            "flushed" => promised = promised.max(number),
+            other => panic!("not a witness's word: {other:?}"),
+        }
+    }
+    boots
+}
+
+#[test]
+fn a_witness_is_read_by_its_numbers_and_not_by_its_lives() {
+    let text = "found 0 life 1\nflushed 90 life 1\nflushed 100 life 1\nfound 100 life 2\nflushed 7 life 2\n";
+    assert_eq!(boots(text), [(0, 0), (100, 100)]);
 }

@@ -1,4 +1,5 @@
-//! A Raft group in one process: real sockets on loopback, real stores in a temporary directory.
+//! A Raft group in one process: real sockets on loopback, real stores in a temporary directory. Each node's tasks
+//! run on a runtime of their own, so that a crash takes all of them at once, wherever they are.
 
 // Each test file uses its own part of this.
 #![allow(dead_code)]
@@ -12,9 +13,9 @@ use std::time::Duration;
 
 use cluster_model::{NodeId, NodeRole};
 use clusterd::net::{self, Dialer};
-use clusterd::raft::{self, Machine, Options, RaftHandle, Timing};
+use clusterd::raft::{self, Machine, Options, RaftHandle, StartError, StoreError, Timing};
 use clusterd::trust::ephemeral::Authority;
-use clusterd::trust::{Door, Judge};
+use clusterd::trust::{Door, Judge, Keeper};
 use proto::peer::peer_server::{Peer, PeerServer};
 use proto::peer::{
     HeartbeatReply, HeartbeatRequest, HostFactsReply, HostFactsRequest, IssuingKeyReply,
@@ -25,6 +26,7 @@ use proto::peer::{
 };
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tonic::service::Routes;
@@ -153,6 +155,7 @@ pub struct Node {
     pub id: NodeId,
     pub address: SocketAddr,
     pub dialer: Dialer,
+    keeper: Keeper,
     door: Door,
     dir: PathBuf,
     running: Option<Running>,
@@ -162,6 +165,36 @@ struct Running {
     handle: Handle,
     stop: oneshot::Sender<()>,
     server: JoinHandle<()>,
+    tasks: Tasks,
+}
+
+/// Where a node's tasks run; dropping it drops them where they are.
+struct Tasks(Option<Runtime>);
+
+impl Tasks {
+    fn new() -> Tasks {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build();
+        Tasks(Some(runtime.expect("a runtime")))
+    }
+
+    fn spawn<T: Send + 'static>(
+        &self,
+        task: impl Future<Output = T> + Send + 'static,
+    ) -> JoinHandle<T> {
+        self.0.as_ref().expect("it runs").spawn(task)
+    }
+}
+
+impl Drop for Tasks {
+    fn drop(&mut self) {
+        // Waits for nothing: a runtime may not be waited for by a task of another.
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
 }
 
 impl Node {
@@ -250,7 +283,7 @@ impl Cluster {
             .keeper(NodeId(id), NodeRole::Voter)
             .expect("papers");
         let door = Door::new(keeper.clone());
-        let dialer = Dialer::new(IpAddr::V4(ip), keeper);
+        let dialer = Dialer::new(IpAddr::V4(ip), keeper.clone());
         let dir = self.dir.path().join(format!("n{id}"));
         self.nodes.insert(
             id,
@@ -258,6 +291,7 @@ impl Cluster {
                 id: NodeId(id),
                 address,
                 dialer,
+                keeper,
                 door,
                 dir,
                 running: None,
@@ -283,18 +317,31 @@ impl Cluster {
     async fn run(&mut self, id: u64, listener: TcpListener, create: bool) {
         let options = self.options(id, create);
         let node = self.nodes.get_mut(&id).expect("the node");
-        let handle = raft::start::<Notes>(options, node.dialer.clone())
-            .await
-            .expect("the node starts");
+        let tasks = Tasks::new();
+        let (dialer, door) = (node.dialer.clone(), node.door.clone());
+        let handle = eventually("the node starts", || {
+            let (options, dialer) = (options.clone(), dialer.clone());
+            let starting = tasks.spawn(raft::start::<Notes>(options, dialer));
+            async move {
+                match starting.await.expect("it ends") {
+                    Ok(handle) => Some(handle),
+                    // After a crash the store is locked until the last of the old tasks is gone.
+                    Err(StartError::Store(StoreError::Open { .. })) => None,
+                    Err(refused) => panic!("n{id} does not start: {refused:?}"),
+                }
+            }
+        })
+        .await;
         let mut routes = Routes::builder();
         routes.add_service(handle.service());
         routes.add_service(PeerServer::new(LogPeer(handle.clone())));
         let (stop, stopped) = oneshot::channel::<()>();
-        let door = node.door.clone();
-        let server = tokio::spawn(async move {
+        let listener = listener.into_std().expect("a listener of the system's");
+        let server = tasks.spawn(async move {
             let stopped = async move {
                 let _ = stopped.await;
             };
+            let listener = TcpListener::from_std(listener).expect("on this runtime");
             // These tests are about the log; who may speak is looked at elsewhere.
             let judge: Judge = Arc::new(|_, _| Ok(()));
             net::serve(listener, &door, judge, routes.routes(), stopped)
@@ -305,6 +352,7 @@ impl Cluster {
             handle,
             stop,
             server,
+            tasks,
         });
     }
 
@@ -322,7 +370,16 @@ impl Cluster {
         &self.nodes[&id]
     }
 
-    /// Stops a node: its server, its log, its store.
+    /// A node dies where it stands: nothing is finished, flushed or said, and its tasks are gone. The store is
+    /// locked for as long as the test holds a handle of this node.
+    pub fn crash(&mut self, id: u64) {
+        let node = self.nodes.get_mut(&id).expect("the node");
+        drop(node.running.take().expect("it runs"));
+        // The old one's connections were served by tasks that are gone.
+        node.dialer = Dialer::new(node.address.ip(), node.keeper.clone());
+    }
+
+    /// Stops a node in good order: its server, its log, its store.
     pub async fn stop(&mut self, id: u64) {
         let running = self
             .nodes

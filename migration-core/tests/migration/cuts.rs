@@ -11,6 +11,10 @@ const QUIET: u8 = 6;
 const FINAL: u8 = 8;
 const COMPLETE: u8 = 19;
 
+/// What is noticed by a bound is noticed within so many times the bound, however busy this machine is. The other
+/// bounds of a migration are ten seconds and more: none of them can have been what noticed it.
+const LATE_MAX: u32 = 4;
+
 struct Run {
     outcome: Outcome,
     source: Arc<Fake>,
@@ -205,7 +209,7 @@ async fn a_cut_of_a_second_channel_has_the_promised_outcome_at_every_frame() {
 
 /// The destination is there and says nothing any more: its process is frozen.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_silent_destination_is_noticed_before_quiet_within_two_seconds() {
+async fn a_silent_destination_is_noticed_before_quiet_by_the_bound_of_setting_up() {
     let source = Fake::filled(12);
     let (caller, port, _record) = network(0, Cut::Never);
     let (status, _) = tokio::sync::watch::channel(Default::default());
@@ -221,8 +225,11 @@ async fn a_silent_destination_is_noticed_before_quiet_within_two_seconds() {
     });
     let options = migration_core::SendOptions {
         setup_timeout: Duration::from_millis(1500),
+        // Silence is another bound, looked at below.
+        dead_after: Duration::from_secs(60),
         ..Default::default()
     };
+    let bound = options.setup_timeout;
     let began = Instant::now();
     let result = migration_core::send(
         caller,
@@ -237,12 +244,17 @@ async fn a_silent_destination_is_noticed_before_quiet_within_two_seconds() {
     frozen.abort();
     let failed = result.unwrap_err();
     assert!(!failed.said_quiet && source.is_running());
-    assert!(took < Duration::from_secs(3), "{took:?}");
+    let limit_ms = match failed.cause {
+        SendError::TimedOut { limit_ms, .. } => limit_ms,
+        ref other => panic!("{other}"),
+    };
+    assert_eq!(u128::from(limit_ms), bound.as_millis());
+    assert!(took < bound * LATE_MAX, "{took:?}");
 }
 
 /// A relay that stops passing anything on, both ways, once the copying is under way.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_link_that_goes_silent_is_noticed_by_both_sides_within_two_seconds() {
+async fn a_link_that_goes_silent_is_noticed_by_both_sides_by_their_bound_of_silence() {
     let (source, sink) = (Fake::filled(12), Fake::new());
     let (caller, port, _record) = network(0, Cut::Never);
     let stall = Arc::new(tokio::sync::Notify::new());
@@ -252,6 +264,7 @@ async fn a_link_that_goes_silent_is_noticed_by_both_sides_within_two_seconds() {
     });
     let mut attempt = Attempt::new(relay, port, 1);
     attempt.send_options.bandwidth_max_bytes_s = 4 << 20;
+    let bound = attempt.send_options.dead_after;
     let mut status = attempt.source_status.subscribe();
     let stalling = tokio::spawn(async move {
         status.wait_for(|status| status.pages > 100).await.unwrap();
@@ -268,5 +281,5 @@ async fn a_link_that_goes_silent_is_noticed_by_both_sides_within_two_seconds() {
     assert!(!failed.said_quiet && source.is_running());
     assert_eq!(outcome.source_status.stage, SendStage::Failed);
     assert!(outcome.destination.is_err());
-    assert!(took < Duration::from_secs(4), "{took:?}");
+    assert!(took < bound * LATE_MAX, "{took:?}");
 }

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use cluster_model::ids::Token;
 
 use super::{DiskStat, Probe, VolumeError, VolumeRef};
-use crate::certify::{Certificate, certify};
+use crate::certify::{Certificate, FLOOD_ROUNDS, certify};
 use crate::dialer::Dialer;
 use crate::fence::{Claimed, write_all};
 use crate::nfs::client::SetAttributes;
@@ -250,7 +250,7 @@ impl NfsVolume {
         let client = self.client().await?;
         // A connection of its own, as another node's would be.
         let other = mount(&self.url, &self.dialer, CALL_TIMEOUT).await?;
-        certify(&client, &other, self.reference.broker_uid)
+        certify(&client, &other, self.reference.broker_uid, FLOOD_ROUNDS)
             .await
             .map_err(|error| self.failed("create a file to try the fence with", error))
     }

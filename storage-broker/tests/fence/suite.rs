@@ -18,12 +18,15 @@ use storage_broker::nfs::client::SetAttributes;
 use storage_broker::nfs::{FileHandle, NfsClient, Stable, Status, mount};
 use storage_broker::nfs_server::{Config, Server, TlsArgs, start};
 use storage_broker::volume::{IDENTITY_FILE, VolumeUrl};
+use tokio::sync::Semaphore;
 use tonic::Code;
 
 const MIB: u64 = 1 << 20;
 const NODE_ONE: u32 = 60_001;
 const NODE_TWO: u32 = 60_002;
 const SOON: Duration = Duration::from_secs(20);
+/// Writers of an old owner that all write when it loses its disk, each to a block of its own.
+const WRITERS: u64 = 32;
 
 /// A server that refuses everything in clear, where the suite runs under TLS.
 fn config(listen: SocketAddr, root: &Path) -> Config {
@@ -493,17 +496,25 @@ async fn two_writers_under_two_tokens_never_both_write() {
     for round in 0..20u32 {
         let (old_token, new_token) = (1 + round, 2 + round);
         let old = open(&storage, "d.raw", NODE_ONE, old_token).await;
-        let writers: Vec<_> = (0..32u64)
+        let written = Arc::new(Semaphore::new(0));
+        let writers: Vec<_> = (0..WRITERS)
             .map(|n| {
-                let old = old.clone();
+                let (old, written) = (old.clone(), written.clone());
                 tokio::spawn(async move {
-                    for _ in 0..200 {
-                        let _ = old.write(n * 4096, block(0xaa)).await;
+                    let mut first = true;
+                    while old.write(n * 4096, block(0xaa)).await.is_ok() {
+                        if std::mem::take(&mut first) {
+                            written.add_permits(1);
+                        }
                     }
                 })
             })
             .collect();
         let mut dirty = old.clone().watch();
+        // Each writer has been answered once and goes on.
+        let turn = soon("a full turn", written.acquire_many(WRITERS as u32));
+        drop(turn.await.unwrap());
+        assert!(writers.iter().all(|writer| !writer.is_finished()));
         assert!(
             daemon
                 .claim(&storage.url, "d.raw", new_token)
@@ -511,13 +522,13 @@ async fn two_writers_under_two_tokens_never_both_write() {
                 .acknowledged
         );
         let new = open(&storage, "d.raw", NODE_TWO, new_token).await;
-        for n in 0..32u64 {
+        for n in 0..WRITERS {
             new.write(n * 4096, block(round as u8)).await.unwrap();
         }
         let refused = dirty.wait_for(|status| matches!(status.state, DiskState::NeedsRekey { .. }));
         drop(soon("the old owner's refusal", refused).await);
         new.flush().await.unwrap();
-        let data = new.read(0, 32 * 4096).await.unwrap();
+        let data = new.read(0, WRITERS as u32 * 4096).await.unwrap();
         assert!(
             data.iter().all(|byte| *byte == round as u8),
             "round {round}: old data over new"

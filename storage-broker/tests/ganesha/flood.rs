@@ -20,8 +20,8 @@ use super::{block, connect};
 /// Disks taken over at the same time, so that waiting out the settle times takes not too long.
 const DISKS: u32 = 8;
 
-/// Takeovers of each disk.
-const ROUNDS: u32 = 26;
+/// Takeovers of each disk in a landing, and in the long tier: 10,000 of all disks together, an hour.
+const ROUNDS: [u32; 2] = [26, 1_250];
 
 /// The flood on each disk.
 const CONNECTIONS: usize = 4;
@@ -37,15 +37,17 @@ fn no_write_of_the_old_owner_lands_after_a_takeover_has_settled() {
         "no_write_of_the_old_owner_lands_after_a_takeover_has_settled",
         async |ganesha| {
             let ganesha = &*ganesha;
-            let disks = (0..DISKS).map(|number| takeovers(ganesha, number));
+            let [landing, long] = ROUNDS;
+            let rounds = proto::testing::by_tier(landing, long);
+            let disks = (0..DISKS).map(|number| takeovers(ganesha, number, rounds));
             let late: u32 = join_all(disks).await.into_iter().sum();
-            assert_eq!(late, 0, "late landings in {} takeovers", DISKS * ROUNDS);
+            assert_eq!(late, 0, "late landings in {} takeovers", DISKS * rounds);
         },
     );
 }
 
 /// Takes one disk over again and again; how many blocks were not the new owner's in the end.
-async fn takeovers(ganesha: &Ganesha, number: u32) -> u32 {
+async fn takeovers(ganesha: &Ganesha, number: u32, rounds: u32) -> u32 {
     let client = connect(ganesha).await;
     let path = format!("disk{number}");
     let first = Token(1);
@@ -67,7 +69,7 @@ async fn takeovers(ganesha: &Ganesha, number: u32) -> u32 {
     };
     let flooders = join_all((0..CONNECTIONS).map(|_| connect(ganesha))).await;
     let mut late = 0;
-    for round in 0..ROUNDS {
+    for round in 0..rounds {
         let (old, new) = (Token(1 + round), Token(2 + round));
         let written = Arc::new(Semaphore::new(0));
         let flood: Vec<_> = flooders

@@ -4,7 +4,7 @@ use cluster_model::ids::Token;
 use nfs3_types::mount;
 use nfs3_types::nfs3::{self, NFS_PROGRAM, Nfs3Option};
 use nfs3_types::xdr_codec::{Opaque, Pack, Unpack};
-use storage_broker::certify::{FenceClass, certify};
+use storage_broker::certify::{FLOOD_ROUNDS, FLOOD_ROUNDS_THOROUGH, FenceClass, certify};
 use storage_broker::dialer::{Dialer, Service};
 use storage_broker::fence::{DISK_MODE, claimant};
 use storage_broker::nfs::client::SetAttributes;
@@ -181,10 +181,13 @@ fn certification_gives_the_strongest_class_and_leaves_nothing_behind() {
         "certification_gives_the_strongest_class_and_leaves_nothing_behind",
         async |ganesha| {
             let (owner, holder) = (connect(ganesha).await, connect(ganesha).await);
-            let certificate = certify(&owner, &holder, BROKER_UID).await.unwrap();
+            let rounds = proto::testing::by_tier(FLOOD_ROUNDS, FLOOD_ROUNDS_THOROUGH);
+            let certificate = certify(&owner, &holder, BROKER_UID, rounds).await.unwrap();
             let report = &certificate.report;
             assert_eq!(certificate.class, FenceClass::GidToken, "{report}");
             assert!(!report.contains("FAIL"), "{report}");
+            let tried = format!("{rounds} swaps under load");
+            assert!(report.contains(&tried), "{report}");
             assert_eq!(std::fs::read_dir(ganesha.export()).unwrap().count(), 0);
 
             let mut daemon = Daemon::start().await;

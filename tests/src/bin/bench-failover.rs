@@ -76,6 +76,8 @@ async fn kill_once(cluster: &mut TestCluster, leader_dies: bool) -> anyhow::Resu
     let at = cluster.local.index_of(&victim)?;
     let killed = Instant::now();
     cluster.local.kill_node(at);
+    // Nobody is left who could promise more.
+    let promised = cluster.witness("vm-a")?;
     cluster
         .wait("a restart elsewhere", async || {
             let vm = cluster.vm("vm-a").await?;
@@ -84,13 +86,13 @@ async fn kill_once(cluster: &mut TestCluster, leader_dies: bool) -> anyhow::Resu
         })
         .await?;
     let ms = killed.elapsed().as_secs_f64() * 1e3;
-    let promised = cluster.witness("vm-a")?;
     let guest = cluster.wait_progress("vm-a").await?;
     ensure!(
-        guest.flushed >= promised,
-        "promised {promised}, has {}",
-        guest.flushed
+        promised > 0 && guest.found_at_boot >= promised,
+        "promised {promised}, found {}",
+        guest.found_at_boot
     );
+    cluster.no_loss("vm-a")?;
     cluster.local.start_node(at)?;
     cluster
         .wait("the node's return", async || {

@@ -1,8 +1,10 @@
 //! The simulation's model of Raft beside openraft, through the same histories.
 //!
 //! openraft runs, on a network whose every call waits for the history to deliver it, and with its timers off: elections,
-//! heartbeats, writes and restarts come from the seed too. Whatever a node hears, its model hears; after each step their
-//! answers, votes and logs are compared, and who leads. What a leader sends must be in its model's log.
+//! heartbeats, writes, reads and restarts come from the seed too. Whatever a node hears, its model hears; after each step
+//! their answers, votes and logs are compared, and who leads. What a leader sends must be in its model's log. What
+//! openraft confirms for a read its model has confirmed, at the same index, and a read there misses nothing that anybody
+//! had applied when it was asked for.
 
 mod network;
 mod store;
@@ -13,11 +15,13 @@ use std::time::Duration;
 
 use network::{Answer, Call, Network, Request};
 use openraft::raft::AppendEntriesResponse;
-use openraft::{Config, EmptyNode, EntryPayload, Membership};
+use openraft::{Config, EmptyNode, EntryPayload, LinearizerOption, Membership, ReadPolicy};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use sim::raft::{Appended, Entry, LogEnd, Raft, RaftMessage, Role, Vote};
 use store::{Disk, LogId, Machine, Types};
+use tokio::sync::oneshot;
+use tokio::sync::oneshot::error::TryRecvError;
 
 /// Histories compared in a landing, and in the long tier (`BATON_TIER=long`).
 const HISTORIES: [u64; 2] = [400, 2_000];
@@ -25,6 +29,8 @@ const HISTORIES: [u64; 2] = [400, 2_000];
 const STEPS: usize = 120;
 /// Everything that can run has run after this, as time stands still meanwhile.
 const MOMENT: Duration = Duration::from_millis(5);
+/// Longer than any history.
+const READ_PATIENCE: Duration = Duration::from_secs(1 << 20);
 /// Longer than any lease.
 const LEASE_OVER: Duration = Duration::from_secs(2);
 /// Rounds in which a history without faults must agree.
@@ -37,6 +43,34 @@ struct Node {
     model: Raft<u64>,
     /// The model as it was when it last led: what was under way to others then is still sent.
     led: Option<Raft<u64>>,
+    /// The model's round: what this node sends belongs to it, and so do the answers.
+    round: u64,
+    /// Reads that were asked of it and have no answer.
+    reads: Vec<Read>,
+    /// What its model has confirmed: the read's number, and how many entries it has to see.
+    confirmed: BTreeMap<u64, usize>,
+}
+
+impl Node {
+    /// Takes the round from what the model sends.
+    fn sends(&mut self, out: &[(usize, RaftMessage<u64>)]) {
+        for (_, message) in out {
+            if let RaftMessage::Append { round, .. } = message {
+                self.round = *round;
+            }
+        }
+    }
+}
+
+/// A read that was asked of a node.
+struct Read {
+    number: u64,
+    /// The model asks its quorum too. It refuses where openraft lets the reader wait for the leader's first entry.
+    modelled: bool,
+    /// How many commands the node that had applied most had applied.
+    applied: usize,
+    /// How many entries openraft says that the reader must see; nothing when it refuses.
+    answer: oneshot::Receiver<Option<usize>>,
 }
 
 /// What happened in all histories.
@@ -47,6 +81,10 @@ impl Seen {
     fn note(&mut self, what: &'static str) {
         *self.0.entry(what).or_default() += 1;
     }
+
+    fn count(&self, what: &'static str) -> u64 {
+        self.0.get(what).copied().unwrap_or(0)
+    }
 }
 
 struct History<'a> {
@@ -55,6 +93,7 @@ struct History<'a> {
     network: Network,
     nodes: Vec<Node>,
     writes: u64,
+    reads: u64,
     /// The longest log known to be committed.
     committed: Vec<Entry<u64>>,
     seen: &'a mut Seen,
@@ -143,6 +182,9 @@ impl<'a> History<'a> {
                 raft,
                 model: Raft::new(node, count as usize, log),
                 led: None,
+                round: 0,
+                reads: Vec::new(),
+                confirmed: BTreeMap::new(),
             });
         }
         let committed = nodes[0].model.log.clone();
@@ -152,6 +194,7 @@ impl<'a> History<'a> {
             network,
             nodes,
             writes: 0,
+            reads: 0,
             committed,
             seen,
         }
@@ -188,9 +231,89 @@ impl<'a> History<'a> {
                 let ms = self.random.random_range(10..500);
                 tokio::time::sleep(Duration::from_millis(ms)).await;
             }
+            77..84 => {
+                for node in 0..self.nodes.len() {
+                    self.read(node);
+                }
+            }
             _ => self.write().await,
         }
         self.settle().await;
+    }
+
+    /// Asks a node, whatever it takes itself for, to confirm that it leads.
+    fn read(&mut self, at: usize) {
+        self.reads += 1;
+        let number = self.reads;
+        let applied = self.nodes.iter().map(|node| node.machine.applied().len());
+        let applied = applied.max().unwrap_or(0);
+        let node = &mut self.nodes[at];
+        let asked = node.model.confirm(number);
+        let modelled = asked.is_some();
+        node.sends(&asked.unwrap_or_default());
+        let (tell, answer) = oneshot::channel();
+        let raft = node.raft.clone();
+        tokio::spawn(async move {
+            // Only an answer or the loss of the lead ends the wait.
+            let option =
+                LinearizerOption::from(ReadPolicy::ReadIndex).with_wait_timeout(READ_PATIENCE);
+            let confirmed = raft.get_read_log_id(option).await.ok();
+            // Nobody listens once the history has ended.
+            let _ = tell.send(confirmed.map(|(read, _)| read.index() as usize + 1));
+        });
+        node.reads.push(Read {
+            number,
+            modelled,
+            applied,
+            answer,
+        });
+    }
+
+    /// What became of the reads that a node was asked. openraft confirms nothing that its model has not confirmed; the
+    /// model may be ahead, for it counts an answer by when its call left, openraft by when the call was made up.
+    fn answer_reads(&mut self, at: usize) {
+        let seed = self.seed;
+        let node = &mut self.nodes[at];
+        node.confirmed.extend(node.model.confirmed());
+        for mut read in std::mem::take(&mut node.reads) {
+            let number = read.number;
+            let modelled = node.confirmed.get(&number).copied();
+            let answer = match read.answer.try_recv() {
+                Ok(answer) => answer,
+                Err(TryRecvError::Closed) => None,
+                Err(TryRecvError::Empty) => {
+                    node.reads.push(read);
+                    continue;
+                }
+            };
+            match (answer, modelled) {
+                (Some(entries), Some(model)) => {
+                    assert_eq!(
+                        model, entries,
+                        "seed {seed}: read {number} of n{at}, the model and openraft"
+                    );
+                    self.seen.note("reads confirmed");
+                }
+                (Some(_), None) => {
+                    assert!(
+                        !read.modelled,
+                        "seed {seed}: openraft confirms read {number} of n{at}, the model does not"
+                    );
+                    self.seen.note("reads that wait for a first entry");
+                }
+                (None, Some(_)) => self.seen.note("reads confirmed by the model alone"),
+                (None, None) => self.seen.note("reads refused"),
+            }
+            for entries in [answer, modelled].into_iter().flatten() {
+                let log = node.model.log.iter().take(entries);
+                let commands = log.filter(|entry| entry.command.is_some()).count();
+                assert!(
+                    commands >= read.applied,
+                    "seed {seed}: read {number} of n{at} sees {commands} commands, {} were applied when it was asked",
+                    read.applied
+                );
+            }
+        }
     }
 
     async fn elect(&mut self, node: usize) {
@@ -250,11 +373,14 @@ impl<'a> History<'a> {
                     request: call.request.clone(),
                     answer: None,
                     seen: true,
+                    round: call.round,
                 });
             }
             call
         });
-        let Call { from, to, .. } = call;
+        let Call {
+            from, to, round, ..
+        } = call;
         let (answer, said) = match call.request {
             Request::Vote(request) => {
                 let answer = self.nodes[to].raft.vote(request.clone()).await;
@@ -265,7 +391,7 @@ impl<'a> History<'a> {
             Request::Append(request) => {
                 let answer = self.nodes[to].raft.append_entries(request.clone()).await;
                 let answer = answer.expect("a node");
-                let said = self.appended(from, to, &request, &answer);
+                let said = self.appended(from, to, round, &request, &answer);
                 (Answer::Append(answer), said)
             }
         };
@@ -274,7 +400,8 @@ impl<'a> History<'a> {
             && let Some(asker) = call.answer
             && asker.send(answer).is_ok()
         {
-            let _ = self.nodes[from].model.take_in(to, said);
+            let out = self.nodes[from].model.take_in(to, said);
+            self.nodes[from].sends(&out);
         }
     }
 
@@ -326,6 +453,7 @@ impl<'a> History<'a> {
         &mut self,
         from: usize,
         to: usize,
+        round: u64,
         request: &openraft::raft::AppendEntriesRequest<Types>,
         answer: &AppendEntriesResponse<Types>,
     ) -> RaftMessage<u64> {
@@ -334,7 +462,7 @@ impl<'a> History<'a> {
             previous: model_end(request.prev_log_id),
             entries: request.entries.iter().map(model_entry).collect(),
             commit: model_end(request.leader_commit).1,
-            round: 0,
+            round,
         };
         let model = &mut self.nodes[to].model;
         let [(_, said)] = &model.take_in(from, message)[..] else {
@@ -372,12 +500,14 @@ impl<'a> History<'a> {
     /// Lets everything run that can, tells the models what their nodes began, and compares.
     async fn settle(&mut self) {
         tokio::time::sleep(MOMENT).await;
+        let rounds: Vec<u64> = self.nodes.iter().map(|node| node.round).collect();
         let sent: Vec<(usize, usize, Request)> = self.network.with(|calls| {
             calls
                 .iter_mut()
                 .filter(|call| !call.seen)
                 .map(|call| {
                     call.seen = true;
+                    call.round = rounds[call.from];
                     (call.from, call.to, call.request.clone())
                 })
                 .collect()
@@ -387,6 +517,7 @@ impl<'a> History<'a> {
         }
         for at in 0..self.nodes.len() {
             self.compare(at);
+            self.answer_reads(at);
             let node = &mut self.nodes[at];
             if node.model.role == Role::Leader {
                 node.led = Some(node.model.clone());
@@ -530,6 +661,34 @@ impl<'a> History<'a> {
         panic!("seed {}: no agreement:\n{}", self.seed, stand.join("\n"));
     }
 
+    /// With everybody there and everything heard, a leader's read is confirmed.
+    async fn last_read(&mut self) {
+        let leads = |node: &Node| node.model.role == Role::Leader;
+        let last = (0..self.nodes.len())
+            .filter(|&at| leads(&self.nodes[at]))
+            .max_by_key(|&at| self.nodes[at].model.vote);
+        let at = last.expect("a leader");
+        let before = self.seen.count("reads confirmed");
+        self.read(at);
+        self.settle().await;
+        for _ in 0..CALM_ROUNDS {
+            while self.network.with(|calls| !calls.is_empty()) {
+                self.deliver(0, false, true).await;
+                self.settle().await;
+            }
+            if self.nodes[at].reads.is_empty() {
+                break;
+            }
+            self.heartbeat().await;
+            self.settle().await;
+        }
+        assert!(
+            self.seen.count("reads confirmed") > before,
+            "seed {}: n{at} leads and cannot say so",
+            self.seed
+        );
+    }
+
     fn agreed(&self, leader: &Node) -> bool {
         let commands: Vec<u64> = leader
             .model
@@ -562,6 +721,7 @@ fn the_model_of_raft_does_as_openraft_does_in_many_histories() {
                 history.step().await;
             }
             history.calm().await;
+            history.last_read().await;
             history.seen.note("histories");
             let entries = history.committed.len() as u64;
             *history.seen.0.entry("entries committed").or_default() += entries;
@@ -581,7 +741,15 @@ fn the_model_of_raft_does_as_openraft_does_in_many_histories() {
         ("conflicts", 4),
     ] {
         let least = least * histories / landing;
-        let count = seen.0.get(what).copied().unwrap_or(0);
+        let count = seen.count(what);
         assert!(count >= least, "{what}: {seen:?}");
     }
+    // Each history ends with a read that is confirmed; leaders that do not know themselves deposed asked as well.
+    let confirmed = seen.count("reads confirmed");
+    assert!(confirmed > 2 * seen.count("histories"), "{seen:?}");
+    assert!(seen.count("reads refused") > confirmed / 4, "{seen:?}");
+    assert!(
+        seen.count("reads confirmed by the model alone") < confirmed / 20,
+        "{seen:?}"
+    );
 }

@@ -36,6 +36,8 @@ pub struct Call {
     pub answer: Option<oneshot::Sender<Answer>>,
     /// The history has seen that it was sent.
     pub seen: bool,
+    /// The model's round in which it was sent.
+    pub round: u64,
 }
 
 /// Every call under way.
@@ -92,6 +94,7 @@ impl Client {
                 request,
                 answer: Some(sender),
                 seen: false,
+                round: 0,
             });
         });
         answer
