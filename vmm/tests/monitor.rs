@@ -96,6 +96,38 @@ async fn a_machine_that_runs_is_frozen_before_it_takes_up_a_newer_token() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_deadline_is_moved_back_by_the_present_life_of_clusterd_and_not_on_again_by_an_earlier_one()
+ {
+    needs_kvm!(
+        "a_deadline_is_moved_back_by_the_present_life_of_clusterd_and_not_on_again_by_an_earlier_one"
+    );
+    let directory = tempfile::tempdir().unwrap();
+    let file = machine_file(directory.path(), 32, 10, 8);
+    let mut monitor = Process::start(directory.path(), "a", &file, "").await;
+    let long = LEASE * 2;
+    monitor.run(5, long).await.unwrap();
+    let given = monitor.status().await.lease_deadline_ns;
+    monitor.shorten(7, LEASE).await.unwrap();
+    let short = monitor.status().await.lease_deadline_ns;
+    assert!(short < given, "{short} {given}");
+    // A later deadline is no way to move it on.
+    monitor.shorten(8, long).await.unwrap();
+    assert_eq!(monitor.status().await.lease_deadline_ns, short);
+    // What an earlier life still had on its way says nothing any more, of either kind.
+    let refused = monitor.extend(5, long).await.unwrap_err();
+    assert_eq!(refused.code(), Code::PermissionDenied);
+    let refused = monitor.shorten(7, Duration::ZERO).await.unwrap_err();
+    assert_eq!(refused.code(), Code::PermissionDenied);
+    assert_eq!(monitor.status().await.lease_deadline_ns, short);
+    // And it freezes by it, without being told.
+    monitor
+        .shorten(8, Duration::from_millis(300))
+        .await
+        .unwrap();
+    monitor.wait_phase(Phase::Frozen).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_lapsed_lease_freezes_the_guest_and_an_extension_does_not_thaw_it() {
     needs_kvm!("a_lapsed_lease_freezes_the_guest_and_an_extension_does_not_thaw_it");
     let directory = tempfile::tempdir().unwrap();
