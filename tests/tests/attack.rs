@@ -219,6 +219,7 @@ async fn what_a_stolen_disk_holds_is_worth_nothing_once_its_node_is_removed() ->
         incarnation: 1,
         sequence: 1,
         report: b"{}".to_vec(),
+        applied: 0,
     };
     let refused = peer.heartbeat(other).await.expect_err("another's lease");
     assert_eq!(refused.code(), tonic::Code::PermissionDenied, "{refused}");

@@ -230,6 +230,8 @@ impl Gate {
         let mut inner = self.lock();
         inner.check(session)?;
         inner.session = session;
+        // Time that has passed was the guest's by the earlier deadline.
+        let deadline_ns = deadline_ns.max(clock::boottime_ns());
         if inner.deadline_ns > deadline_ns {
             self.set_deadline(&mut inner, deadline_ns);
         }

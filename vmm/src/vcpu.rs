@@ -423,7 +423,8 @@ impl Runner {
         if let Some((log, _)) = log {
             let interrupted = matches!(exit, Exit::Interrupted);
             let left_ns = clock::monotonic_ns();
-            // Read after the exit: the deadline never moves once it has passed.
+            // Read after the exit: the deadline never moves once it has passed, and is moved back no further than to
+            // the moment itself.
             log.leave(
                 left_ns,
                 self.deadline_ns.load(Ordering::SeqCst),

@@ -14,7 +14,7 @@ fn measures<'a>(boot: &'a Boot, disk_bytes: &[u64]) -> Machine<'a> {
         memory_mib: 64,
         vcpus: 1,
         boot,
-        disk_bytes: disk_bytes.to_vec().into_iter(),
+        disk_bytes: disk_bytes.iter().copied(),
         nics: 0,
     }
 }

@@ -99,6 +99,7 @@ fn heartbeat(node: NodeId) -> HeartbeatRequest {
         incarnation: 1,
         sequence: 1,
         report: b"{}".to_vec(),
+        applied: 0,
     }
 }
 

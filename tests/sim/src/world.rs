@@ -124,7 +124,11 @@ pub enum Own {
     /// That it will be away.
     Absence,
     /// Leader: that a node is lost, seen in that term; given up then.
-    Loss { loss: Loss, term: u64, until: u64 },
+    Loss {
+        loss: Box<Loss>,
+        term: u64,
+        until: u64,
+    },
 }
 
 /// Who waits for a confirm round.

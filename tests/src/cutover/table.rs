@@ -60,6 +60,13 @@ pub const TABLE: &[Row] = &[
         &[KillMonitor(Destination), Release],
         &[Continues],
     ),
+    row(
+        "the destination's monitor dies when a round has arrived",
+        Third,
+        Held(&[(Destination, "sink.round")]),
+        &[KillMonitor(Destination), Release],
+        &[Continues],
+    ),
     landing(row(
         "the destination's monitor dies when all but everything arrived",
         Third,

@@ -98,6 +98,7 @@ fn seeds() -> Vec<Vec<u8>> {
         vm: Default::default(),
         devices,
         saved_at_realtime_ns: 5,
+        ended: None,
     };
     seeds.push([vec![0], machine.to_bytes()].concat());
     seeds
