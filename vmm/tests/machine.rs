@@ -94,7 +94,8 @@ async fn a_guest_freezes_at_its_deadline_by_itself_and_thaws_by_a_permit_alone()
     assert!(late < margin(), "frozen {late:?} after its deadline");
     assert!(!gate.is_open());
     let frozen_at = counting.counter.last.load(Ordering::SeqCst);
-    gate.extend(clock::boottime_ns() + LONG.as_nanos() as u64);
+    gate.extend(clock::boottime_ns() + LONG.as_nanos() as u64, 0)
+        .unwrap();
     assert!(!gate.is_open(), "an extension does not thaw");
     assert!(counting.machine.gate().vcpus().are_parked());
     assert_eq!(counting.counter.last.load(Ordering::SeqCst), frozen_at);
@@ -193,7 +194,8 @@ async fn a_renewed_lease_does_not_lapse() {
     let mut counting = counting(1, false);
     let gate = counting.machine.gate().clone();
     gate.run(permit(Duration::from_millis(400))).unwrap();
-    gate.extend(clock::boottime_ns() + LONG.as_nanos() as u64);
+    gate.extend(clock::boottime_ns() + LONG.as_nanos() as u64, 0)
+        .unwrap();
     let lapse = tokio::time::timeout(Duration::from_millis(900), counting.lapses.recv()).await;
     assert!(lapse.is_err(), "it lapsed: {lapse:?}");
     assert!(gate.is_open());

@@ -7,9 +7,9 @@ const GUEST: Boot = Boot::SelfCheck {
     dirty_mib_s: 0,
 };
 
-type Machine<'a> = Measures<'a, std::vec::IntoIter<u64>>;
+type Machine<'a> = Measures<'a, std::iter::Copied<std::slice::Iter<'a, u64>>>;
 
-fn measures<'a>(boot: &'a Boot, disk_bytes: &[u64]) -> Machine<'a> {
+fn measures<'a>(boot: &'a Boot, disk_bytes: &'a [u64]) -> Machine<'a> {
     Measures {
         memory_mib: 64,
         vcpus: 1,

@@ -133,7 +133,7 @@ fn what_the_door_lets_in_at_its_limits_the_monitor_can_be_and_beyond_both_refuse
     let (memory, vcpus) = (limits::MEMORY_MIB, limits::VCPUS);
     let (least, most) = (*memory.start(), *memory.end());
     let disk = [limits::SELF_CHECK_DISK_BYTES_MIN];
-    let full = vec![*limits::DISK_BYTES.end(); limits::DISKS_MAX];
+    let full = [*limits::DISK_BYTES.end(); limits::DISKS_MAX];
     let slots_left = limits::SLOTS_MAX - limits::DISKS_MAX;
     let set = limits::SELF_CHECK_WORKING_SET_MIB_MAX;
     let cmdline = limits::CMDLINE_BYTES_MAX;
