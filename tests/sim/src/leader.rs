@@ -96,14 +96,8 @@ impl World {
             if hands_on {
                 daemon.handed_on.insert(rpc, envelope.clone());
             }
-            daemon.own.insert(
-                rpc,
-                Own::Loss {
-                    loss: Box::new(loss),
-                    term,
-                    until,
-                },
-            );
+            let loss = Box::new(loss);
+            daemon.own.insert(rpc, Own::Loss { loss, term, until });
         }
         self.leader_propose(node, Place::Daemon(node), rpc, envelope);
     }

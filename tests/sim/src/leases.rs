@@ -39,6 +39,8 @@ impl World {
         };
         let now_ns = self.clock(node) * 1_000;
         let number = self.hosts[node].raft.vote.term;
+        let believes = self.mutant == Some(Mutant::BehindIsGranted);
+        let applied = if believes { index } else { applied };
         let Some(daemon) = self.daemon(node) else {
             return;
         };

@@ -82,11 +82,13 @@ pub enum Mutant {
     FrozenEnded,
     /// A node that registers again ends its absence, whatever its monitors were told.
     AbsenceForgotten,
+    /// A leader grants leases to a node that cannot use them, as long as its heartbeats arrive.
+    BehindIsGranted,
 }
 
 impl Mutant {
     /// Every one of them.
-    pub const ALL: [Mutant; 38] = [
+    pub const ALL: [Mutant; 39] = [
         Mutant::NoConfirm,
         Mutant::PermitOutlivesLease,
         Mutant::ConfirmIsLocal,
@@ -125,6 +127,7 @@ impl Mutant {
         Mutant::RequestsForgotten,
         Mutant::FrozenEnded,
         Mutant::AbsenceForgotten,
+        Mutant::BehindIsGranted,
     ];
 }
 
