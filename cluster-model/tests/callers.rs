@@ -25,6 +25,10 @@ const EXCEPTIONS: &[(&str, &str)] = &[
         "all safeguards, for tests and fuzzing; `Memory::look` decides under those of its life, in daemon and simulation",
     ),
     (
+        "margin_ms",
+        "what chaos holds late freezes against; the monitor compares its own bound with the smallest one as it is compiled",
+    ),
+    (
         "without",
         "leaves a safeguard out: for tests and the simulation's mutants; tests/safeguards.rs holds that no product does",
     ),

@@ -175,21 +175,22 @@ async fn machines_and_moves_that_cannot_be_are_refused_and_nothing_is_lost() -> 
 
 async fn machines_that_cannot_be(cluster: &TestCluster) -> anyhow::Result<()> {
     let long = "n".repeat(64);
-    let cases: [(&[&str], &[&str]); 13] = [
+    let cases: [(&[&str], &[&str]); 14] = [
         (
             &["x", "--memory", "0"],
-            &["E-SPEC", "0 MiB; use 16 MiB to 16 TiB"],
+            &["E-SPEC", "0 MiB; use 16 to 1048576 MiB"],
         ),
         (
             &["x", "--memory", "1000000T"],
             &["E-ROOM", "fit on no node", "offers 512 MiB"],
         ),
-        (&["x", "--cpu", "0"], &["E-SPEC", "use 1 to 256"]),
-        (&["x", "--cpu", "4000000000"], &["E-SPEC", "use 1 to 256"]),
+        (&["x", "--cpu", "0"], &["E-SPEC", "use 1 to 32"]),
+        (&["x", "--cpu", "64"], &["E-SPEC", "use 1 to 32"]),
+        (&["x", "--cpu", "4000000000"], &["E-SPEC", "use 1 to 32"]),
         (&["x", "--priority", "5000"], &["E-SPEC", "use 0 to 1000"]),
         (
             &["x", "--working-set", "4096"],
-            &["E-SPEC", "working_set", "at most"],
+            &["E-SPEC", "working_set", "MiB of memory"],
         ),
         (
             &["x", "--disk", "vol-a:0"],

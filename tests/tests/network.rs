@@ -9,9 +9,9 @@ use tests::linux::{LinuxGuest, Terminal};
 
 /// How many migrations one connection has to live through: in a landing, and in the long tier.
 const MIGRATIONS: [usize; 2] = [5, 20];
-/// How much longer than the blackout a connection may stand still: what was sent into it is sent again after TCP's 200 ms
-/// and then 400 ms, and the guest's kernel is emulated where this machine is itself a guest.
-const PAUSE_ALLOWANCE: Duration = Duration::from_secs(1);
+/// How much longer than the blackout a connection may stand still: what was sent into it is sent again after TCP's 200, 400
+/// and 800 ms, and the guest's kernel is emulated where this machine is itself a guest (1.2 s was seen beside other work).
+const PAUSE_ALLOWANCE: Duration = Duration::from_secs(3);
 const VM: &str = "linux-1";
 
 #[test]

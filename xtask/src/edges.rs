@@ -43,7 +43,6 @@ const EDGES: &[&str] = &[
 
 /// Files within that name generated types all the same.
 const GENERATED_INSIDE: &[&str] = &[
-    "clusterd/src/agent/flows.rs",
     "clusterd/src/agent/handover.rs",
     "clusterd/src/agent/summary.rs",
     "clusterd/src/agent/view.rs",
@@ -62,7 +61,6 @@ const GENERATED_INSIDE: &[&str] = &[
     "vmm/src/monitor.rs",
     "vmm/src/monitor/migration/channels.rs",
     "vmm/src/permit.rs",
-    "vmm/src/phase.rs",
     "vmm/src/spec.rs",
 ];
 

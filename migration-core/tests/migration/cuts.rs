@@ -245,7 +245,9 @@ async fn a_silent_destination_is_noticed_before_quiet_by_the_bound_of_setting_up
     let failed = result.unwrap_err();
     assert!(!failed.said_quiet && source.is_running());
     let limit_ms = match failed.cause {
+        // Until it has answered once, its silence is bounded by the time for setting up.
         SendError::TimedOut { limit_ms, .. } => limit_ms,
+        SendError::PeerSilent { silent_ms, .. } => silent_ms,
         ref other => panic!("{other}"),
     };
     assert_eq!(u128::from(limit_ms), bound.as_millis());

@@ -14,7 +14,7 @@ use crate::invariants;
 use crate::monitor::MonitorCall;
 use crate::mutants::{self, Mutant};
 use crate::raft::Role;
-use crate::world::{ConfirmFor, Daemon, Event, MS, Message, Place, S, World, node_id};
+use crate::world::{ConfirmFor, Daemon, Event, MS, Message, Place, S, VolumeWatch, World, node_id};
 
 /// A daemon looks at everything this often.
 const TICK: u64 = 100 * MS;
@@ -26,6 +26,9 @@ const LEADER_HEARD: u64 = 900 * MS;
 const FOUND_PATIENCE: u64 = 10 * S;
 /// One look in this many hears how every monitor stands, changed or not.
 const HEARD_ANYWAY: u32 = 10;
+
+/// How far a commit point may fall back at a restart, entries.
+const COMMITS_FORGOTTEN: usize = 12;
 
 /// What the mutant's disk loses.
 const ENTRIES_FORGOTTEN: usize = 6;
@@ -43,6 +46,17 @@ impl World {
         let forgets = self.mutant == Some(Mutant::LogForgotten);
         let host = &mut self.hosts[node];
         host.raft.restart();
+        // The commit point is not synced: a node may find an older one, and apply the rest anew.
+        if self.rng.random_bool(0.5) {
+            let back = self.rng.random_range(0..=COMMITS_FORGOTTEN);
+            let raft = &mut self.hosts[node].raft;
+            raft.commit = raft.commit.saturating_sub(back).max(1);
+            let commit = raft.commit;
+            if let Some(promised) = self.truth.promised.get_mut(&node) {
+                promised.1 = promised.1.min(commit);
+            }
+        }
+        let host = &mut self.hosts[node];
         if forgets {
             host.raft.forget(ENTRIES_FORGOTTEN);
         }
@@ -70,6 +84,7 @@ impl World {
             confirms: BTreeMap::new(),
             term: None,
             volumes_down: BTreeSet::new(),
+            volume_watch: VolumeWatch::default(),
             election_at,
             heard_at: None,
             planned_at: 0,

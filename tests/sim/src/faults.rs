@@ -22,7 +22,7 @@ impl World {
         self.counts.faults += 1;
         let node = self.rng.random_range(0..self.hosts.len());
         let long = self.rng.random_range(200 * MS..15 * S);
-        match self.rng.random_range(0..24) {
+        match self.rng.random_range(0..25) {
             0 => {
                 self.kill_daemon(node);
                 self.at(self.now + long, Event::StartDaemon { node });
@@ -111,6 +111,10 @@ impl World {
             }
             20 => self.cut_from_leader(node, 2 * long),
             21 | 22 => self.stop_as_planned(node),
+            24 => {
+                self.say(|| format!("the storage refuses every claim for {} ms", long / MS));
+                self.server_denies_until = self.now + long;
+            }
             23 => {
                 let until = self.now + 2 * long;
                 self.say(|| {
@@ -280,6 +284,7 @@ impl World {
             self.server.start();
         }
         self.server_full_until = 0;
+        self.server_denies_until = 0;
         for node in 0..self.hosts.len() {
             if self.is_asleep(node) {
                 continue;
@@ -328,7 +333,20 @@ impl World {
         let vms: Vec<VmId> = state.vms.keys().copied().collect();
         let vm = vms[self.rng.random_range(0..vms.len())];
         let node = node_id(self.rng.random_range(0..self.hosts.len()));
-        match self.rng.random_range(0..10) {
+        match self.rng.random_range(0..13) {
+            10 => self.ask_for(Command::SetDesired {
+                vm,
+                desired: Desired::Stopped,
+                forced: true,
+            }),
+            11 | 12 => {
+                if let Some(migration) = state.active_migration(vm) {
+                    self.ask_for(Command::AbortMigration {
+                        migration: migration.id,
+                        reason: "cancelled by admin".into(),
+                    });
+                }
+            }
             0..=6 => {
                 if state.vms[&vm].ownership.owner != Some(node) {
                     self.ask_for(Command::QueueMigration {
@@ -393,6 +411,14 @@ impl World {
             envelope,
         };
         let to = Place::Daemon(leader);
+        // Somebody who hears nothing asks again, and not always the same node.
+        if self.rng.random_ratio(1, 4) {
+            let again = self.now + self.rng.random_range(100 * MS..4 * S);
+            let other = Place::Daemon(self.rng.random_range(0..self.hosts.len()));
+            let message = message.clone();
+            let (from, to) = (to, other);
+            self.at(again, Event::Arrive { from, to, message });
+        }
         self.send(to, to, message);
     }
 }

@@ -145,8 +145,8 @@ impl World {
         }
         match next {
             Next::Do(step) => {
-                if self.trouble_before(node) {
-                    let late = self.now + self.rng.random_range(0..1_500 * MS);
+                if self.trouble_between(node) {
+                    let late = self.later_than_trouble(node);
                     return self.wait_for(node, flow, Waits::Held(step), late);
                 }
                 self.carry_out(node, flow, step);
@@ -158,8 +158,26 @@ impl World {
         }
     }
 
+    /// A step has been answered; what comes of it may come later, and rest on what was so then.
+    fn answer(&mut self, node: usize, id: u64, answer: Answer) {
+        if self.trouble_between(node) {
+            let late = self.later_than_trouble(node);
+            if let Some(flow) = self.take(node, id) {
+                self.wait_for(node, flow, Waits::Time(answer), late);
+            }
+            return;
+        }
+        self.go_on(node, id, answer);
+    }
+
+    /// A while after the daemon goes on, if it is stopped.
+    fn later_than_trouble(&mut self, node: usize) -> u64 {
+        let from = self.hosts[node].paused_until.max(self.now);
+        from + self.rng.random_range(0..2 * S)
+    }
+
     /// Between two steps: whether the daemon does not go on at once. It may be slow, stopped for a while, or killed.
-    fn trouble_before(&mut self, node: usize) -> bool {
+    fn trouble_between(&mut self, node: usize) -> bool {
         if self.now >= self.calm_at {
             return false;
         }
@@ -531,13 +549,13 @@ impl World {
             }
             _ => return,
         };
-        self.go_on(node, id, answer);
+        self.answer(node, id, answer);
     }
 
     fn confirmed_flow(&mut self, node: usize, id: u64) {
         let state = self.daemon(node).map(|daemon| daemon.state.clone());
         if let Some(state) = state {
-            self.go_on(node, id, Answer::Confirmed(state));
+            self.answer(node, id, Answer::Confirmed(state));
         }
     }
 

@@ -21,6 +21,10 @@ const CATCH_UP: u64 = 2 * S;
 const RETURN_PAUSE: u64 = 2 * S;
 /// How long a planned stop may take.
 const STOP_PATIENCE: u64 = 8 * S;
+/// A node looks this often whether it reaches the volume...
+const VOLUME_LOOK: u64 = 5 * S;
+/// ...and believes that it does not after so many failures.
+const VOLUME_FAILURES: u32 = 2;
 /// How long an absence is announced for, ms.
 const ABSENCE_MS: u32 = 60_000;
 
@@ -74,7 +78,8 @@ impl World {
     /// A node's heartbeat to whoever leads, as far as it knows.
     pub fn heartbeat(&mut self, node: usize) {
         let sent_ns = self.clock(node) * 1_000;
-        let volume_down = !self.reaches(Place::Daemon(node), Place::Server) || !self.server.up;
+        let reaches = self.reaches(Place::Daemon(node), Place::Server) && self.server.up;
+        let now = self.now;
         let (leader, incarnation) = (self.hosts[node].raft.leader, self.hosts[node].incarnation);
         let Some(daemon) = self.daemon(node) else {
             return;
@@ -82,6 +87,12 @@ impl World {
         if daemon.leaving.is_some() {
             return;
         }
+        let watch = &mut daemon.volume_watch;
+        if now >= watch.next {
+            watch.next = now + VOLUME_LOOK;
+            watch.failures = if reaches { 0 } else { watch.failures + 1 };
+        }
+        let volume_down = watch.failures >= VOLUME_FAILURES;
         let life = daemon.life;
         let sequence = daemon.lease.sending(sent_ns);
         daemon.sent.insert(sequence, sent_ns / 1_000);

@@ -142,6 +142,7 @@ impl World {
     fn asked(&mut self, node: usize, nonce: u64, rpc: u64, call: MonitorCall) {
         let clock = self.clock(node);
         let goes_on = self.mutant == Some(Mutant::QuietWhileRunning);
+        let thaws = self.mutant == Some(Mutant::QuietSourceThaws);
         let Some(monitor) = self.hosts[node].monitors.get_mut(&nonce) else {
             return;
         };
@@ -153,6 +154,10 @@ impl World {
             MonitorCall::Run { token, deadline } => {
                 let refused = older(monitor, token);
                 monitor.highest = monitor.highest.max(token);
+                // A monitor has a lock of its own before this door: the mutant leaves it out too.
+                if thaws && monitor.phase == (Phase::Quiet { rekeyed: false }) {
+                    monitor.phase = Phase::Frozen;
+                }
                 if refused.is_some() {
                     refused
                 } else if token != monitor.token {

@@ -82,7 +82,8 @@ fn replay(seed: u64, mutant: Option<Mutant>) -> ExitCode {
     }
 }
 
-/// Runs seeds on all threads until one violates something; gives the first such seed.
+/// Runs seeds on all threads until one violates something, a mutant's what it is there to break; gives the first such
+/// seed.
 fn search(
     first: u64,
     count: u64,
@@ -104,6 +105,7 @@ fn search(
                     world.run_caught();
                     each(&world);
                     if let Some(violation) = world.violation
+                        && mutant.is_none_or(|mutant| mutant.is_caught_by(&violation))
                         && let Ok(mut found) = found.lock()
                     {
                         if found.as_ref().is_none_or(|(known, _)| seed < *known) {
@@ -201,7 +203,10 @@ fn mutants(which: &[Mutant], within: u64, threads: usize) -> ExitCode {
             ),
             None => {
                 missed += 1;
-                println!("MISSED  {mutant:?} within {within} seeds");
+                println!(
+                    "MISSED  {mutant:?} within {within} seeds: nothing broke \"{}\"",
+                    mutant.harm().join("\" or \"")
+                );
             }
         }
     }

@@ -131,6 +131,63 @@ impl Mutant {
     ];
 }
 
+impl Mutant {
+    /// The invariants that it breaks: it counts as caught by one of these alone. What else it breaks on the way is not
+    /// what it is there for.
+    pub fn harm(self) -> &'static [&'static str] {
+        const TWO: [&str; 2] = ["one running copy", "only the owner runs"];
+        const OLD_WRITES: [&str; 2] = ["late landing", "a flushed write is never lost"];
+        match self {
+            Mutant::NoConfirm
+            | Mutant::PermitOutlivesLease
+            | Mutant::NoFreeze
+            | Mutant::EntersPastDeadline
+            | Mutant::RunWithoutCutover => &TWO,
+            Mutant::VoidMonitorsStay => &["void monitors end"],
+            Mutant::ConfirmIsLocal | Mutant::LeaseWithoutQuorum => &["who answers leads"],
+            Mutant::LeaseFromReceipt
+            | Mutant::LostTooEarly
+            | Mutant::LossHandedOn
+            | Mutant::AbsenceForgotten => &["lost only without a lease"],
+            Mutant::BehindIsGranted => &["lost in bounded time"],
+            Mutant::CutoverBeforeClaim => &["claim before cutover"],
+            Mutant::QuietSourceThaws => &["quiet binds", "one running copy", "only the owner runs"],
+            Mutant::QuietWhileRunning => {
+                &["quiet binds", "one running copy", "only the owner runs"]
+            }
+            Mutant::QuietWithWritesOut
+            | Mutant::NoSettle
+            | Mutant::TokenSentAgain
+            | Mutant::OldTokensWrite
+            | Mutant::RekeyWithoutSettle => &OLD_WRITES,
+            Mutant::NoCommitOnTakeover | Mutant::FlushBeforeCommit | Mutant::VerifierIgnored => {
+                &["a flushed write is never lost"]
+            }
+            Mutant::RunBeforeClaim => &["claim before run"],
+            Mutant::LateAbort | Mutant::NoCompareAndSet | Mutant::EndRewritten => {
+                &["a migration ends once"]
+            }
+            Mutant::StopTakenForShutDown => &["what was asked last stands"],
+            Mutant::DrainedTooEarly => &["only where it may"],
+            Mutant::NoReason => &["every automatic act has a why"],
+            Mutant::ApplyReadsClock => &["replicas are equal"],
+            Mutant::SnapshotForgets => &["snapshot and tail"],
+            Mutant::LogForgotten => &["log only grows", "a leader has what was acknowledged"],
+            Mutant::LeasesStay => &["leases follow the owner"],
+            Mutant::AbortsIgnored => &["every migration ends"],
+            Mutant::CommitFallsBack => &["log only grows"],
+            Mutant::RequestsForgotten => &["a request takes effect once"],
+            Mutant::FrozenEnded => &["ended by the log only"],
+        }
+    }
+
+    /// Whether that violation is its harm.
+    pub fn is_caught_by(self, violation: &str) -> bool {
+        let (invariant, _) = violation.split_once(':').unwrap_or((violation, ""));
+        self.harm().contains(&invariant)
+    }
+}
+
 /// The safeguards of a node under a mutant: all, or all but the one that it leaves out of the product's own code.
 pub fn safeguards(mutant: Option<Mutant>) -> Safeguards {
     use Safeguard as Guard;

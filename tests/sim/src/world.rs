@@ -99,6 +99,8 @@ pub struct Daemon {
     pub term: Option<Term>,
     /// Leader: nodes that do not reach the volume.
     pub volumes_down: BTreeSet<NodeId>,
+    /// Its own watch of the volume.
+    pub volume_watch: VolumeWatch,
     /// When an election is due, real time.
     pub election_at: u64,
     /// When it last heard its leader, on its own clock.
@@ -107,6 +109,15 @@ pub struct Daemon {
     pub planned_at: u64,
     /// What it has seen of open migrations.
     pub supervisor: cluster_model::supervise::Supervisor,
+}
+
+/// How a node finds out that it does not reach the volume: now and then, and not at the first failure.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct VolumeWatch {
+    /// When it looks next, real time.
+    pub next: u64,
+    /// Looks that failed in a row.
+    pub failures: u32,
 }
 
 impl Daemon {

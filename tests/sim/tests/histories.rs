@@ -9,7 +9,9 @@ fn first_violation(seeds: u64, mutant: Option<Mutant>) -> Option<(u64, String)> 
     (1..=seeds).find_map(|seed| {
         let mut world = World::new(seed, mutant, false);
         world.run_caught();
-        world.violation.map(|violation| (seed, violation))
+        let violation = world.violation?;
+        let counts = mutant.is_none_or(|mutant| mutant.is_caught_by(&violation));
+        counts.then_some((seed, violation))
     })
 }
 
@@ -51,7 +53,9 @@ fn much_happens_in_them() {
 fn faults_put_in_on_purpose_are_caught() {
     for mutant in [
         Mutant::LostTooEarly,
+        Mutant::LeaseWithoutQuorum,
         Mutant::NoFreeze,
+        Mutant::EntersPastDeadline,
         Mutant::RunWithoutCutover,
         Mutant::CutoverBeforeClaim,
         Mutant::QuietSourceThaws,
@@ -69,6 +73,10 @@ fn faults_put_in_on_purpose_are_caught() {
         Mutant::ApplyReadsClock,
         Mutant::SnapshotForgets,
         Mutant::LogForgotten,
+        Mutant::LeasesStay,
+        Mutant::CommitFallsBack,
+        Mutant::RequestsForgotten,
+        Mutant::FrozenEnded,
     ] {
         assert!(
             first_violation(SEEDS, Some(mutant)).is_some(),
