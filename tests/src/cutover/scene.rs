@@ -1,6 +1,6 @@
 //! A row on a cluster: who is who, where the migration is held, what is done, what came of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -108,6 +108,20 @@ impl Stage {
                 let up = nodes.iter().filter(|node| node.state == "up").count();
                 let led = nodes.iter().any(|node| node.leader);
                 Ok((up == count && led).then_some(()))
+            })
+            .await?;
+        // A node that has just come back answers from what it has applied so far.
+        self.cluster
+            .wait("every node knowing where the machine runs", async || {
+                let mut seen = BTreeSet::new();
+                for node in &self.cluster.local.nodes {
+                    let Ok(vm) = self.cluster.seen_by(VM, &node.name).await else {
+                        return Ok(None);
+                    };
+                    seen.insert((vm.node, vm.token, vm.state == "running"));
+                }
+                let agreed = seen.len() == 1 && seen.iter().all(|(_, _, runs)| *runs);
+                Ok(agreed.then_some(()))
             })
             .await
     }
