@@ -847,3 +847,24 @@ fn a_volumes_certificate_authority_is_recorded_and_bounded() {
     let read: crate::state::Volume = serde_json::from_value(old).unwrap();
     assert_eq!(read.tls_ca, None);
 }
+
+#[test]
+fn a_stop_by_force_settles_though_the_machine_was_asked_to_run_again_before_it_was_released() {
+    let mut world = World::new(3, 4_096);
+    let vm = world.running("a", 64, NodeId(1));
+    for (desired, forced) in [(Desired::Stopped, true), (Desired::Running, false)] {
+        world.done(Command::SetDesired {
+            vm,
+            desired,
+            forced,
+        });
+    }
+    let expects = world.token(vm);
+    world.done(Command::Release {
+        vm,
+        node: NodeId(1),
+        expects,
+        reason: ReleaseReason::Stopped,
+    });
+    assert!(world.vm(vm).ownership.settle);
+}

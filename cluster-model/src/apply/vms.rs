@@ -400,7 +400,9 @@ impl ClusterState {
         let (severity, kind, detail) = match reason {
             ReleaseReason::Stopped => {
                 settle &= !known.ownership.activated;
-                settle |= known.stop_forced && known.ownership.activated;
+                // Asked to run again meanwhile, it does not show any more how it was stopped (seed 20,759).
+                let forced = known.stop_forced || known.desired == Desired::Running;
+                settle |= forced && known.ownership.activated;
                 (
                     Severity::Info,
                     "vm.stopped",
