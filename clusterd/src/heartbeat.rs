@@ -340,7 +340,8 @@ pub async fn announce_absence(
     let Some(deadline_ns) = member.held().absence_committed(now_ns, duration_ms) else {
         return Ok(());
     };
-    publish(member, deadline_ns);
+    // For the monitors alone. Were it published, a flow that has not quite ended could make a run permit of it, and a permit
+    // that comes late to its monitor would undo what the next life has moved back.
     let session = member.session();
     let extended = own_monitors(member).into_iter().map(|monitor| async move {
         if let Err(error) = monitor.extend_lease(deadline_ns, session).await {
